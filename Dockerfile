@@ -1,0 +1,26 @@
+# The command `quire` on a CPU. The context is the repository:
+#   docker build -t quire .
+#   docker run --rm -it quire chat
+# pip takes torch from the index it is configured for; --build-arg PIP_EXTRA_INDEX_URL=... points
+# it at another, such as PyTorch's own of CPU builds, which are far smaller.
+FROM python:3.11-slim
+
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_FIND_LINKS
+
+WORKDIR /src
+COPY pyproject.toml setup.py constraints.txt README.md LICENSE ./
+COPY core_engine core_engine
+COPY kernels kernels
+COPY integrations integrations
+RUN pip install --no-cache-dir -c constraints.txt ".[langchain]" && rm -rf /src/*
+
+# Downloaded models go to the volume; the process has no rights beyond it.
+RUN useradd --create-home quire && mkdir /models && chown quire /models
+USER quire
+WORKDIR /home/quire
+ENV HF_HOME=/models
+VOLUME /models
+
+ENTRYPOINT ["quire"]
+CMD ["demo"]

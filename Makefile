@@ -1,0 +1,110 @@
+# make demo    see LangChain's VLLM answer through quire's own engine
+# make test    linters, types, import rules and the fast tests
+# The other targets are listed by `make help`. All of them work in .venv, made on first use.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+# The plain python3 where it is in range, else the newest that is; PYTHON=... decides otherwise.
+in_range := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
+	"$$p" -c '$(in_range)' 2>/dev/null && { command -v "$$p"; break; }; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input
+INPUTS := pyproject.toml setup.py constraints.txt
+ARGS ?=
+
+
+.PHONY: help
+help:
+	@echo "make demo        install what the demo needs into $(VENV) and run it"
+	@echo "make test        linters, types, import rules, fast tests with coverage (minutes)"
+	@echo "make test-slow   soaks, builds, large property runs, lowest allowed versions"
+	@echo "make format      let ruff rewrite what it can"
+	@echo "make lint|types|imports|unit    one part of 'make test'; unit takes ARGS='-k name -x'"
+	@echo "make wheel       build dist/quire-*.whl"
+	@echo "make clean       remove everything that git ignores and make can make again"
+	@echo "PYTHON=/path/to/python3.x chooses the interpreter (3.10 to 3.13)"
+
+$(BIN)/python:
+	@[ -n "$(PYTHON)" ] || { echo "no Python 3.10 to 3.13 found: install one, or say PYTHON=..."; exit 1; }
+	@"$(PYTHON)" -c '$(in_range)' || { echo "$(PYTHON) is not Python 3.10 to 3.13"; exit 1; }
+	"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "$(PYTHON) has no venv module: on Debian and Ubuntu, install python3-venv"; exit 1; }
+
+# A stamp says that the install it is named for was done from these very inputs.
+$(VENV)/.demo: $(BIN)/python $(INPUTS)
+	$(PIP) install --quiet -c constraints.txt -e ".[langchain]"
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python $(INPUTS)
+	$(PIP) install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@ $(VENV)/.demo
+
+.PHONY: demo
+demo: $(VENV)/.demo
+	$(BIN)/python -m quire.demo
+
+# mypy and import-linter do not follow an editable install: give them a package made of links.
+.PHONY: mirror
+mirror:
+	@rm -rf .types && mkdir -p .types/quire
+	@for f in core_engine/*; do ln -s "../../$$f" .types/quire/; done
+	@ln -s ../../kernels ../../integrations .types/quire/
+
+.PHONY: lint
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: format
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: types
+types: $(VENV)/.dev mirror
+	$(BIN)/mypy
+
+.PHONY: imports
+imports: $(VENV)/.dev mirror
+	PYTHONPATH=.types $(BIN)/lint-imports
+
+.PHONY: unit
+unit: $(VENV)/.dev
+	$(BIN)/pytest -m "not slow" $(ARGS)
+
+.PHONY: test
+test: lint types imports
+	$(BIN)/pytest -m "not slow" --cov --cov-report=term --durations=10 $(ARGS)
+
+.PHONY: test-slow
+test-slow: $(VENV)/.dev test-lower
+	HYPOTHESIS_PROFILE=slow $(BIN)/pytest -m slow --durations=10 $(ARGS) \
+		|| { status=$$?; [ $$status -eq 5 ] && echo "no slow tests selected" || exit $$status; }
+
+# The lowest versions that pyproject.toml allows, in an environment of their own.
+LOWER := .venv-lower
+$(LOWER)/.stamp: $(VENV)/.dev .ci/lower_bounds.py $(INPUTS)
+	rm -rf $(LOWER) && $(BIN)/python -m venv $(LOWER)
+	$(BIN)/python .ci/lower_bounds.py > $(LOWER)/constraints.txt
+	$(LOWER)/bin/python -m pip --disable-pip-version-check install --quiet \
+		-c $(LOWER)/constraints.txt -e ".[langchain]" pytest pytest-asyncio hypothesis
+	@touch $@
+
+.PHONY: test-lower
+test-lower: $(LOWER)/.stamp
+	$(LOWER)/bin/pytest -m "lower and not slow" -p no:cacheprovider $(ARGS)
+
+.PHONY: wheel
+wheel: $(VENV)/.dev
+	rm -rf build dist
+	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+
+.PHONY: clean
+clean:
+	rm -rf $(VENV) $(LOWER) .types build dist *.egg-info .coverage .coverage.* .hypothesis \
+		.import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

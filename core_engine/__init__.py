@@ -1,0 +1,105 @@
+"""quire: a self-contained paged-attention LLM engine.
+
+The public names below are loaded when they are first used, so that ``import quire`` costs
+milliseconds and brings in neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LLM": "quire.llm",
+    "AsyncLLM": "quire.async_llm",
+    "EngineConfig": "quire.config",
+    "BeamSearchParams": "quire.sampling_params",
+    "RequestOutputKind": "quire.sampling_params",
+    "SamplingParams": "quire.sampling_params",
+    "BeamSearchOutput": "quire.outputs",
+    "BeamSearchSequence": "quire.outputs",
+    "CompletionOutput": "quire.outputs",
+    "Logprob": "quire.outputs",
+    "RequestMetrics": "quire.outputs",
+    "RequestOutput": "quire.outputs",
+    "ConfigError": "quire.errors",
+    "EngineClosedError": "quire.errors",
+    "InvalidRequestError": "quire.errors",
+    "ModelLoadError": "quire.errors",
+    "ModelNotFoundError": "quire.errors",
+    "NotSupportedError": "quire.errors",
+    "OutOfMemoryError": "quire.errors",
+    "QuireError": "quire.errors",
+    "RequestFailedError": "quire.errors",
+    "TokenizerError": "quire.errors",
+    "UnsupportedModelError": "quire.errors",
+}
+
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
+    "CompletionOutput",
+    "ConfigError",
+    "EngineClosedError",
+    "EngineConfig",
+    "InvalidRequestError",
+    "Logprob",
+    "ModelLoadError",
+    "ModelNotFoundError",
+    "NotSupportedError",
+    "OutOfMemoryError",
+    "QuireError",
+    "RequestFailedError",
+    "RequestMetrics",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+    "TokenizerError",
+    "UnsupportedModelError",
+    "__version__",
+]
+
+if TYPE_CHECKING:
+    from quire.async_llm import AsyncLLM
+    from quire.config import EngineConfig
+    from quire.errors import (
+        ConfigError,
+        EngineClosedError,
+        InvalidRequestError,
+        ModelLoadError,
+        ModelNotFoundError,
+        NotSupportedError,
+        OutOfMemoryError,
+        QuireError,
+        RequestFailedError,
+        TokenizerError,
+        UnsupportedModelError,
+    )
+    from quire.llm import LLM
+    from quire.outputs import (
+        BeamSearchOutput,
+        BeamSearchSequence,
+        CompletionOutput,
+        Logprob,
+        RequestMetrics,
+        RequestOutput,
+    )
+    from quire.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,160 @@
+"""build_engine: from a configuration to an engine that is ready for its first request."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quire.engine.engine import Engine
+from quire.engine.processor import ModelLimits
+from quire.engine.runner import ModelRunner, kv_bytes_per_block
+from quire.errors import ConfigError
+from quire.kernels import get_backend
+from quire.models import hub
+from quire.models.hf_config import (
+    eos_token_ids,
+    max_length,
+    read_config,
+    read_generation_config,
+    resolve_dtype,
+)
+from quire.models.loader import load_model
+from quire.sampling.sampler import Sampler
+from quire.tokenizer import load_tokenizer
+from quire.utils.memory import plan_kv_cache, start_line
+from quire.utils.threads import apply_thread_count
+
+if TYPE_CHECKING:
+    from quire.config import EngineConfig, ModelConfig
+    from quire.tokenizer.tokenizer import Tokenizer
+
+logger = logging.getLogger("quire")
+
+
+def build_engine(config: EngineConfig) -> Engine:
+    """Find, read and place a model; size its KV cache; make the engine.
+
+    Raises
+    ------
+    ModelNotFoundError
+        When the model's name leads nowhere.
+    ModelLoadError
+        When the checkpoint is damaged or of an unsupported kind; TokenizerError likewise.
+    ConfigError
+        When an argument does not fit the model.
+    OutOfMemoryError
+        When weights or KV cache do not fit.
+    """
+    num_threads = apply_thread_count()
+    device = choose_device(config.device)
+    kernels = get_backend(device)
+    path = hub.resolve_model(config.model)
+    hf_config = read_config(path, config.model.hf_overrides)
+    dtype = resolve_dtype(hf_config, config.model.dtype, device)
+    tokenizer = None
+    if not config.model.skip_tokenizer_init:
+        tokenizer = _load_tokenizer(config.model, path, hf_config)
+    asked_len = config.model.max_model_len
+    model = load_model(
+        path, hf_config, device=device, dtype=dtype, kernels=kernels, max_model_len=asked_len
+    )
+    plan = plan_kv_cache(
+        config,
+        bytes_per_block=kv_bytes_per_block(model, config.cache.block_size, dtype),
+        model_max_len=max_length(hf_config, asked_len),
+        **_device_memory(device),
+    )
+    runner = ModelRunner(
+        model,
+        kernels,
+        num_blocks=plan.num_blocks,
+        block_size=config.cache.block_size,
+        dtype=dtype,
+        device=device,
+    )
+    recommended = _recommended(config.model, path)
+    limits = ModelLimits(
+        vocab_size=model.spec.vocab_size,
+        max_model_len=plan.max_model_len,
+        max_cache_tokens=(plan.num_blocks - 1) * config.cache.block_size,
+        eos_token_ids=eos_token_ids(hf_config, read_generation_config(path)),
+        default_params=recommended,
+    )
+    sampler = Sampler(
+        vocab_size=model.spec.vocab_size,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        device=device,
+        kernels=kernels,
+    )
+    logger.info(
+        start_line(
+            model=config.model.model,
+            dtype=_dtype_words(hf_config, dtype),
+            device=str(device),
+            backend=kernels.name,
+            plan=plan,
+            block_size=config.cache.block_size,
+            num_threads=num_threads if device.type == "cpu" else None,
+        )
+    )
+    return Engine(
+        config,
+        runner=runner,
+        tokenizer=tokenizer,
+        limits=limits,
+        num_blocks=plan.num_blocks,
+        sampler=sampler,
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device that a configuration names.
+
+    Raises
+    ------
+    ConfigError
+        When torch finds no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={name!r}: torch finds {torch.cuda.device_count()} such devices here; "
+            "use device='cpu', or install a torch build for the device"
+        )
+    return device
+
+
+def _dtype_words(hf_config: dict[str, Any], dtype: torch.dtype) -> str:
+    chosen = str(dtype).removeprefix("torch.")
+    stored = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or chosen)
+    stored = stored.removeprefix("torch.")
+    return chosen if stored == chosen else f"{chosen} (stored as {stored})"
+
+
+def _device_memory(device: torch.device) -> dict[str, Any]:
+    if device.type == "cpu":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    return {"free_bytes": free, "total_bytes": total}
+
+
+def _load_tokenizer(config: ModelConfig, path: Path, hf_config: dict[str, Any]) -> Tokenizer:
+    folder = path if config.tokenizer is None else hub.resolve_tokenizer(config)
+    return load_tokenizer(
+        folder,
+        mode=config.tokenizer_mode,
+        trust_remote_code=config.trust_remote_code,
+        model_config=hf_config,
+    )
+
+
+def _recommended(config: ModelConfig, path: Path) -> dict[str, Any]:
+    if config.generation_config == "vllm":
+        return {}
+    folder = path if config.generation_config == "auto" else Path(config.generation_config)
+    return read_generation_config(folder)

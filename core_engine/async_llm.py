@@ -1,0 +1,316 @@
+"""AsyncLLM: the same engine, awaitable, from any number of event loops."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import AsyncGenerator, Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from quire.config import EngineConfig, init_signature
+from quire.errors import EngineClosedError, InvalidRequestError
+from quire.llm import LLM
+from quire.outputs import RequestOutput
+from quire.prompts import Prompt, as_single_prompt
+from quire.sampling_params import SamplingParams
+from quire.waiting import Event, failure
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+    from quire.arguments import EngineArguments
+    from quire.engine.loop import EngineLoop
+    from quire.tokenizer.tokenizer import Tokenizer
+
+
+class AsyncLLM:
+    """An engine for asyncio: each request is an asynchronous generator.
+
+    All requests, from every task, thread and event loop, run in one batch. Nothing is bound to
+    an event loop but the requests that were made in it, so that one object serves repeated
+    ``asyncio.run`` and a notebook's loop alike.
+
+    Parameters
+    ----------
+    model, **kwargs
+        As for :class:`quire.LLM`.
+
+    Examples
+    --------
+    >>> async def answer(llm: AsyncLLM, prompt: str) -> str:
+    ...     async for output in llm.generate(prompt):
+    ...         pass
+    ...     return output.outputs[0].text
+    """
+
+    def __init__(self, model: str | os.PathLike[str], **kwargs: Unpack[EngineArguments]) -> None:
+        self._set_up(LLM(model, **kwargs), owns=True)
+
+    @classmethod
+    def from_llm(cls, llm: LLM) -> Self:
+        """Return an AsyncLLM over the engine of ``llm``; the requests of both run in one batch.
+
+        It keeps ``llm`` alive, and closing it does not close ``llm``.
+        """
+        self = cls.__new__(cls)
+        self._set_up(llm, owns=False)
+        return self
+
+    def _set_up(self, llm: LLM, *, owns: bool) -> None:
+        self._llm = llm
+        self._owns = owns
+        self._closed = False
+        self._lock = threading.Lock()
+        self._in_flight: dict[str, str] = {}
+        self._mailboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Mailbox] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    # -- generation ------------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        lora_request: Any = None,
+        priority: int = 0,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Complete one prompt and yield its outputs as they come.
+
+        The request starts with the first output that is asked for. Cancelling the task that
+        reads it, or closing the generator, aborts it.
+
+        Parameters
+        ----------
+        prompt : str, dict or list of int
+            One prompt, as in :meth:`quire.LLM.generate`.
+        sampling_params : SamplingParams, optional
+            ``output_kind`` says what each output holds: all of it so far (the default), what is
+            new, or nothing before the end.
+        request_id : str, optional
+            A name for :meth:`abort`, that no other request in flight has.
+        lora_request : None
+            Adapters are not offered by this version.
+        priority : int
+            Lower runs earlier; needs ``scheduling_policy="priority"``.
+
+        Yields
+        ------
+        RequestOutput
+            The last one has ``finished`` set.
+
+        Raises
+        ------
+        InvalidRequestError
+            The prompt, a parameter or the id is wrong.
+        RequestFailedError
+            The request failed while it ran.
+        EngineClosedError
+            The engine was closed before or meanwhile.
+        """
+        llm = self._open_llm()
+        request = llm._make_request(
+            as_single_prompt(prompt),
+            sampling_params,
+            lora_request=lora_request,
+            priority=priority,
+        )
+        # The engine knows requests by numbers of the LLM, which no caller's name can meet.
+        number = request.request_id
+        name = self._register(number if request_id is None else request_id, number)
+        loop = llm._start()
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        mailbox = self._mailbox(asyncio.get_running_loop())
+        ended = False
+        try:
+            loop.submit([(request, _Sink(mailbox, events, loop, number))])
+            while not ended:
+                event = await events.get()
+                if isinstance(event, BaseException):
+                    ended = True
+                    raise failure(name, event)
+                ended = event.finished
+                event.request_id = name
+                yield event
+        finally:
+            with self._lock:
+                del self._in_flight[name]
+            if not ended:
+                loop.abort([number])
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End requests; their generators yield a last output with ``finish_reason="abort"``.
+
+        Ids that are not in flight are passed over.
+        """
+        names = [request_id] if isinstance(request_id, str) else list(request_id)
+        with self._lock:
+            numbers = [self._in_flight[name] for name in names if name in self._in_flight]
+        if numbers:
+            self._open_llm()._start().abort(numbers)
+
+    def _register(self, name: Any, number: str) -> str:
+        """Take a request's name until it ends."""
+        if not isinstance(name, str) or name == "":
+            raise InvalidRequestError(f"request_id must be a string or None, not {name!r}")
+        with self._lock:
+            if name in self._in_flight:
+                raise InvalidRequestError(f"request_id={name!r} is in flight: ids must be unique")
+            self._in_flight[name] = number
+        return name
+
+    def _mailbox(self, event_loop: asyncio.AbstractEventLoop) -> _Mailbox:
+        with self._lock:
+            mailbox = self._mailboxes.get(event_loop)
+            if mailbox is None:
+                mailbox = self._mailboxes[event_loop] = _Mailbox(event_loop)
+        return mailbox
+
+    # -- the model and the engine ----------------------------------------------------------------
+
+    async def get_tokenizer(self) -> Tokenizer:
+        """Return the model's tokenizer."""
+        return self._open_llm().get_tokenizer()
+
+    async def get_default_sampling_params(self) -> SamplingParams:
+        """Return the parameters of a request that gives none: those the checkpoint recommends."""
+        return self._open_llm().get_default_sampling_params()
+
+    async def get_metrics(self) -> dict[str, float]:
+        """Return the engine's counters and gauges by name."""
+        return await asyncio.to_thread(self._open_llm().get_metrics)
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; return False if running requests prevent it."""
+        return await asyncio.to_thread(self._open_llm().reset_prefix_cache)
+
+    @property
+    def config(self) -> EngineConfig:
+        """What the engine was made with."""
+        return self._llm.config
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Take no more requests and, unless made by :meth:`from_llm`, free the engine. Idempotent.
+
+        Requests that run are ended: with EngineClosedError where the engine is freed, else with
+        ``finish_reason="abort"``.
+        """
+        self._closed = True
+        if self._owns:
+            self._llm.close()
+        elif not self._llm.closed:
+            with self._lock:
+                numbers = list(self._in_flight.values())
+            if numbers:
+                self._llm._start().abort(numbers)
+
+    def shutdown(self) -> None:
+        """Do what :meth:`close` does, by the name that vLLM has for it."""
+        self.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether this object, or the LLM it was made from, was closed."""
+        return self._closed or self._llm.closed
+
+    def _open_llm(self) -> LLM:
+        if self._closed:
+            raise EngineClosedError(f"{self!r} was closed; make a new one")
+        self._llm._check_usable()
+        return self._llm
+
+    def __enter__(self) -> Self:
+        self._open_llm()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        self._open_llm()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # Closing waits for the step that runs.
+        await asyncio.to_thread(self.close)
+
+    def __repr__(self) -> str:
+        state = ", closed" if self.closed else ""
+        return f"{type(self).__name__}(model={self.config.model.model!r}{state})"
+
+
+AsyncLLM.__init__.__signature__ = init_signature()  # type: ignore[attr-defined]
+
+
+class _Mailbox:
+    """Carries outputs from the engine's thread into one event loop, many per wake-up.
+
+    A wake-up costs a system call; a step brings an output to each of hundreds of requests.
+    """
+
+    def __init__(self, event_loop: asyncio.AbstractEventLoop) -> None:
+        self._event_loop = weakref.ref(event_loop)  # the loop is the key of its mailbox
+        self._lock = threading.Lock()
+        self._items: deque[tuple[asyncio.Queue[Event], Event]] = deque()
+        self._woken = False
+
+    def put(self, events: asyncio.Queue[Event], event: Event) -> bool:
+        """Deliver an event to a queue of the event loop; return False if the loop is no more."""
+        event_loop = self._event_loop()
+        if event_loop is None or event_loop.is_closed():
+            return False
+        with self._lock:
+            self._items.append((events, event))
+            woken, self._woken = self._woken, True
+        if not woken:
+            try:
+                event_loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:  # closed since it was asked
+                return False
+        return True
+
+    def _deliver(self) -> None:
+        with self._lock:
+            items, self._items = self._items, deque()
+            self._woken = False
+        for events, event in items:
+            events.put_nowait(event)
+
+
+class _Sink:
+    """Where the engine's thread leaves the outputs of one request.
+
+    The request of an event loop that was closed is aborted: nobody can read it.
+    """
+
+    __slots__ = ("_events", "_loop", "_mailbox", "_number")
+
+    def __init__(
+        self, mailbox: _Mailbox, events: asyncio.Queue[Event], loop: EngineLoop, number: str
+    ) -> None:
+        self._mailbox = mailbox
+        self._events = events
+        self._loop = loop
+        self._number = number
+
+    def __call__(self, event: Event) -> None:
+        if not self._mailbox.put(self._events, event):
+            self._loop.abort([self._number])

@@ -1,0 +1,1 @@
+"""What ``quire bench`` measures: quire beside its peers, on the same tokens, in turns."""

@@ -1,0 +1,174 @@
+"""``quire bench``: throughput, latency, startup."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quire.bench import report
+from quire.bench.checkpoint import DIMENSIONS, random_checkpoint
+from quire.bench.contest import Contestant, Measurement, alternate
+from quire.bench.startup import measure_startup
+from quire.bench.workload import Workload, mixed, shared_prefix, uniform
+
+app = typer.Typer(
+    help="Measure quire, beside its peers and on the same tokens.", no_args_is_help=True
+)
+
+Model = Annotated[
+    str | None, typer.Option(help="A checkpoint to measure with; else --random makes one.")
+]
+Random = Annotated[
+    str, typer.Option(help=f"Dimensions of the random checkpoint: {', '.join(DIMENSIONS)}.")
+]
+Dtype = Annotated[str, typer.Option(help="Of the weights: bfloat16, float32 or float16.")]
+Vs = Annotated[str, typer.Option(help="Peers to measure beside: transformers, or none.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Counted runs per side.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")]
+
+
+def _checkpoint(model: str | None, random: str, dtype: str) -> tuple[str, int]:
+    """Return the model's folder or name, and the size of its vocabulary."""
+    if model is None:
+        return str(random_checkpoint(random, dtype)), int(DIMENSIONS[random]["vocab_size"])
+    from quire.models.hf_config import read_config
+    from quire.models.hub import resolve
+
+    return model, int(read_config(resolve(model))["vocab_size"])
+
+
+def _peers(vs: str) -> list[str]:
+    names = [name.strip() for name in vs.split(",") if name.strip() not in ("", "none")]
+    for name in names:
+        if name != "transformers":
+            raise typer.BadParameter(f"--vs {name!r}: choose transformers, or none")
+    return names
+
+
+def _contest(
+    entries: list[tuple[str, str, dict[str, Any]]],
+    model: str,
+    workload: Workload,
+    repeats: int,
+    output: Path | None,
+) -> list[Measurement]:
+    """Run the sides in turns; print each run as it comes; write the JSON file."""
+    vocab_size = max(max(prompt) for prompt in workload.prompts) + 11
+    with contextlib.ExitStack() as stack:
+        contestants = [
+            stack.enter_context(Contestant(label, side, model, options))
+            for label, side, options in entries
+        ]
+        versions = {c.label: c.versions for c in contestants}
+        typer.echo(f"{workload.name}; {json.dumps(report.machine())}; {json.dumps(versions)}")
+        measurements = alternate(
+            contestants,
+            workload,
+            repeats=repeats,
+            warmup=uniform(2, 16, 4, vocab_size=vocab_size),
+            on_run=lambda label, figures: typer.echo(f"  {label}: {figures['seconds']:.2f} s"),
+        )
+    if output is not None:
+        document = {
+            "workload": workload.name,
+            "machine": report.machine(),
+            "versions": versions,
+            "runs": {m.label: m.runs for m in measurements},
+        }
+        output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return measurements
+
+
+@app.command()
+def throughput(
+    model: Model = None,
+    random: Random = "qwen2.5-0.5b",
+    dtype: Dtype = "bfloat16",
+    vs: Vs = "transformers",
+    workload: Annotated[
+        str,
+        typer.Option(help="uniform, mixed, or prefix (against quire without prefix caching)."),
+    ] = "uniform",
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts.")] = 32,
+    input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt; most, if mixed.")] = 128,
+    output_len: Annotated[int, typer.Option(min=1, help="Tokens generated; most, if mixed.")] = 128,
+    prefix_len: Annotated[int, typer.Option(min=1, help="Shared tokens, for prefix.")] = 1024,
+    repeats: Repeats = 3,
+    json_file: Json = None,
+) -> None:
+    """Output tokens per second over many prompts given at once."""
+    path, vocab_size = _checkpoint(model, random, dtype)
+    options = {"dtype": dtype}
+    entries: list[tuple[str, str, dict[str, Any]]] = [("quire", "quire", options)]
+    if workload == "uniform":
+        work = uniform(num_prompts, input_len, output_len, vocab_size=vocab_size)
+    elif workload == "mixed":
+        work = mixed(num_prompts, (16, input_len), (16, output_len), vocab_size=vocab_size)
+    elif workload == "prefix":
+        work = shared_prefix(
+            num_prompts, prefix_len, input_len, output_len, vocab_size=vocab_size
+        )
+        cold = {**options, "enable_prefix_caching": False}
+        entries.append(("quire, no prefix cache", "quire", cold))
+    else:
+        raise typer.BadParameter(f"--workload {workload!r}: uniform, mixed or prefix")
+    if workload != "prefix":
+        entries += [(name, name, options) for name in _peers(vs)]
+    measurements = _contest(entries, path, work, repeats, json_file)
+    typer.echo(report.throughput_table(measurements, work.num_output_tokens))
+
+
+@app.command()
+def latency(
+    model: Model = None,
+    random: Random = "qwen2.5-0.5b",
+    dtype: Dtype = "bfloat16",
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
+    input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
+    output_len: Annotated[int, typer.Option(min=2, help="Tokens generated.")] = 128,
+    repeats: Repeats = 3,
+    json_file: Json = None,
+) -> None:
+    """Time to the first token, and what a step costs: the model's part, and all the rest."""
+    path, vocab_size = _checkpoint(model, random, dtype)
+    work = uniform(batch, input_len, output_len, vocab_size=vocab_size)
+    [measured] = _contest(
+        [("quire", "quire", {"dtype": dtype})], path, work, repeats, json_file
+    )
+    rows = [["figure", "median (range)"]]
+    for name, label, digits, scale in (
+        ("first_token_seconds", "first token, ms", 1, 1e3),
+        ("forward_ms_per_step", "model per step, ms", 3, 1.0),
+        ("overhead_ms_per_step", "engine overhead per step, ms", 3, 1.0),
+        ("seconds", "all, s", 2, 1.0),
+        ("peak_bytes", "peak memory, GB", 2, 1e-9),
+    ):
+        rows.append([label, report.spread(measured, name, digits, scale)])
+    typer.echo(report.table(rows))
+
+
+@app.command()
+def startup(
+    model: Annotated[str, typer.Option(help="The model to start.")] = "quire/demo",
+    repeats: Repeats = 3,
+    json_file: Json = None,
+) -> None:
+    """From nothing to the first token, in fresh processes."""
+    measured = Measurement(model)
+    for _ in range(repeats):
+        measured.add(measure_startup(model))
+    rows = [["phase", "seconds: median (range)"]]
+    rows += [
+        [name.replace("_", " "), report.spread(measured, name, 3)]
+        for name in measured.runs
+        if name != "peak_bytes"
+    ]
+    rows.append(["peak memory, GB", report.spread(measured, "peak_bytes", 2, 1e-9)])
+    typer.echo(report.table(rows))
+    if json_file is not None:
+        document = {"model": model, "machine": report.machine(), "runs": measured.runs}
+        json_file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,140 @@
+"""Sides: who is measured. Each loads a model once and then runs workloads."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Protocol
+
+from quire.bench.workload import Workload
+
+
+class Side(Protocol):
+    """One contestant, inside a process of its own."""
+
+    def run(self, workload: Workload) -> dict[str, float]:
+        """Run a workload; return ``seconds`` and whatever else was measured."""
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions of what is measured."""
+
+
+class QuireSide:
+    """quire's ``LLM``.
+
+    Parameters
+    ----------
+    model : str
+    **options
+        Engine arguments, such as ``enable_prefix_caching=False``.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        from quire import LLM
+
+        self._llm = LLM(model, skip_tokenizer_init=True, **options)
+
+    def run(self, workload: Workload) -> dict[str, float]:
+        """Generate; the prefix cache starts empty."""
+        from quire import SamplingParams
+
+        self._llm.reset_prefix_cache()
+        params = [
+            SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False)
+            for n in workload.output_lens
+        ]
+        before = self._llm.get_metrics()
+        started = time.perf_counter()
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": ids} for ids in workload.prompts], params, use_tqdm=False
+        )
+        seconds = time.perf_counter() - started
+        after = self._llm.get_metrics()
+        _check(workload, [len(output.outputs[0].token_ids) for output in outputs])
+        delta = {name: after[name] - before[name] for name in after}
+        firsts = [
+            output.metrics.first_token_time - output.metrics.arrival_time
+            for output in outputs
+            if output.metrics is not None and output.metrics.first_token_time is not None
+        ]
+        steps = max(delta["num_steps"], 1)
+        overhead = delta["step_seconds"] - delta["forward_seconds"]
+        return {
+            "seconds": seconds,
+            "first_token_seconds": min(firsts),
+            "steps": delta["num_steps"],
+            "overhead_ms_per_step": 1e3 * overhead / steps,
+            "forward_ms_per_step": 1e3 * delta["forward_seconds"] / steps,
+        }
+
+    def versions(self) -> dict[str, str]:
+        """Return quire's and torch's versions."""
+        import torch
+
+        import quire
+
+        return {"quire": quire.__version__, "torch": torch.__version__}
+
+
+class TransformersSide:
+    """transformers' ``generate`` over left-padded batches.
+
+    Parameters
+    ----------
+    model : str
+    batch_size : int
+        Prompts per batch, taken in order.
+    dtype : str
+    """
+
+    def __init__(self, model: str, *, batch_size: int = 32, dtype: str = "auto") -> None:
+        from transformers import AutoModelForCausalLM
+
+        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        self._model.eval()
+        self._batch_size = batch_size
+
+    def run(self, workload: Workload) -> dict[str, float]:
+        """Generate batch by batch, each until its longest output is complete."""
+        started = time.perf_counter()
+        generated = []
+        for low in range(0, len(workload.prompts), self._batch_size):
+            high = low + self._batch_size
+            lens = workload.output_lens[low:high]
+            self._generate(workload.prompts[low:high], max(lens))
+            generated.extend(lens)
+        seconds = time.perf_counter() - started
+        _check(workload, generated)
+        return {"seconds": seconds}
+
+    def _generate(self, prompts: list[list[int]], count: int) -> None:
+        import torch
+
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        with torch.inference_mode():
+            output = self._model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        if output.shape[1] != width + count:
+            raise RuntimeError(f"transformers generated {output.shape[1] - width} of {count}")
+
+    def versions(self) -> dict[str, str]:
+        """Return transformers' and torch's versions."""
+        import torch
+        import transformers
+
+        return {"transformers": transformers.__version__, "torch": torch.__version__}
+
+
+def _check(workload: Workload, generated: list[int]) -> None:
+    if generated != workload.output_lens:
+        raise RuntimeError(f"{generated} tokens were generated, not {workload.output_lens}")
+
+
+SIDES = {"quire": QuireSide, "transformers": TransformersSide}

@@ -1,0 +1,1 @@
+"""The ``quire`` command: :mod:`quire.cli.app` has its entry point."""

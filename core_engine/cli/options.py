@@ -1,0 +1,152 @@
+"""The options that several subcommands share, and what is made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from quire.llm import LLM
+    from quire.sampling_params import SamplingParams
+
+T = TypeVar("T")
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="A folder, a name on the hub, or quire/demo.")
+]
+Dtype = Annotated[str, typer.Option(help="auto, float16, bfloat16 or float32.")]
+MaxModelLen = Annotated[
+    int | None, typer.Option(min=1, help="Most tokens of one request, prompt and answer.")
+]
+EngineArgs = Annotated[
+    list[str] | None,
+    typer.Option("--engine-arg", metavar="NAME=VALUE", help="Any other argument of quire.LLM."),
+]
+MaxTokens = Annotated[
+    int | None, typer.Option(min=1, help="Most tokens to generate.", show_default="the room left")
+]
+Temperature = Annotated[float | None, typer.Option(min=0, help="0 takes the likeliest token.")]
+TopP = Annotated[float | None, typer.Option(help="Sample from this share of the probability.")]
+TopK = Annotated[int | None, typer.Option(help="Sample from this many tokens.")]
+Seed = Annotated[int | None, typer.Option(help="Makes the samples repeat.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")]
+SamplingArgs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sampling-arg", metavar="NAME=VALUE", help="Any other field of quire.SamplingParams."
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What the command line says of the engine."""
+
+    model: str
+    dtype: str
+    max_model_len: int | None
+    engine_args: Sequence[str] | None
+
+    def make_llm(self) -> LLM:
+        """Load the model.
+
+        Raises
+        ------
+        typer.BadParameter
+            An argument that :class:`quire.LLM` does not have.
+        QuireError
+            What making an :class:`quire.LLM` raises.
+        """
+        from quire.config import EngineConfig
+        from quire.llm import LLM
+
+        arguments: dict[str, Any] = {
+            "dtype": self.dtype,
+            "max_model_len": self.max_model_len,
+            **parse_assignments("--engine-arg", self.engine_args),
+        }
+        # Made ahead of the model's loading, in which a TypeError would be a defect.
+        _make("--engine-arg", lambda: EngineConfig.create(self.model, **arguments))
+        return LLM(self.model, **arguments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """What the command line says of the sampling; None leaves the model's default."""
+
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+    stop: Sequence[str] | None
+    sampling_args: Sequence[str] | None
+    n: int = 1
+
+    def make_params(self, llm: LLM) -> SamplingParams:
+        """Return the model's default parameters with the given ones put in.
+
+        Raises
+        ------
+        typer.BadParameter
+            A field that :class:`quire.SamplingParams` does not have.
+        InvalidRequestError
+            A value that is out of range.
+        """
+        given = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "seed": self.seed,
+            "stop": list(self.stop) if self.stop else None,
+        }
+        fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        # In the engine's own terms None is "the room left", so it is set, not left out.
+        fields |= {"max_tokens": self.max_tokens, "n": self.n}
+        fields |= parse_assignments("--sampling-arg", self.sampling_args)
+        defaults = llm.get_default_sampling_params()
+        return _make("--sampling-arg", lambda: replace(defaults, **fields))
+
+
+def parse_assignments(option: str, assignments: Sequence[str] | None) -> dict[str, Any]:
+    """Return ``NAME=VALUE`` texts as a dict; a value is read as JSON where it is JSON.
+
+    Parameters
+    ----------
+    option : str
+        The option they were given by, for messages.
+    assignments : sequence of str or None
+
+    Raises
+    ------
+    typer.BadParameter
+        For a text without ``=`` or without a name.
+
+    Examples
+    --------
+    >>> parse_assignments("--engine-arg", ["block-size=32", "device=cpu"])
+    {'block_size': 32, 'device': 'cpu'}
+    """
+    values: dict[str, Any] = {}
+    for assignment in assignments or ():
+        name, equals, text = assignment.partition("=")
+        if not equals or not name.strip():
+            raise typer.BadParameter(f"{option} takes NAME=VALUE, not {assignment!r}")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = {"True": True, "False": False, "None": None}.get(text, text)
+        values[name.strip().replace("-", "_")] = value
+    return values
+
+
+def _make(option: str, make: Callable[[], T]) -> T:
+    """Return what ``make`` makes; a name it does not know is an error of usage."""
+    try:
+        return make()
+    except TypeError as error:
+        raise typer.BadParameter(f"{option}: {error}") from error

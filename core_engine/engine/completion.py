@@ -1,0 +1,123 @@
+"""Completion: what one sequence has said so far, and whether it is done."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quire.outputs import CompletionOutput, TokenLogprobs
+from quire.tokenizer.detokenizer import Detokenizer
+
+if TYPE_CHECKING:
+    from quire.engine.request import Request
+    from quire.tokenizer.tokenizer import Tokenizer
+
+
+class Completion:
+    """The output side of a sequence: text, logprobs, the reason to stop.
+
+    Parameters
+    ----------
+    request : Request
+    index : int
+        Its number within the request.
+    token_ids : list of int
+        The sequence's output tokens; :meth:`append` extends this very list.
+    tokenizer : Tokenizer or None
+    eos_token_ids : frozenset of int
+        Tokens that end the text.
+    """
+
+    __slots__ = (
+        "_detokenizer",
+        "_eos",
+        "_params",
+        "_request",
+        "_sent_finish",
+        "_sent_text",
+        "_sent_tokens",
+        "_stop_token_ids",
+        "cumulative_logprob",
+        "finish_reason",
+        "index",
+        "logprobs",
+        "stop_reason",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        request: Request,
+        index: int,
+        token_ids: list[int],
+        tokenizer: Tokenizer | None,
+        eos_token_ids: frozenset[int],
+    ) -> None:
+        params = request.params
+        self.index = index
+        self.token_ids = token_ids
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        self.cumulative_logprob = 0.0
+        self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
+        self._request = request
+        self._params = params
+        self._eos = eos_token_ids
+        self._stop_token_ids = frozenset(params.stop_token_ids or ())
+        self._detokenizer = Detokenizer(tokenizer, params, request.prompt_token_ids)
+        self._sent_text = ""
+        self._sent_tokens = 0
+        self._sent_finish = False
+
+    def append(self, token_id: int) -> None:
+        """Take the next token and decide whether it is the last."""
+        self.token_ids.append(token_id)
+        if token_id in self._eos:
+            self.finish_reason = "stop"
+        elif token_id in self._stop_token_ids:
+            self.finish_reason, self.stop_reason = "stop", token_id
+        if self.finish_reason is None or self._params.include_stop_str_in_output:
+            stop = self._detokenizer.append([token_id])
+            if stop is not None and self.finish_reason is None:
+                self.finish_reason, self.stop_reason = "stop", stop
+        if self.finish_reason is None and len(self.token_ids) >= self._params.max_tokens:
+            self.finish_reason = "length"
+
+    def has_news(self) -> bool:
+        """Return whether anything happened since the last delta."""
+        finished = self.finish_reason is not None
+        return self._sent_tokens < len(self.token_ids) or finished is not self._sent_finish
+
+    def output(self) -> CompletionOutput:
+        """Return all of it."""
+        return self._output(self.text(), list(self.token_ids), self.logprobs)
+
+    def delta(self) -> CompletionOutput:
+        """Return what is new since the last call."""
+        text = self.text()
+        first = self._sent_tokens
+        output = self._output(
+            text[len(self._sent_text) :],
+            self.token_ids[first:],
+            None if self.logprobs is None else self.logprobs[first:],
+        )
+        self._sent_text, self._sent_tokens = text, len(self.token_ids)
+        self._sent_finish = self.finish_reason is not None
+        return output
+
+    def text(self) -> str:
+        """Return the text that can be shown."""
+        return self._detokenizer.text(finished=self.finish_reason is not None)
+
+    def _output(
+        self, text: str, token_ids: list[int], logprobs: list[TokenLogprobs] | None
+    ) -> CompletionOutput:
+        return CompletionOutput(
+            index=self.index,
+            text=text,
+            token_ids=token_ids,
+            cumulative_logprob=None if self.logprobs is None else self.cumulative_logprob,
+            logprobs=None if logprobs is None else list(logprobs),
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            lora_request=self._request.lora_request,
+        )

@@ -1,0 +1,521 @@
+"""Engine: requests in, one step at a time, outputs out."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from quire.engine.batch import ForwardBatch
+from quire.engine.block_pool import BlockPool, root_key
+from quire.engine.live_request import LiveRequest
+from quire.engine.metrics import EngineMetrics
+from quire.engine.processor import ModelLimits, Processor
+from quire.engine.runner import ModelRunner
+from quire.engine.scheduler import Scheduler, StepPlan
+from quire.engine.sequence import Sequence, SequenceStatus
+from quire.engine.sequence_table import SequenceTable
+from quire.errors import EngineClosedError, InvalidRequestError, RequestFailedError
+from quire.outputs import Logprob, RequestOutput, TokenLogprobs
+from quire.sampling.beam_search import BeamSearch
+from quire.sampling.processors import LogitsProcessors
+from quire.sampling.random import derive_seed
+from quire.sampling.row import num_beam_candidates
+from quire.sampling.sampler import LogprobsTensors, Sampler
+from quire.tokenizer.detokenizer import Detokenizer
+
+if TYPE_CHECKING:
+    from quire.config import EngineConfig
+    from quire.engine.request import Request
+    from quire.tokenizer.tokenizer import Tokenizer
+
+StepOutput = RequestOutput | RequestFailedError
+"""What a step says of a request: both have ``request_id``; a failure is the last word."""
+
+# Rows of logits that are turned into prompt logprobs at once: a long prompt times a large
+# vocabulary would otherwise take gigabytes.
+_PROMPT_LOGPROBS_ROWS = 64
+
+
+class Engine:
+    """A model, its KV cache and the requests in flight.
+
+    Not thread-safe: one :class:`~quire.engine.loop.EngineLoop` owns it.
+
+    Parameters
+    ----------
+    config : EngineConfig
+    runner : ModelRunner
+    tokenizer : Tokenizer or None
+    limits : ModelLimits
+        What prompts and parameters are checked against.
+    num_blocks : int
+        KV blocks, the null block included.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        runner: ModelRunner,
+        tokenizer: Tokenizer | None,
+        limits: ModelLimits,
+        num_blocks: int,
+        sampler: Sampler,
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.limits = limits
+        self.processor = Processor(tokenizer, limits, seed=config.seed)
+        self.metrics_data = EngineMetrics()
+        self._runner: ModelRunner | None = runner
+        self._sampler = sampler
+        self._eos_token_ids = frozenset(limits.eos_token_ids)
+        self._pool = BlockPool(num_blocks, config.cache.block_size)
+        by_priority = config.scheduler.scheduling_policy == "priority"
+        self._by_priority = by_priority
+        self.scheduler = Scheduler(
+            self._pool,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=config.scheduler.token_budget(limits.max_model_len),
+            chunked_prefill=config.scheduler.enable_chunked_prefill,
+            preempt_by_priority=by_priority,
+        )
+        self._table = SequenceTable(
+            config.scheduler.max_num_seqs,
+            limits.max_model_len,
+            config.cache.block_size,
+            runner.device,
+        )
+        self._requests: dict[str, LiveRequest] = {}
+        self._num_arrivals = 0
+
+    # -- requests ------------------------------------------------------------------------------
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether any request is in flight."""
+        return bool(self._requests)
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request made by :class:`~quire.engine.processor.Processor`.
+
+        Raises
+        ------
+        InvalidRequestError
+            If a request of that id is in flight, or a logits processor is no such thing.
+        EngineClosedError
+            After :meth:`close`.
+        """
+        if self._runner is None:
+            raise EngineClosedError("the engine is closed: make a new one")
+        if request.request_id in self._requests:
+            raise InvalidRequestError(
+                f"request_id={request.request_id!r} is in flight already: ids must be unique"
+            )
+        params = request.params
+        if params.logits_processors:
+            LogitsProcessors(params.logits_processors, request.prompt_token_ids)  # checks them
+        eos_token_ids = frozenset() if params.ignore_eos else self._eos_token_ids
+        beam = self._beam_search(request, eos_token_ids) if params.use_beam_search else None
+        live = LiveRequest(request, self.tokenizer, eos_token_ids, beam)
+        count = 1 if beam is not None else params.num_sequences
+        priority = request.priority if self._by_priority else 0
+        order = (priority, self._num_arrivals)
+        self._num_arrivals += 1
+        shared = self.config.cache.enable_prefix_caching
+        root = root_key(request.cache_salt, None if shared else request.request_id)
+        for index in range(count):
+            sequence = Sequence(
+                request.request_id,
+                index,
+                request.prompt_token_ids,
+                order=(*order, index),
+                root_key=root,
+                publish=shared or count > 1 or beam is not None,
+                skip_cached_prefix=index == 0 and params.prompt_logprobs is not None,
+            )
+            live.num_sequences += 1
+            if index == 0:
+                live.sequences[0] = sequence
+            else:
+                live.deferred.append(sequence)
+            if beam is None:
+                live.start_completion(index, sequence.output_token_ids)
+        if beam is not None:
+            live.beam_order = [0]
+        self._requests[request.request_id] = live
+        self.scheduler.add(live.sequences[0])
+        self.metrics_data.num_requests += 1
+
+    def abort(self, request_ids: Iterable[str]) -> list[RequestOutput]:
+        """End requests now; ids that are not in flight are passed over.
+
+        Returns
+        -------
+        list of RequestOutput
+            Their last outputs, with ``finish_reason="abort"``.
+        """
+        outputs = []
+        for request_id in request_ids:
+            live = self._requests.get(request_id)
+            if live is not None:
+                live.abort()
+                self._drop(live)
+                output = live.output()
+                assert output is not None
+                outputs.append(output)
+        return outputs
+
+    # -- the step ------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> list[StepOutput]:
+        """Compute one step and return the news of the requests it touched.
+
+        A step that raises fails the requests in it, and no others.
+        """
+        if self._runner is None or not self._requests:
+            return []
+        started = time.perf_counter()
+        plan = self.scheduler.schedule()
+        self._admit(plan)
+        if not plan.sequences:
+            raise RuntimeError(f"nothing can be scheduled: {self.scheduler.running}")
+        batch, caught_up = self._table.build(plan)
+        try:
+            forward_started = time.perf_counter()
+            hidden = self._runner.forward(batch)
+            logits = None
+            if caught_up.any():
+                logits = self._runner.logits(hidden, batch.logits_indices)
+            self.metrics_data.forward_seconds += time.perf_counter() - forward_started
+        except Exception as error:  # whatever a model raises, the engine goes on
+            return self._fail_step(plan, error)
+        self._collect_prompt_logprobs(plan, batch, hidden)
+        self.scheduler.update(plan)
+        outputs: list[StepOutput] = []
+        if logits is not None:
+            outputs = self._sample(plan, caught_up, logits)
+        self.metrics_data.num_steps += 1
+        self.metrics_data.num_computed_tokens += plan.num_tokens
+        self.metrics_data.step_seconds += time.perf_counter() - started
+        return outputs
+
+    def _admit(self, plan: StepPlan) -> None:
+        for sequence in plan.preempted:
+            if sequence.row >= 0:
+                self._sampler.remove(sequence.row)
+                self._table.release(sequence)
+            self._requests[sequence.request_id].metrics.num_preemptions += 1
+            self.metrics_data.num_preemptions += 1
+        for sequence in plan.admitted:
+            live = self._requests[sequence.request_id]
+            self._table.assign(sequence)
+            self._add_to_sampler(live, sequence)
+            if live.metrics.first_scheduled_time is None:
+                live.metrics.first_scheduled_time = time.monotonic()
+                live.num_cached_tokens = sequence.num_cached_tokens
+                self.metrics_data.num_prompt_tokens += sequence.num_prompt_tokens
+                self.metrics_data.num_cached_tokens += sequence.num_cached_tokens
+
+    def _add_to_sampler(self, live: LiveRequest, sequence: Sequence) -> None:
+        self._sampler.add(
+            sequence.row,
+            live.request.params,
+            seed=derive_seed(live.request.seed, sequence.index),
+            prompt_token_ids=sequence.prompt_token_ids,
+            output_token_ids=sequence.output_token_ids,
+            eos_token_ids=live.eos_token_ids,
+            bad_words_ids=live.request.bad_words_ids,
+        )
+
+    def _sample(
+        self, plan: StepPlan, caught_up: np.ndarray, logits: torch.Tensor
+    ) -> list[StepOutput]:
+        sequences = [plan.sequences[i] for i in np.flatnonzero(caught_up)]
+        rows = np.array([s.row for s in sequences], dtype=np.int64)
+        sampled = self._sampler.sample(logits, rows)
+        plain = np.array([s.row >= 0 and self._requests[s.request_id].beam is None
+                          for s in sequences])
+        self._table.append(rows[plain], sampled.token_ids[plain])
+
+        touched: dict[str, LiveRequest] = {}
+        failed: dict[str, BaseException] = {}
+        now = time.monotonic()
+        token_ids = sampled.token_ids.tolist()
+        for i, sequence in enumerate(sequences):
+            live = self._requests[sequence.request_id]
+            if i in sampled.failures:
+                failed.setdefault(sequence.request_id, sampled.failures[i])
+                continue
+            touched[sequence.request_id] = live
+            if live.metrics.first_token_time is None:
+                live.metrics.first_token_time = now
+            for sample in live.deferred:
+                live.sequences[sample.index] = sample
+                self.scheduler.add(sample)
+            live.deferred.clear()
+            if live.beam is not None:
+                assert sampled.logprobs is not None
+                self._report_candidates(live, sequence, sampled.logprobs, i)
+            else:
+                self._append(live, sequence, token_ids[i], sampled.logprobs, i)
+            self.metrics_data.num_generation_tokens += 1
+
+        outputs: list[StepOutput] = []
+        for request_id, error in failed.items():
+            touched.pop(request_id, None)
+            outputs.append(self._fail(self._requests[request_id], error))
+        for live in touched.values():
+            if live.beam is not None and len(live.candidates) == len(live.beam_order):
+                self._advance_beams(live)
+            if live.finished:
+                live.metrics.finished_time = now
+                self._drop(live)
+            output = live.output()
+            if output is not None:
+                outputs.append(output)
+        return outputs
+
+    def _append(
+        self,
+        live: LiveRequest,
+        sequence: Sequence,
+        token_id: int,
+        logprobs: LogprobsTensors | None,
+        i: int,
+    ) -> None:
+        completion = live.completions[sequence.index]
+        params = live.request.params
+        if params.logprobs is not None or params.num_sequences > params.n:
+            assert logprobs is not None
+            completion.cumulative_logprob += float(logprobs.logprobs[i, 0])
+            if completion.logprobs is not None:
+                k = params.logprobs or 0
+                completion.logprobs.append(self._token_logprobs(logprobs, i, k))
+        completion.append(token_id)
+        if completion.finish_reason is not None:
+            self._finish_sequence(live, sequence)
+
+    def _token_logprobs(self, logprobs: LogprobsTensors, i: int, k: int) -> TokenLogprobs:
+        width = logprobs.token_ids.shape[1] if k < 0 else min(k + 1, logprobs.token_ids.shape[1])
+        ids = logprobs.token_ids[i, :width].tolist()
+        values = logprobs.logprobs[i, :width].tolist()
+        ranks = [int(logprobs.ranks[i]), *range(1, width)]
+        entries: TokenLogprobs = {}
+        for token_id, value, rank in zip(ids, values, ranks, strict=True):
+            if token_id not in entries:
+                text = None if self.tokenizer is None else self.tokenizer.decode_token(token_id)
+                entries[token_id] = Logprob(value, rank, text)
+        return entries
+
+    def _collect_prompt_logprobs(
+        self, plan: StepPlan, batch: ForwardBatch, hidden: torch.Tensor
+    ) -> None:
+        assert self._runner is not None
+        start = 0
+        for sequence, count in zip(plan.sequences, plan.num_new_tokens, strict=True):
+            offset, start = start, start + count
+            if not sequence.skip_cached_prefix:
+                continue
+            live = self._requests[sequence.request_id]
+            entries = live.prompt_logprobs
+            assert entries is not None
+            first = sequence.num_computed_tokens
+            # Position p predicts prompt token p + 1; recomputation must not add it twice.
+            todo = range(
+                max(first, len(entries) - 1),
+                min(first + count, sequence.num_prompt_tokens - 1),
+            )
+            k = live.request.params.prompt_logprobs or 0
+            for low in range(todo.start, todo.stop, _PROMPT_LOGPROBS_ROWS):
+                positions = range(low, min(low + _PROMPT_LOGPROBS_ROWS, todo.stop))
+                indices = torch.tensor(
+                    [offset + p - first for p in positions], device=hidden.device
+                )
+                targets = torch.tensor(
+                    [sequence.prompt_token_ids[p + 1] for p in positions], device=hidden.device
+                )
+                logits = self._runner.logits(hidden, indices)
+                tensors = self._sampler.logprobs_for(logits, targets, k)
+                entries.extend(self._token_logprobs(tensors, i, k) for i in range(len(positions)))
+            if len(entries) == sequence.num_prompt_tokens:
+                sequence.skip_cached_prefix = False
+
+    # -- beam search ---------------------------------------------------------------------------
+
+    def _beam_search(self, request: Request, eos_token_ids: frozenset[int]) -> BeamSearch:
+        params = request.params
+        stop_token_ids = set(params.stop_token_ids or ())
+
+        def stopped(token_ids: list[int]) -> str | int | None:
+            if token_ids[-1] in stop_token_ids:
+                return token_ids[-1]
+            detokenizer = Detokenizer(self.tokenizer, params, request.prompt_token_ids)
+            return detokenizer.append(token_ids)
+
+        return BeamSearch(
+            width=params.beam_width,
+            num_return=params.n,
+            length_penalty=params.length_penalty,
+            early_stopping=params.early_stopping,
+            max_tokens=params.max_tokens,
+            eos_token_ids=set(eos_token_ids),
+            prompt_len=len(request.prompt_token_ids),
+            min_tokens=params.min_tokens,
+            is_stopped=stopped if params.stop or stop_token_ids else None,
+        )
+
+    def _report_candidates(
+        self, live: LiveRequest, sequence: Sequence, logprobs: LogprobsTensors, i: int
+    ) -> None:
+        width = num_beam_candidates(live.request.params, live.eos_token_ids)
+        live.candidates[sequence.index] = (
+            logprobs.token_ids[i, 1 : width + 1].tolist(),
+            logprobs.logprobs[i, 1 : width + 1].tolist(),
+        )
+        self.scheduler.park(sequence)
+
+    def _advance_beams(self, live: LiveRequest) -> None:
+        """Let every beam take its next token: in place where it can, by a new sequence else.
+
+        A new sequence finds its parent's full blocks in the prefix cache, like any other.
+        """
+        assert live.beam is not None
+        parents = [live.sequences[index] for index in live.beam_order]
+        moves = live.beam.advance([live.candidates[index] for index in live.beam_order])
+        live.candidates.clear()
+        live.beam_order = []
+        forks: list[Sequence] = []
+        going_on: set[int] = set()
+        # New sequences first: they copy their parent's tokens as they were.
+        for parent_index, token_id in moves:
+            parent = parents[parent_index]
+            if parent.index not in going_on:
+                going_on.add(parent.index)
+                live.beam_order.append(parent.index)
+                continue
+            child = Sequence(
+                parent.request_id,
+                live.num_sequences,
+                parent.prompt_token_ids,
+                order=(*parent.order[:-1], live.num_sequences),
+                root_key=parent.root_key,
+            )
+            live.num_sequences += 1
+            child.output_token_ids = [*parent.output_token_ids, token_id]
+            child.block_keys = list(parent.block_keys)
+            live.beam_order.append(child.index)
+            forks.append(child)
+        for index, (parent_index, token_id) in zip(live.beam_order, moves, strict=True):
+            parent = parents[parent_index]
+            if index == parent.index:
+                parent.output_token_ids.append(token_id)
+                if parent.row >= 0:
+                    self._table.append(np.array([parent.row]), np.array([token_id]))
+                    self._sampler.remove(parent.row)
+                    self._add_to_sampler(live, parent)
+                self.scheduler.unpark(parent)
+        for parent in parents:
+            if parent.index not in going_on:
+                self._finish_sequence(live, parent)
+        for child in forks:
+            live.sequences[child.index] = child
+            self.scheduler.add(child)
+        if live.beam.done:
+            self._finish_beams(live)
+
+    def _finish_beams(self, live: LiveRequest) -> None:
+        assert live.beam is not None
+        for sequence in list(live.sequences.values()):
+            self._finish_sequence(live, sequence)
+        for rank, hypothesis in enumerate(live.beam.results()):
+            completion = live.start_completion(rank, [])
+            for token_id in hypothesis.token_ids:
+                completion.append(token_id)
+            completion.cumulative_logprob = hypothesis.cum_logprob
+            completion.finish_reason = hypothesis.finish_reason
+            completion.stop_reason = hypothesis.stop_reason
+            if completion.logprobs is not None:
+                completion.logprobs.extend(
+                    {token_id: Logprob(value, None, None)}
+                    for token_id, value in zip(
+                        hypothesis.token_ids, hypothesis.logprobs, strict=True
+                    )
+                )
+
+    # -- endings -------------------------------------------------------------------------------
+
+    def _finish_sequence(self, live: LiveRequest, sequence: Sequence) -> None:
+        if sequence.row >= 0:
+            self._sampler.remove(sequence.row)
+            self._table.release(sequence)
+        if sequence.status is not SequenceStatus.FINISHED:
+            self.scheduler.finish(sequence)
+        live.sequences.pop(sequence.index, None)
+        if not self.config.cache.enable_prefix_caching and sequence.publish:
+            # Shared within the request only, and nobody is left to find it once that ends.
+            live.private_keys.update(sequence.block_keys)
+
+    def _drop(self, live: LiveRequest) -> None:
+        live.deferred.clear()
+        for sequence in list(live.sequences.values()):
+            self._finish_sequence(live, sequence)
+        self._pool.withdraw(live.private_keys)
+        del self._requests[live.request.request_id]
+
+    def _fail(self, live: LiveRequest, error: BaseException) -> RequestFailedError:
+        self._drop(live)
+        self.metrics_data.num_failed_requests += 1
+        if isinstance(error, RequestFailedError):
+            return error
+        failure = RequestFailedError(
+            live.request.request_id, str(error) or type(error).__name__
+        )
+        failure.__cause__ = error
+        return failure
+
+    def _fail_step(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
+        lives = {s.request_id: self._requests[s.request_id] for s in plan.sequences}
+        return [self._fail(live, error) for live in lives.values()]
+
+    def fail_all(self, error: BaseException) -> list[StepOutput]:
+        """End every request in flight with an error, for when a step broke down half-way."""
+        return [self._fail(live, error) for live in list(self._requests.values())]
+
+    # -- the rest ------------------------------------------------------------------------------
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; requests in flight keep their blocks."""
+        self._pool.reset()
+        return True
+
+    def metrics(self) -> dict[str, float]:
+        """Return counters since the start, and gauges of this moment."""
+        usable = self._pool.num_blocks - 1
+        running = [s for s in self.scheduler.running if s.status is SequenceStatus.RUNNING]
+        return {
+            **dataclasses.asdict(self.metrics_data),
+            "num_running_seqs": len(running),
+            "num_waiting_seqs": self.scheduler.num_waiting,
+            "num_unfinished_requests": len(self._requests),
+            "kv_cache_usage": 1 - self._pool.num_free / usable,
+            "num_kv_blocks": usable,
+        }
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless the engine's books agree with each other."""
+        alive = [s for live in self._requests.values() for s in live.sequences.values()]
+        self.scheduler.check_integrity(alive)
+        self._table.check_integrity(alive)
+
+    def close(self) -> list[StepOutput]:
+        """Drop all requests and let weights and KV cache go."""
+        outputs: list[StepOutput] = list(self.abort(list(self._requests)))
+        self._runner = None
+        return outputs

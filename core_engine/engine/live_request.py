@@ -1,0 +1,114 @@
+"""LiveRequest: a request inside the engine, with its sequences and what they said."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quire.engine.completion import Completion
+from quire.outputs import RequestMetrics, RequestOutput, TokenLogprobs
+from quire.sampling_params import RequestOutputKind
+
+if TYPE_CHECKING:
+    from quire.engine.request import Request
+    from quire.engine.sequence import Sequence
+    from quire.sampling.beam_search import BeamSearch
+    from quire.tokenizer.tokenizer import Tokenizer
+
+
+class LiveRequest:
+    """One request from :meth:`Engine.add_request` to its last output.
+
+    Attributes
+    ----------
+    sequences : dict of int to Sequence
+        Those not yet finished, by index.
+    deferred : list of Sequence
+        Samples that wait for the first one to compute the prompt they share.
+    completions : dict of int to Completion
+    eos_token_ids : frozenset of int
+        Tokens that end its texts; none when they are to be ignored.
+    beam : BeamSearch or None
+        The search, for a request that asked for one.
+    prompt_logprobs : list or None
+        One entry per prompt token so far, the first of them None.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: frozenset[int],
+        beam: BeamSearch | None,
+    ) -> None:
+        self.request = request
+        self.beam = beam
+        self.candidates: dict[int, tuple[list[int], list[float]]] = {}
+        self.beam_order: list[int] = []
+        self.sequences: dict[int, Sequence] = {}
+        self.deferred: list[Sequence] = []
+        self.completions: dict[int, Completion] = {}
+        self.num_sequences = 0
+        self.private_keys: set[bytes] = set()
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = (
+            None if request.params.prompt_logprobs is None else [None]
+        )
+        self.metrics = RequestMetrics(arrival_time=request.arrival_time)
+        self.num_cached_tokens = 0
+        self._tokenizer = tokenizer
+        self.eos_token_ids = eos_token_ids
+
+    def start_completion(self, index: int, token_ids: list[int]) -> Completion:
+        """Begin the output of sequence ``index`` over its list of tokens."""
+        completion = Completion(
+            self.request, index, token_ids, self._tokenizer, self.eos_token_ids
+        )
+        self.completions[index] = completion
+        return completion
+
+    @property
+    def finished(self) -> bool:
+        """Whether every completion has ended."""
+        return not self.sequences and not self.deferred
+
+    def abort(self) -> None:
+        """Mark what has not ended as aborted."""
+        if not self.completions:
+            self.start_completion(0, [])
+        for completion in self.completions.values():
+            if completion.finish_reason is None:
+                completion.finish_reason = "abort"
+
+    def output(self) -> RequestOutput | None:
+        """Return what the request wants to be told now, or None."""
+        params = self.request.params
+        held_back = self.beam is not None or params.num_sequences > params.n
+        finished = self.finished
+        if not finished and (held_back or params.output_kind == RequestOutputKind.FINAL_ONLY):
+            return None
+        completions = list(self.completions.values())
+        if held_back:
+            outputs = [c.output() for c in self._best(completions)]
+        elif params.output_kind == RequestOutputKind.DELTA:
+            outputs = [c.delta() for c in completions if c.has_news()]
+        else:
+            outputs = [c.output() for c in completions]
+        return RequestOutput(
+            request_id=self.request.request_id,
+            prompt=self.request.prompt,
+            prompt_token_ids=self.request.prompt_token_ids,
+            prompt_logprobs=self.prompt_logprobs,
+            outputs=outputs,
+            finished=finished,
+            metrics=self.metrics,
+            lora_request=self.request.lora_request,
+            num_cached_tokens=self.num_cached_tokens,
+        )
+
+    def _best(self, completions: list[Completion]) -> list[Completion]:
+        """Return the best ``n``, numbered anew; a beam search has ranked its own."""
+        if self.beam is None:
+            completions.sort(key=lambda c: -c.cumulative_logprob)
+            completions = completions[: self.request.params.n]
+        for index, completion in enumerate(completions):
+            completion.index = index
+        return completions

@@ -1,0 +1,188 @@
+"""EngineLoop: the one thread that steps an engine, and the door for all others."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from quire.engine.engine import Engine, StepOutput
+from quire.engine.request import Request
+from quire.errors import EngineClosedError, RequestFailedError
+from quire.outputs import RequestOutput
+
+logger = logging.getLogger("quire")
+
+T = TypeVar("T")
+Sink = Callable[[RequestOutput | BaseException], None]
+"""Is told what becomes of a request, on the loop's thread: it must not block."""
+
+
+class EngineLoop:
+    """Steps an engine on a thread of its own for as long as there is work.
+
+    Requests from all threads and event loops join one running batch. The thread starts with the
+    first request, so that a process may fork before it, and ends with :meth:`close`.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine: Engine | None = engine
+        self._wakeup = threading.Condition()
+        self._inbox: list[Callable[[Engine], None]] = []
+        self._sinks: dict[str, Sink] = {}  # touched by the loop's thread alone
+        self._thread: threading.Thread | None = None
+        self._pid = os.getpid()
+        self._closing = False
+
+    @property
+    def engine(self) -> Engine:
+        """The engine; only what never changes may be read from another thread.
+
+        Raises
+        ------
+        EngineClosedError
+            After :meth:`close`.
+        """
+        engine = self._engine
+        if engine is None:
+            raise EngineClosedError("the engine is closed: make a new one")
+        return engine
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closing
+
+    # -- called from any thread ----------------------------------------------------------------
+
+    def submit(self, items: Iterable[tuple[Request, Sink]]) -> None:
+        """Add requests, all before the next step.
+
+        A sink is called with each output, the last of which has ``finished`` set, or with the
+        exception that ended its request.
+        """
+        items = list(items)
+
+        def add(engine: Engine) -> None:
+            for request, sink in items:
+                try:
+                    engine.add_request(request)
+                except Exception as error:
+                    self._tell(sink, request.request_id, error)
+                else:
+                    self._sinks[request.request_id] = sink
+
+        self._post(add)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """End requests; their sinks get a last output with ``finish_reason="abort"``."""
+        request_ids = list(request_ids)
+        try:
+            self._post(lambda engine: self._deliver(engine.abort(request_ids)))
+        except EngineClosedError:
+            pass  # closing has ended them
+
+    def call(self, function: Callable[[Engine], T]) -> T:
+        """Run ``function(engine)`` between two steps and return what it returns."""
+        if threading.current_thread() is self._thread:
+            return function(self.engine)
+        future: Future[T] = Future()
+
+        def run(engine: Engine) -> None:
+            try:
+                future.set_result(function(engine))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._post(run)
+        return future.result()
+
+    def close(self) -> None:
+        """End the requests in flight, free the engine, end the thread. Idempotent."""
+        with self._wakeup:
+            self._closing = True
+            thread = self._thread if self._pid == os.getpid() else None
+            self._wakeup.notify_all()
+        if thread is None:
+            self._shut_down()
+        elif thread is not threading.current_thread():
+            thread.join()
+
+    def _post(self, action: Callable[[Engine], None]) -> None:
+        if self._pid != os.getpid() and self._thread is not None:
+            raise EngineClosedError(
+                "this engine runs in the process that made it and does not survive a fork once "
+                "it has served a request: make a new one in this process"
+            )
+        with self._wakeup:
+            if self._closing:
+                raise self._closed_error()
+            if self._thread is None:
+                self._pid = os.getpid()
+                self._thread = threading.Thread(target=self._run, name="quire-engine", daemon=True)
+                self._thread.start()
+            self._inbox.append(action)
+            self._wakeup.notify_all()
+
+    @staticmethod
+    def _closed_error() -> EngineClosedError:
+        return EngineClosedError("the engine is closed: make a new one")
+
+    # -- the loop's thread ---------------------------------------------------------------------
+
+    def _run(self) -> None:
+        engine = self.engine
+        while True:
+            with self._wakeup:
+                while not (self._inbox or self._closing or engine.has_unfinished_requests):
+                    self._wakeup.wait()
+                if self._closing:
+                    break
+            self._turn(engine)
+        del engine
+        self._shut_down()
+
+    def _turn(self, engine: Engine) -> None:
+        with self._wakeup:
+            inbox, self._inbox = self._inbox, []
+        for action in inbox:
+            action(engine)
+        try:
+            outputs = engine.step()
+        except Exception as error:  # a broken step must not end the thread
+            logger.exception("a step failed; the requests in flight end with it")
+            outputs = engine.fail_all(error)
+        self._deliver(outputs)
+
+    def _shut_down(self) -> None:
+        engine, self._engine = self._engine, None
+        with self._wakeup:
+            inbox, self._inbox = self._inbox, []
+        if engine is not None:
+            engine.close()
+            for action in inbox:  # requests are refused and told so; calls run a last time
+                action(engine)
+        sinks, self._sinks = self._sinks, {}
+        for request_id, sink in sinks.items():
+            self._tell(sink, request_id, self._closed_error())
+
+    def _deliver(self, outputs: Iterable[StepOutput]) -> None:
+        for output in outputs:
+            last = isinstance(output, RequestFailedError) or output.finished
+            request_id = output.request_id
+            sink = self._sinks.pop(request_id, None) if last else self._sinks.get(request_id)
+            if sink is not None:
+                self._tell(sink, request_id, output)
+
+    def _tell(self, sink: Sink, request_id: str, news: RequestOutput | BaseException) -> None:
+        try:
+            sink(news)
+        except Exception:  # a sink is somebody else's code: it may lose its own news only
+            logger.exception("the receiver of request %r failed; aborting it", request_id)
+            engine = self._engine
+            self._sinks.pop(request_id, None)
+            if engine is not None:
+                engine.abort([request_id])

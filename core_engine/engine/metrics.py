@@ -1,0 +1,36 @@
+"""EngineMetrics: what an engine has done since it started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class EngineMetrics:
+    """Counters; times are in seconds.
+
+    Attributes
+    ----------
+    num_requests, num_failed_requests : int
+    num_prompt_tokens : int
+        Tokens of the prompts that were scheduled; ``num_cached_tokens`` of them were found in the
+        prefix cache.
+    num_generation_tokens : int
+    num_computed_tokens : int
+        Tokens that went through the model, recomputation included.
+    num_preemptions : int
+    num_steps : int
+    step_seconds, forward_seconds : float
+        Time spent in steps, and the model's part of it.
+    """
+
+    num_requests: int = 0
+    num_failed_requests: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_generation_tokens: int = 0
+    num_computed_tokens: int = 0
+    num_preemptions: int = 0
+    num_steps: int = 0
+    step_seconds: float = 0.0
+    forward_seconds: float = 0.0

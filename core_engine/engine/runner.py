@@ -1,0 +1,63 @@
+"""ModelRunner: ForwardBatch -> hidden states and logits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from quire.engine.batch import ForwardBatch
+
+if TYPE_CHECKING:
+    from quire.kernels.interface import Backend
+    from quire.models.decoder import Decoder
+
+
+class ModelRunner:
+    """A model and its KV cache on one device.
+
+    Parameters
+    ----------
+    model : Decoder
+    kernels : Backend
+    num_blocks, block_size : int
+        Shape of the KV cache, the null block included.
+    dtype : torch.dtype
+        Of keys and values.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        kernels: Backend,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.device = device
+        self._kernels = kernels
+        self._block_size = block_size
+        self._kv_caches = [
+            kernels.allocate_kv_cache(num_blocks, block_size, num_heads, head_dim, dtype, device)
+            for num_heads, head_dim in model.kv_cache_layers()
+        ]
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Compute a step: write its keys and values, return ``[num_tokens, hidden_size]``."""
+        batch.attention = self._kernels.plan_attention(
+            batch.query_start_loc, batch.seq_lens, batch.block_tables, self._block_size
+        )
+        return self.model.forward(batch, self._kv_caches)
+
+    def logits(self, hidden: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Return the logits after the given tokens, ``[num_indices, vocab_size]``, float32."""
+        return self.model.compute_logits(hidden.index_select(0, indices))
+
+
+def kv_bytes_per_block(model: Decoder, block_size: int, dtype: torch.dtype) -> int:
+    """Return what one block of all layers' keys and values takes, in bytes."""
+    elements = sum(2 * num_heads * head_dim for num_heads, head_dim in model.kv_cache_layers())
+    return elements * block_size * dtype.itemsize

@@ -1,0 +1,296 @@
+"""Scheduler: who computes how many tokens this step."""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from quire.engine.block_pool import BlockPool, block_keys
+from quire.engine.sequence import Sequence, SequenceStatus
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What one step computes.
+
+    Attributes
+    ----------
+    sequences : list of Sequence
+        Those with at least one token to compute.
+    num_new_tokens : list of int
+        How many tokens each of them computes.
+    admitted : list of Sequence
+        Those among them that did not run before this step.
+    preempted : list of Sequence
+        Those that lost their blocks in favour of others; released before ``admitted`` enter.
+    """
+
+    sequences: list[Sequence] = field(default_factory=list)
+    num_new_tokens: list[int] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step."""
+        return sum(self.num_new_tokens)
+
+
+class Scheduler:
+    """Continuous batching over a :class:`BlockPool`.
+
+    Each step lets every sequence catch up (``num_computed_tokens`` with ``num_tokens``) within a
+    budget of tokens: running ones first, in order, then waiting ones. When the blocks run out, the
+    last sequence in order gives its blocks back and waits to compute them anew. The first in order
+    is never preempted by another, and any sequence that was admitted fits the pool alone, so the
+    engine always makes progress.
+
+    Parameters
+    ----------
+    pool : BlockPool
+    max_num_seqs : int
+        Sequences that run at once.
+    max_num_batched_tokens : int
+        Budget of tokens of a step.
+    chunked_prefill : bool
+        Whether a prompt may be computed over several steps.
+    preempt_by_priority : bool
+        Whether a waiting sequence may displace running ones of a worse priority (the first part
+        of their ``order``).
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        chunked_prefill: bool = True,
+        preempt_by_priority: bool = False,
+    ) -> None:
+        self.pool = pool
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.chunked_prefill = chunked_prefill
+        self.preempt_by_priority = preempt_by_priority
+        self.running: list[Sequence] = []  # sorted by order
+        self._waiting: list[Sequence] = []  # a heap by order; finished ones are skipped lazily
+        self.num_waiting = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would have something to compute."""
+        return self.num_waiting > 0 or any(
+            s.status is SequenceStatus.RUNNING for s in self.running
+        )
+
+    # -- entering and leaving ------------------------------------------------------------------
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence that fits the pool alone."""
+        sequence.status = SequenceStatus.WAITING
+        heapq.heappush(self._waiting, sequence)
+        self.num_waiting += 1
+
+    def park(self, sequence: Sequence) -> None:
+        """Let a running sequence rest until :meth:`unpark`; its blocks are taken first."""
+        sequence.status = SequenceStatus.PARKED
+
+    def unpark(self, sequence: Sequence) -> None:
+        """Let a parked sequence, which has a new token, go on."""
+        if sequence.block_ids:
+            sequence.status = SequenceStatus.RUNNING
+        else:  # its blocks were taken meanwhile
+            self.add(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out for good and free its blocks."""
+        if sequence.status is SequenceStatus.WAITING:
+            self.num_waiting -= 1
+        elif sequence.block_ids:
+            self.running.remove(sequence)
+        sequence.status = SequenceStatus.FINISHED
+        self._release_blocks(sequence)
+
+    # -- the step ------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan:
+        """Choose the work of the next step and give it blocks."""
+        plan = StepPlan()
+        if self.preempt_by_priority:
+            self._displace(plan)
+        displaced = len(plan.preempted)
+        budget = self._schedule_running(plan)
+        if len(plan.preempted) == displaced:  # else whoever enters would be the next to leave
+            self._schedule_waiting(plan, budget)
+        return plan
+
+    def _schedule_running(self, plan: StepPlan) -> int:
+        budget = self.max_num_batched_tokens
+        i = 0
+        while i < len(self.running) and budget > 0:
+            sequence = self.running[i]
+            count = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
+            if sequence.status is SequenceStatus.PARKED or count <= 0:
+                i += 1
+                continue
+            wanted = self._blocks_wanted(sequence, count)
+            while wanted > self.pool.num_free:
+                victim = self._victim()
+                if victim < sequence:  # it is parked, so not in the plan
+                    i -= 1
+                self._preempt(victim, plan)
+                if victim is sequence:
+                    break
+            else:
+                if wanted > 0:
+                    sequence.block_ids.extend(self.pool.allocate(wanted))
+                plan.sequences.append(sequence)
+                plan.num_new_tokens.append(count)
+                budget -= count
+                i += 1
+        return budget
+
+    def _schedule_waiting(self, plan: StepPlan, budget: int) -> None:
+        while budget > 0 and (sequence := self._peek()) is not None:
+            if plan.sequences and len(self.running) >= self.max_num_seqs:
+                return  # before the prefix is looked up in vain
+            hits = self._match(sequence)
+            computed = len(hits) * self.pool.block_size
+            count = sequence.num_tokens - computed
+            if count > budget:
+                if not self.chunked_prefill:
+                    return
+                count = budget
+            wanted = self._ceil_blocks(computed + count) - len(hits)
+            if not self._has_room(hits, wanted):
+                # What parked sequences hold is worth less than a step without work.
+                parked = [s for s in self.running if s.status is SequenceStatus.PARKED]
+                if plan.sequences or not parked:
+                    return
+                self._preempt(parked[-1], plan)
+                continue
+            self._pop()
+            self.pool.share(hits)
+            sequence.block_ids = [*hits, *self.pool.allocate(wanted)]
+            sequence.num_computed_tokens = computed
+            if sequence.num_cached_tokens < 0:
+                sequence.num_cached_tokens = computed
+            sequence.status = SequenceStatus.RUNNING
+            insort(self.running, sequence)
+            plan.sequences.append(sequence)
+            plan.num_new_tokens.append(count)
+            plan.admitted.append(sequence)
+            budget -= count
+
+    def update(self, plan: StepPlan) -> None:
+        """Record that a step has run: its tokens are computed, its full blocks can be found."""
+        for sequence, count in zip(plan.sequences, plan.num_new_tokens, strict=True):
+            before = sequence.num_computed_tokens
+            sequence.num_computed_tokens = before + count
+            size = self.pool.block_size
+            first, last = before // size, (before + count) // size
+            if sequence.publish and last > first:
+                self._publish(sequence, first, last)
+
+    # -- details -------------------------------------------------------------------------------
+
+    def _publish(self, sequence: Sequence, first: int, last: int) -> None:
+        size = self.pool.block_size
+        self._extend_keys(sequence, last)
+        for i in range(first, last):
+            tokens = sequence.tokens(i * size, (i + 1) * size)
+            self.pool.publish(sequence.block_ids[i], sequence.block_keys[i], tokens)
+
+    def _extend_keys(self, sequence: Sequence, num_blocks: int) -> None:
+        size = self.pool.block_size
+        known = len(sequence.block_keys)
+        if known < num_blocks:
+            tokens = sequence.tokens(known * size, num_blocks * size)
+            previous = sequence.block_keys[-1] if known else sequence.root_key
+            sequence.block_keys.extend(block_keys(tokens, size, previous))
+
+    def _match(self, sequence: Sequence) -> list[int]:
+        if not sequence.publish or sequence.skip_cached_prefix:
+            return []
+        # At least one token must be computed, or there would be no logits to go on from.
+        num_blocks = (sequence.num_tokens - 1) // self.pool.block_size
+        self._extend_keys(sequence, num_blocks)
+        tokens = sequence.tokens(0, num_blocks * self.pool.block_size)
+        return self.pool.match(sequence.block_keys[:num_blocks], tokens)
+
+    def _has_room(self, hits: list[int], wanted: int) -> bool:
+        free = self.pool.num_free - self.pool.num_free_among(hits)
+        return len(self.running) < self.max_num_seqs and wanted <= free
+
+    def _ceil_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.pool.block_size)
+
+    def _blocks_wanted(self, sequence: Sequence, count: int) -> int:
+        return self._ceil_blocks(sequence.num_computed_tokens + count) - len(sequence.block_ids)
+
+    def _victim(self) -> Sequence:
+        for sequence in reversed(self.running):
+            if sequence.status is SequenceStatus.PARKED:
+                return sequence
+        return self.running[-1]
+
+    def _preempt(self, sequence: Sequence, plan: StepPlan) -> None:
+        self.running.remove(sequence)
+        sequence.num_computed_tokens = 0
+        sequence.num_preemptions += 1
+        self._release_blocks(sequence)
+        if sequence.status is SequenceStatus.RUNNING:
+            self.add(sequence)
+        plan.preempted.append(sequence)
+
+    def _displace(self, plan: StepPlan) -> None:
+        """Make room for a waiting sequence of a better priority than the last running ones."""
+        first = self._peek()
+        if first is None:
+            return
+        hits = self._match(first)
+        computed = len(hits) * self.pool.block_size
+        count = min(first.num_tokens - computed, self.max_num_batched_tokens)
+        wanted = self._ceil_blocks(computed + count) - len(hits)
+        while (
+            self.running
+            and self.running[-1].order[0] > first.order[0]
+            and not self._has_room(hits, wanted)
+        ):
+            self._preempt(self.running[-1], plan)
+
+    def _release_blocks(self, sequence: Sequence) -> None:
+        self.pool.free(sequence.block_ids)
+        sequence.block_ids = []
+
+    def _peek(self) -> Sequence | None:
+        while self._waiting and self._waiting[0].status is not SequenceStatus.WAITING:
+            heapq.heappop(self._waiting)
+        return self._waiting[0] if self._waiting else None
+
+    def _pop(self) -> Sequence:
+        self.num_waiting -= 1
+        return heapq.heappop(self._waiting)
+
+    def check_integrity(self, alive: Iterable[Sequence]) -> None:
+        """Raise AssertionError unless blocks, lists and states agree with each other.
+
+        Parameters
+        ----------
+        alive : iterable of Sequence
+            Every sequence that was added and not finished.
+        """
+        alive = list(alive)
+        self.pool.check_integrity([s.block_ids for s in alive])
+        assert self.running == sorted(self.running), "running is not in order"
+        assert len(self.running) <= self.max_num_seqs
+        waiting = [s for s in alive if s.status is SequenceStatus.WAITING]
+        assert len(waiting) == self.num_waiting, "num_waiting is wrong"
+        assert all(not s.block_ids for s in waiting), "a waiting sequence holds blocks"
+        for sequence in self.running:
+            assert sequence.status in (SequenceStatus.RUNNING, SequenceStatus.PARKED)
+            held = len(sequence.block_ids) * self.pool.block_size
+            assert sequence.num_computed_tokens <= held, f"{sequence} computed without blocks"

@@ -1,0 +1,116 @@
+"""A sequence: one line of tokens that grows, and the blocks that hold its keys and values."""
+
+from __future__ import annotations
+
+import enum
+
+
+class SequenceStatus(enum.Enum):
+    """Where a sequence stands with the scheduler."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    PARKED = enum.auto()
+    """Nothing to compute until its owner gives it another token; its blocks may be taken."""
+    FINISHED = enum.auto()
+
+
+class Sequence:
+    """One of the lines of tokens that a request is made of.
+
+    Attributes
+    ----------
+    request_id : str
+    index : int
+        Its number within the request.
+    prompt_token_ids : list of int
+        Shared with the other sequences of the request.
+    output_token_ids : list of int
+    num_computed_tokens : int
+        Tokens whose keys and values lie in the blocks. A step lets it catch up with
+        ``num_tokens``; that is all the scheduler knows of prefill and decode.
+    block_ids : list of int
+    block_keys : list of bytes
+        Keys of the full blocks of its tokens, as far as they were needed yet.
+    root_key : bytes
+        What its keys start from, see :func:`quire.engine.block_pool.root_key`.
+    order : tuple of int
+        Rank among all sequences: lower is served first and preempted last.
+    row : int
+        Its row in the step's tables while it runs, else -1.
+    skip_cached_prefix : bool
+        Whether every token must be computed, as prompt logprobs demand.
+    """
+
+    __slots__ = (
+        "block_ids",
+        "block_keys",
+        "index",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_preemptions",
+        "order",
+        "output_token_ids",
+        "prompt_token_ids",
+        "publish",
+        "request_id",
+        "root_key",
+        "row",
+        "skip_cached_prefix",
+        "status",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        index: int,
+        prompt_token_ids: list[int],
+        *,
+        order: tuple[int, ...],
+        root_key: bytes,
+        publish: bool = True,
+        skip_cached_prefix: bool = False,
+    ) -> None:
+        self.request_id = request_id
+        self.index = index
+        self.prompt_token_ids = prompt_token_ids
+        self.output_token_ids: list[int] = []
+        self.order = order
+        self.root_key = root_key
+        self.publish = publish
+        self.skip_cached_prefix = skip_cached_prefix
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = -1
+        self.num_preemptions = 0
+        self.block_ids: list[int] = []
+        self.block_keys: list[bytes] = []
+        self.row = -1
+        self.status = SequenceStatus.WAITING
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Prompt tokens."""
+        return len(self.prompt_token_ids)
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Return the tokens ``start:stop``, over prompt and output."""
+        num_prompt = len(self.prompt_token_ids)
+        if stop <= num_prompt:
+            return self.prompt_token_ids[start:stop]
+        if start >= num_prompt:
+            return self.output_token_ids[start - num_prompt : stop - num_prompt]
+        return self.prompt_token_ids[start:] + self.output_token_ids[: stop - num_prompt]
+
+    def __lt__(self, other: Sequence) -> bool:
+        return self.order < other.order
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.request_id!r}#{self.index}, {self.status.name}, "
+            f"{self.num_computed_tokens}/{self.num_tokens} tokens, {len(self.block_ids)} blocks)"
+        )

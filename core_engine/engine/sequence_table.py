@@ -1,0 +1,120 @@
+"""SequenceTable: the running sequences as arrays, from which each step's batch is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from quire.engine.batch import ForwardBatch
+from quire.engine.scheduler import StepPlan
+from quire.engine.sequence import Sequence
+
+
+class SequenceTable:
+    """One row per running sequence: its tokens, its blocks, how far it is computed.
+
+    The rows are kept up to date as sequences come, grow and go, so that a step's batch is a few
+    array operations and no loop over tokens. Memory is touched only as far as sequences reach.
+
+    Parameters
+    ----------
+    max_num_seqs : int
+        Rows.
+    max_model_len : int
+        Tokens a row can hold.
+    block_size : int
+        Tokens per KV block.
+    device : torch.device
+        Where the batch's tensors go.
+    """
+
+    def __init__(
+        self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device
+    ) -> None:
+        self.block_size = block_size
+        self.device = device
+        self._token_ids = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int32)
+        self._num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
+        max_blocks = -(-(max_model_len + 1) // block_size)
+        self._block_tables = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
+        self._num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+
+    def assign(self, sequence: Sequence) -> None:
+        """Give an admitted sequence a row."""
+        row = sequence.row = self._free_rows.pop()
+        num_tokens = sequence.num_tokens
+        self._token_ids[row, :num_tokens] = sequence.tokens(0, num_tokens)
+        self._num_tokens[row] = num_tokens
+        self._num_blocks[row] = 0
+
+    def release(self, sequence: Sequence) -> None:
+        """Take the row of a sequence that no longer runs."""
+        row = sequence.row
+        if row >= 0:
+            self._block_tables[row, : self._num_blocks[row]] = 0
+            self._num_blocks[row] = 0
+            self._free_rows.append(row)
+            sequence.row = -1
+
+    def append(self, rows: np.ndarray, token_ids: np.ndarray) -> None:
+        """Add one token to each of the rows."""
+        self._token_ids[rows, self._num_tokens[rows]] = token_ids
+        self._num_tokens[rows] += 1
+
+    def build(self, plan: StepPlan) -> tuple[ForwardBatch, np.ndarray]:
+        """Cut a step's batch.
+
+        Returns
+        -------
+        batch : ForwardBatch
+            With logits wanted after the last token of each sequence that has caught up.
+        caught_up : ndarray[num_seqs], bool
+            Which sequences those are.
+        """
+        num_seqs = len(plan.sequences)
+        rows = np.empty(num_seqs, dtype=np.int64)
+        computed = np.empty(num_seqs, dtype=np.int64)
+        for i, sequence in enumerate(plan.sequences):
+            row = rows[i] = sequence.row
+            computed[i] = sequence.num_computed_tokens
+            known = self._num_blocks[row]
+            if known != len(sequence.block_ids):
+                self._block_tables[row, known : len(sequence.block_ids)] = sequence.block_ids[
+                    known:
+                ]
+                self._num_blocks[row] = len(sequence.block_ids)
+        counts = np.array(plan.num_new_tokens, dtype=np.int64)
+        ends = np.cumsum(counts)
+        starts = ends - counts
+        total = int(ends[-1])
+
+        token_rows = np.repeat(rows, counts)
+        positions = np.arange(total) - np.repeat(starts - computed, counts)
+        blocks = self._block_tables[token_rows, positions // self.block_size].astype(np.int64)
+        slots = blocks * self.block_size + positions % self.block_size
+        seq_lens = computed + counts
+        caught_up = seq_lens == self._num_tokens[rows]
+        width = -(-int(seq_lens.max()) // self.block_size)
+        query_start_loc = np.zeros(num_seqs + 1, dtype=np.int32)
+        query_start_loc[1:] = ends
+        batch = ForwardBatch(
+            input_ids=self._tensor(self._token_ids[token_rows, positions].astype(np.int64)),
+            positions=self._tensor(positions),
+            query_start_loc=torch.from_numpy(query_start_loc),
+            seq_lens=torch.from_numpy(seq_lens.astype(np.int32)),
+            block_tables=self._tensor(self._block_tables[rows, :width]),
+            slot_mapping=self._tensor(slots),
+            logits_indices=self._tensor(ends[caught_up] - 1),
+        )
+        return batch, caught_up
+
+    def check_integrity(self, alive: Iterable[Sequence]) -> None:
+        """Raise AssertionError unless rows are free or owned by exactly one sequence alive."""
+        rows = sorted([s.row for s in alive if s.row >= 0] + self._free_rows)
+        assert rows == list(range(len(self._num_tokens))), f"rows lost or doubled: {rows}"
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device)

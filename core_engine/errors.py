@@ -1,0 +1,64 @@
+"""What can go wrong, as types a user can catch.
+
+Every message names the field, the value that was given and what would be right.
+"""
+
+from __future__ import annotations
+
+
+class QuireError(Exception):
+    """Base of every error that quire raises on purpose."""
+
+
+class ConfigError(QuireError, ValueError):
+    """An engine argument that cannot be honoured; raised before a model is loaded."""
+
+
+class NotSupportedError(ConfigError):
+    """A known argument or model feature that this version of quire does not offer."""
+
+
+class InvalidRequestError(QuireError, ValueError):
+    """A prompt or a sampling parameter that cannot be served; only that request fails."""
+
+
+class ModelNotFoundError(QuireError, OSError):
+    """The model name leads to no folder and to nothing on a hub that can be reached."""
+
+
+class ModelLoadError(QuireError):
+    """A checkpoint that is damaged, incomplete or does not fit its configuration."""
+
+
+class UnsupportedModelError(ModelLoadError, NotSupportedError):
+    """An architecture, or a variant of one, that quire has no description for."""
+
+
+class TokenizerError(ModelLoadError):
+    """A tokenizer that is missing, unreadable or does not fit its model."""
+
+
+class OutOfMemoryError(QuireError, MemoryError):
+    """Weights or KV cache do not fit; the message says what to lower."""
+
+
+class EngineClosedError(QuireError, RuntimeError):
+    """The engine was closed; make a new one."""
+
+
+class RequestFailedError(QuireError, RuntimeError):
+    """A request that was accepted and then failed while it ran.
+
+    Attributes
+    ----------
+    request_id : str
+        The request that failed. The cause, if any, is in ``__cause__``.
+    """
+
+    def __init__(self, request_id: str, message: str) -> None:
+        super().__init__(f"request {request_id!r} failed: {message}")
+        self.request_id = request_id
+        self._message = message
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.request_id, self._message)

@@ -1,0 +1,499 @@
+"""LLM: offline batches and in-process streaming."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import count
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from quire.config import EngineConfig, init_signature
+from quire.errors import EngineClosedError, InvalidRequestError, NotSupportedError
+from quire.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
+from quire.prompts import (
+    Message,
+    Prompt,
+    as_conversations,
+    as_prompts,
+    as_single_prompt,
+    one_per_prompt,
+)
+from quire.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from quire.waiting import OutputStream, wait_for_all
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+    from quire.arguments import EngineArguments
+    from quire.engine.engine import Engine
+    from quire.engine.loop import EngineLoop
+    from quire.engine.processor import Processor
+    from quire.engine.request import Request
+    from quire.tokenizer.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+
+class _Lifetime:
+    """The part of an LLM that outlives it: enough to close the engine, and no way back to it."""
+
+    __slots__ = ("loop", "pid")
+
+    def __init__(self, loop: EngineLoop) -> None:
+        self.loop: EngineLoop | None = loop
+        self.pid: int | None = None  # the process whose thread steps the engine, once there is one
+
+    def close(self) -> None:
+        loop, self.loop = self.loop, None
+        # In a fork of the process that runs the engine there is no thread to stop, and its locks
+        # may have been held at the moment of the fork.
+        if loop is not None and self.pid in (None, os.getpid()):
+            loop.close()
+
+
+def _make_loop(config: EngineConfig) -> EngineLoop:
+    from quire.assembly import build_engine
+    from quire.engine.loop import EngineLoop
+
+    return EngineLoop(build_engine(config))
+
+
+class LLM:
+    """A model with its engine, for batches of prompts and for streams within a process.
+
+    Any number of threads may call ``generate``, ``chat`` and ``stream`` at once; their requests
+    run in one batch. The engine's thread starts with the first request, so that a process may be
+    forked before. Closing or deleting the object frees weights and KV cache at once.
+
+    Parameters
+    ----------
+    model : str or path
+        A folder in the layout of Hugging Face, a name or URL on its hub, or ``"quire/demo"``.
+    **kwargs
+        The engine arguments, of which the most used are here; :mod:`quire.config` has them all.
+
+        tokenizer, tokenizer_mode, skip_tokenizer_init, trust_remote_code, dtype, revision,
+        tokenizer_revision, download_dir, hf_token, hf_overrides, generation_config, chat_template
+            Which model, where from, how read: :class:`quire.config.ModelConfig`.
+        max_model_len
+            Most tokens of one request.
+        kv_cache_memory_bytes, num_gpu_blocks_override, block_size, enable_prefix_caching,
+        gpu_memory_utilization
+            The KV cache: :class:`quire.config.CacheConfig`.
+        max_num_seqs, max_num_batched_tokens, enable_chunked_prefill, scheduling_policy
+            How much runs at once: :class:`quire.config.SchedulerConfig`.
+        seed, device
+            What unseeded requests draw from; where the model runs.
+
+    Raises
+    ------
+    TypeError
+        For an argument that does not exist; the message names the nearest that does.
+    ConfigError
+        For an argument's value that is wrong, or (NotSupportedError) not offered.
+    ModelNotFoundError, ModelLoadError, OutOfMemoryError
+        When the model cannot be found, read or held.
+
+    Examples
+    --------
+    >>> from quire import LLM, SamplingParams
+    >>> with LLM("quire/demo") as llm:
+    ...     outputs = llm.generate("The capital of France is", SamplingParams(temperature=0))
+    >>> len(outputs)
+    1
+    """
+
+    def __init__(self, model: str | os.PathLike[str], **kwargs: Unpack[EngineArguments]) -> None:
+        config = EngineConfig.create(model, **kwargs)
+        loop = _make_loop(config)
+        self.config = config
+        self._processor: Processor | None = loop.engine.processor
+        self._request_ids = count()
+        self._lifetime = _Lifetime(loop)
+        self._finalizer = weakref.finalize(self, self._lifetime.close)
+
+    # -- generation ------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: Any = None,
+        priority: int | Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete prompts, and return when all of them are complete.
+
+        Parameters
+        ----------
+        prompts : str, dict, list of int, or a list of these
+            Text, ``{"prompt": text}``, ``{"prompt_token_ids": ids}`` or the ids themselves.
+        sampling_params : SamplingParams, or one per prompt, optional
+            By default what :meth:`get_default_sampling_params` returns.
+        use_tqdm : bool or callable
+            Show a progress bar; a callable is used in place of ``tqdm.auto.tqdm``.
+        lora_request : None
+            Adapters are not offered by this version.
+        priority : int, or one per prompt, optional
+            Lower runs earlier; needs ``scheduling_policy="priority"``.
+
+        Returns
+        -------
+        list of RequestOutput
+            In the order of the prompts, whatever order they finished in.
+
+        Raises
+        ------
+        InvalidRequestError
+            A prompt or a parameter is wrong; the message has the prompt's index. Nothing has run.
+        RequestFailedError
+            A request failed while it ran. The others were completed before this is raised.
+        EngineClosedError
+            The LLM was closed before or meanwhile.
+        """
+        results = self._run(
+            as_prompts(prompts),
+            sampling_params,
+            return_errors=False,
+            use_tqdm=use_tqdm,
+            lora_request=lora_request,
+            priority=priority,
+        )
+        outputs: list[RequestOutput] = []
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+            outputs.append(result)
+        return outputs
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: Any = None,
+        chat_template: str | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        priority: int | Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer conversations, written out by the model's chat template.
+
+        Parameters
+        ----------
+        messages : list of dict, or list of such lists
+            One conversation or several: ``[{"role": "user", "content": "..."}]``.
+        sampling_params, use_tqdm, lora_request, priority
+            As in :meth:`generate`.
+        chat_template : str, optional
+            A Jinja template instead of the model's own.
+        add_generation_prompt : bool
+            End the prompt where the assistant's answer begins.
+        continue_final_message : bool
+            Leave the last message open, for the model to go on with it. Needs
+            ``add_generation_prompt=False``.
+        tools : list of dict, optional
+            Function descriptions for the template.
+        chat_template_kwargs : dict, optional
+            Further variables for the template.
+
+        Returns
+        -------
+        list of RequestOutput
+            One per conversation, in order.
+
+        Raises
+        ------
+        InvalidRequestError
+            Also when there is no chat template, or the template refuses the messages.
+        """
+        processor = self._open_processor()
+        conversations = as_conversations(messages)
+        prompts: list[Prompt] = []
+        for i, conversation in enumerate(conversations):
+            try:
+                token_ids = processor.render_chat(
+                    conversation,
+                    chat_template=chat_template or self.config.model.chat_template,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    tools=tools,
+                    chat_template_kwargs=chat_template_kwargs,
+                )
+            except InvalidRequestError as error:
+                raise _at_index("conversation", i, len(conversations), error) from error
+            text = self.get_tokenizer().decode(token_ids)
+            prompts.append({"prompt": text, "prompt_token_ids": token_ids})
+        return self.generate(
+            prompts,
+            sampling_params,
+            use_tqdm=use_tqdm,
+            lora_request=lora_request,
+            priority=priority,
+        )
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        lora_request: Any = None,
+        priority: int = 0,
+    ) -> OutputStream:
+        """Complete one prompt and yield what is new as it comes.
+
+        The request is checked and starts at once. Closing or dropping the iterator before its
+        end aborts it.
+
+        Parameters
+        ----------
+        prompt : str, dict or list of int
+            One prompt, as in :meth:`generate`.
+        sampling_params : SamplingParams, optional
+            Its ``output_kind`` has no effect: a stream is of deltas.
+        lora_request, priority
+            As in :meth:`generate`.
+
+        Returns
+        -------
+        OutputStream
+            An iterator of RequestOutput; the texts of an index, joined, are the whole text.
+
+        Raises
+        ------
+        InvalidRequestError
+            At once, for a wrong prompt or parameter.
+        """
+        request = self._make_request(
+            as_single_prompt(prompt),
+            self._with_kind(sampling_params, RequestOutputKind.DELTA),
+            lora_request=lora_request,
+            priority=priority,
+        )
+        return OutputStream(self._start(), request, keep_alive=self)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        use_tqdm: bool | Callable[..., Any] = False,
+        lora_request: Any = None,
+    ) -> list[BeamSearchOutput]:
+        """Find the most likely completions of each prompt by beam search.
+
+        Parameters
+        ----------
+        prompts
+            As in :meth:`generate`.
+        params : BeamSearchParams
+        use_tqdm, lora_request
+            As in :meth:`generate`.
+
+        Returns
+        -------
+        list of BeamSearchOutput
+            Per prompt its ``beam_width`` hypotheses, best first.
+        """
+        # logprobs, so that the outputs have the hypotheses' cumulative one.
+        search = replace(params.to_sampling_params(), logprobs=0)
+        outputs = self.generate(prompts, search, use_tqdm=use_tqdm, lora_request=lora_request)
+        return [
+            BeamSearchOutput(
+                [
+                    BeamSearchSequence(
+                        tokens=output.prompt_token_ids + list(beam.token_ids),
+                        cum_logprob=beam.cumulative_logprob or 0.0,
+                        text=beam.text,
+                        finish_reason=beam.finish_reason,
+                        stop_reason=beam.stop_reason,
+                    )
+                    for beam in output.outputs
+                ]
+            )
+            for output in outputs
+        ]
+
+    # -- the model and the engine ----------------------------------------------------------------
+
+    def get_tokenizer(self) -> Tokenizer:
+        """Return the model's tokenizer.
+
+        Raises
+        ------
+        NotSupportedError
+            The LLM was made with ``skip_tokenizer_init=True``.
+        """
+        tokenizer = self._open_processor().tokenizer
+        if tokenizer is None:
+            raise NotSupportedError("there is no tokenizer: skip_tokenizer_init=True was given")
+        return tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return the parameters of a request that gives none: those the checkpoint recommends."""
+        return self._open_processor().default_sampling_params()
+
+    def get_metrics(self) -> dict[str, float]:
+        """Return the engine's counters and gauges by name."""
+        return self._call(lambda engine: engine.metrics())
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; return False if running requests prevent it."""
+        return self._call(lambda engine: engine.reset_prefix_cache())
+
+    @property
+    def llm_engine(self) -> Engine:
+        """The engine, for inspection; only its own thread may step it."""
+        return self._check_usable().engine
+
+    @property
+    def engine_loop(self) -> EngineLoop:
+        """The thread that steps the engine."""
+        return self._check_usable()
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Stop the engine and free weights and KV cache; running requests fail. Idempotent."""
+        self._finalizer()
+        self._processor = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` has been called."""
+        return not self._finalizer.alive
+
+    def __enter__(self) -> Self:
+        self._check_usable()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = ", closed" if self.closed else ""
+        return f"{type(self).__name__}(model={self.config.model.model!r}{state})"
+
+    # -- what the adapters share -----------------------------------------------------------------
+
+    def _run(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        return_errors: bool = True,
+        use_tqdm: bool | Callable[..., Any] = False,
+        lora_request: Any = None,
+        priority: int | Sequence[int] | None = None,
+    ) -> list[RequestOutput | BaseException]:
+        """Run prompts as one batch; return in order the output, or the exception, of each.
+
+        With ``return_errors=False`` a prompt that cannot be served raises before any has run.
+        """
+        self._check_usable()
+        every_params = one_per_prompt("sampling_params", params, len(prompts))
+        every_priority = one_per_prompt("priority", priority or 0, len(prompts))
+        final: dict[int, SamplingParams] = {}  # by identity: most often all prompts share one
+        requests: list[Request | BaseException] = []
+        for i, prompt in enumerate(prompts):
+            own = every_params[i]
+            try:
+                if id(own) not in final:
+                    final[id(own)] = self._with_kind(own, RequestOutputKind.FINAL_ONLY)
+                requests.append(
+                    self._make_request(
+                        prompt,
+                        final[id(own)],
+                        lora_request=lora_request,
+                        priority=every_priority[i],
+                    )
+                )
+            except InvalidRequestError as error:
+                if not return_errors:
+                    raise _at_index("prompt", i, len(prompts), error) from error
+                requests.append(error)
+        return wait_for_all(self._start, requests, use_tqdm)
+
+    def _make_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        *,
+        lora_request: Any = None,
+        priority: int = 0,
+    ) -> Request:
+        """Check and tokenize one prompt."""
+        processor = self._open_processor()
+        if lora_request is not None:
+            raise InvalidRequestError(
+                f"lora_request={lora_request!r}: this engine has no adapters (enable_lora=False)"
+            )
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise InvalidRequestError(f"priority must be an integer, not {priority!r}")
+        if priority != 0 and self.config.scheduler.scheduling_policy != "priority":
+            raise InvalidRequestError(
+                f"priority={priority} needs an engine made with scheduling_policy='priority'"
+            )
+        if params is not None and not isinstance(params, SamplingParams):
+            raise InvalidRequestError(f"sampling_params must be a SamplingParams, not {params!r}")
+        return processor.process(
+            prompt,
+            params,
+            request_id=str(next(self._request_ids)),
+            priority=priority,
+        )
+
+    def _with_kind(self, params: SamplingParams | None, kind: RequestOutputKind) -> SamplingParams:
+        """Return the parameters, or the default ones, with another ``output_kind``."""
+        if params is None:
+            params = self.get_default_sampling_params()
+        elif not isinstance(params, SamplingParams):
+            raise InvalidRequestError(f"sampling_params must be a SamplingParams, not {params!r}")
+        return params if params.output_kind is kind else replace(params, output_kind=kind)
+
+    def _call(self, function: Callable[[Engine], T]) -> T:
+        return self._start().call(function)
+
+    def _start(self) -> EngineLoop:
+        """Return the loop, from here on bound to this process."""
+        loop = self._check_usable()
+        self._lifetime.pid = os.getpid()
+        return loop
+
+    def _open_processor(self) -> Processor:
+        processor = self._processor
+        self._check_usable()
+        if processor is None:  # closed in between
+            raise EngineClosedError(f"{self!r} was closed; make a new one")
+        return processor
+
+    def _check_usable(self) -> EngineLoop:
+        loop = self._lifetime.loop
+        if loop is None:
+            raise EngineClosedError(f"{self!r} was closed; make a new one")
+        if self._lifetime.pid not in (None, os.getpid()):
+            raise EngineClosedError(
+                f"{self!r} runs in process {self._lifetime.pid}, of which this process is a fork: "
+                "fork before the first request, or make the LLM in the child process"
+            )
+        return loop
+
+
+# For help() and for editors that ask at run time; the annotations serve those that do not.
+LLM.__init__.__signature__ = init_signature()  # type: ignore[attr-defined]
+
+
+def _at_index(what: str, i: int, total: int, error: InvalidRequestError) -> InvalidRequestError:
+    return InvalidRequestError(f"{what} {i} of {total}: {error}" if total > 1 else str(error))

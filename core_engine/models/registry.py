@@ -1,0 +1,124 @@
+"""Which family a configuration belongs to: the built-in ones, and those of installed packages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from quire.errors import ModelLoadError, UnsupportedModelError
+from quire.models.family import Family
+from quire.models.spec import DecoderSpec
+
+ENTRY_POINT_GROUP = "quire.models"
+"""A package offers families by entry points of this group, each a `Family`."""
+
+_BUILT_IN = {
+    "FalconForCausalLM": "falcon",
+    "GPT2LMHeadModel": "gpt2",
+    "GPTNeoXForCausalLM": "gpt_neox",
+    "Gemma2ForCausalLM": "gemma2",
+    "LLaMAForCausalLM": "llama",
+    "LlamaForCausalLM": "llama",
+    "MPTForCausalLM": "mpt",
+    "MistralForCausalLM": "mistral",
+    "MptForCausalLM": "mpt",
+    "OPTForCausalLM": "opt",
+    "Phi3ForCausalLM": "phi3",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+
+_REFUSED_KEYS = {
+    "quantization_config": "quantized weights",
+    "num_local_experts": "a mixture of experts",
+    "num_experts": "a mixture of experts",
+    "n_routed_experts": "a mixture of experts",
+}
+
+
+def supported_architectures() -> list[str]:
+    """Architecture names that can be loaded, sorted."""
+    return sorted({*_BUILT_IN, *_installed()})
+
+
+def family_of(config: Mapping[str, Any]) -> tuple[str, Family]:
+    """Return the architecture name of a configuration and the family that knows it.
+
+    An installed package's family comes before a built-in one of the same architecture.
+
+    Raises
+    ------
+    UnsupportedModelError
+        No family knows the architecture; the message lists what is supported.
+    ModelLoadError
+        The configuration names no architecture.
+    """
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names:
+        raise ModelLoadError(
+            f"architectures in config.json is {names!r}; it must name the model's class, "
+            'such as ["LlamaForCausalLM"]'
+        )
+    installed = _installed()
+    for name in names:
+        if name in installed:
+            return name, installed[name]
+        if name in _BUILT_IN:
+            module = import_module(f"quire.models.families.{_BUILT_IN[name]}")
+            family: Family = module.FAMILY
+            return name, family
+    raise UnsupportedModelError(
+        f"the architecture {', '.join(map(str, names))} is not supported; supported are: "
+        + ", ".join(supported_architectures())
+    )
+
+
+def build_spec(config: Mapping[str, Any], max_model_len: int | None = None) -> DecoderSpec:
+    """Describe the model of a configuration.
+
+    Parameters
+    ----------
+    config
+        What `quire.models.hf_config.read_config` returned.
+    max_model_len
+        The longest sequence that will be served; None: as long as the configuration allows.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The architecture, or something that the configuration asks of it, is not supported.
+    ModelLoadError
+        A value is missing or makes no sense.
+    """
+    architecture, family = family_of(config)
+    if architecture in _BUILT_IN:
+        for key, meaning in _REFUSED_KEYS.items():
+            if config.get(key):
+                raise UnsupportedModelError(
+                    f"{key} in config.json asks for {meaning}, which {architecture} "
+                    "does not support in this version of quire"
+                )
+    return family.spec(config, max_model_len)
+
+
+@cache
+def _installed() -> dict[str, Family]:
+    families: dict[str, Family] = {}
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            family = point.load()
+        except Exception as error:
+            raise ModelLoadError(
+                f"the model family {point.name!r} ({point.value}) of an installed package "
+                f"could not be loaded: {error}"
+            ) from error
+        if not isinstance(family, Family):
+            raise ModelLoadError(
+                f"the entry point {point.name!r} of {ENTRY_POINT_GROUP!r} is a "
+                f"{type(family).__name__}; it must be a quire.models.family.Family"
+            )
+        families.update(dict.fromkeys(family.architectures, family))
+    return families

@@ -1,0 +1,139 @@
+"""What a request gives back.
+
+The classes and field names are those that users of vLLM know, so that code written for its
+outputs reads ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class Logprob:
+    """The log-probability of one token under the model's own distribution.
+
+    Attributes
+    ----------
+    logprob : float
+        Natural logarithm of the probability, before penalties and temperature.
+    rank : int or None
+        1 for the most likely token of the vocabulary, 2 for the next, and so on.
+    decoded_token : str or None
+        The token's text, where a tokenizer is loaded.
+    """
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+TokenLogprobs = dict[int, Logprob]
+"""Token id to :class:`Logprob`, for one position."""
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One of the ``n`` completions of a request.
+
+    Attributes
+    ----------
+    index : int
+        Which completion this is, from 0.
+    text : str
+        Its text: all of it, or the new part when the request asked for deltas.
+    token_ids : list of int
+        Its tokens, likewise.
+    cumulative_logprob : float or None
+        Sum of the chosen tokens' log-probabilities, when logprobs were asked for.
+    logprobs : list of dict or None
+        Per generated token, the asked-for candidates and the chosen token.
+    finish_reason : {"stop", "length", "abort", "error"} or None
+        Why it ended; None while it runs.
+    stop_reason : int, str or None
+        The stop token id or stop string that ended it; None for EOS and for other reasons.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    lora_request: Any = None
+
+    def finished(self) -> bool:
+        """Return whether this completion has ended."""
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """When things happened to a request, in seconds of ``time.monotonic()``."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_preemptions: int = 0
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """What a request has produced so far, or since the last output when deltas were asked for.
+
+    Attributes
+    ----------
+    request_id : str
+    prompt : str or None
+        The prompt's text; None when it was given as token ids.
+    prompt_token_ids : list of int
+    prompt_logprobs : list or None
+        One entry per prompt token; the first is None, since nothing precedes it.
+    outputs : list of CompletionOutput
+        Sorted by index.
+    finished : bool
+        Whether every completion has ended.
+    num_cached_tokens : int
+        Prompt tokens whose keys and values came from the prefix cache.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    finished: bool = False
+    metrics: RequestMetrics | None = None
+    lora_request: Any = None
+    num_cached_tokens: int = 0
+
+
+@dataclass(slots=True)
+class BeamSearchSequence:
+    """One hypothesis of a beam search.
+
+    Attributes
+    ----------
+    tokens : list of int
+        Prompt and generated tokens.
+    cum_logprob : float
+        Sum of the generated tokens' log-probabilities, not normalised by length.
+    text : str
+        The generated text.
+    """
+
+    tokens: list[int]
+    cum_logprob: float
+    text: str
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class BeamSearchOutput:
+    """The hypotheses of one prompt, best first."""
+
+    sequences: list[BeamSearchSequence]

@@ -1,0 +1,148 @@
+"""What masks, biases, processors and penalties do to the logits of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from quire.errors import InvalidRequestError, QuireError
+from quire.sampling.row import Row
+
+if TYPE_CHECKING:
+    from quire.kernels import Backend
+
+Places = Sequence[int]
+
+
+class _Entries:
+    """Places in the logits, gathered row by row and then addressed at once."""
+
+    def __init__(self) -> None:
+        self._places: list[int] = []
+        self._token_ids: list[npt.NDArray[np.int64]] = []
+        self._values: list[npt.NDArray[np.float32]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._places)
+
+    @property
+    def places(self) -> list[int]:
+        return self._places
+
+    def add(
+        self,
+        place: int,
+        token_ids: npt.NDArray[np.int64],
+        values: npt.NDArray[np.float32] | None = None,
+    ) -> None:
+        if len(token_ids):
+            self._places.append(place)
+            self._token_ids.append(token_ids)
+            if values is not None:
+                self._values.append(values)
+
+    def index(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return rows and columns, `[num_entries]` each."""
+        rows = self.spread(np.array(self._places, dtype=np.int64), device)
+        return rows, torch.from_numpy(np.concatenate(self._token_ids)).to(device)
+
+    def values(self, device: torch.device) -> torch.Tensor:
+        """Return the values that were added, `[num_entries]`."""
+        return torch.from_numpy(np.concatenate(self._values)).to(device)
+
+    def spread(self, per_row: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
+        """Return one value per entry from one per row."""
+        lengths = [len(ids) for ids in self._token_ids]
+        return torch.from_numpy(np.repeat(per_row, lengths)).to(device)
+
+
+def edit_logits(
+    logits: torch.Tensor, rows: Sequence[Row], places: Places, kernels: Backend
+) -> dict[int, BaseException]:
+    """Change the logits as their sequences ask, in the order that `Sampler` documents.
+
+    Parameters
+    ----------
+    logits : Tensor[num_rows, vocab_size], float32
+        Changed in place.
+    rows : sequence of Row
+        Those to be changed.
+    places : sequence of int
+        Where in ``logits`` each of them is.
+    kernels : Backend
+
+    Returns
+    -------
+    dict of int to BaseException
+        By place, the rows whose processors failed; what their logits are is left open.
+    """
+    device = logits.device
+    allowed, forbidden, biases = _Entries(), _Entries(), _Entries()
+    processed, penalized = [], []
+    for place, row in zip(places, rows, strict=True):
+        if row.allowed is not None:
+            allowed.add(place, row.allowed)
+        forbidden.add(place, row.forbidden())
+        biases.add(place, row.bias_ids, row.bias_values)
+        if row.processors is not None:
+            processed.append((place, row))
+        if row.counts is not None:
+            penalized.append((place, row))
+    if allowed:
+        index = allowed.index(device)
+        kept = logits[index]
+        logits[torch.tensor(allowed.places, device=device)] = -torch.inf
+        logits[index] = kept
+    if forbidden:
+        logits[forbidden.index(device)] = -torch.inf
+    if biases:
+        logits[biases.index(device)] += biases.values(device)
+    failures = _process(logits, processed)
+    if penalized:
+        _penalize(logits, penalized, kernels)
+    return failures
+
+
+def _process(
+    logits: torch.Tensor, processed: Sequence[tuple[int, Row]]
+) -> dict[int, BaseException]:
+    failures: dict[int, BaseException] = {}
+    for place, row in processed:
+        assert row.processors is not None
+        try:
+            if torch.isnan(logits[place]).any():
+                raise QuireError("the model produced NaN logits")
+            # A copy, so that a processor that keeps its logits does not keep the batch's.
+            logits[place] = row.processors(row.output_token_ids, logits[place].clone())
+        except (InvalidRequestError, QuireError) as error:
+            failures[place] = error
+    return failures
+
+
+def _penalize(
+    logits: torch.Tensor, penalized: Sequence[tuple[int, Row]], kernels: Backend
+) -> None:
+    entries = _Entries()
+    params = []
+    for place, row in penalized:
+        counts = row.update_counts()
+        if len(counts.token_ids):
+            entries.add(place, counts.token_ids, counts.counts)
+            params.append(row.params)
+    if not entries:
+        return
+    per_row = np.array(
+        [[p.presence_penalty, p.frequency_penalty, p.repetition_penalty] for p in params],
+        dtype=np.float32,
+    )
+    device = logits.device
+    kernels.apply_penalties(
+        logits,
+        *entries.index(device),
+        entries.values(device),
+        *(entries.spread(per_row[:, column], device) for column in range(3)),
+    )

@@ -1,0 +1,114 @@
+"""A request's own logits processors: callables that somebody else wrote."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from quire.errors import InvalidRequestError
+
+LogitsProcessor = Callable[..., torch.Tensor]
+"""``f(token_ids, logits)`` or ``f(prompt_token_ids, token_ids, logits)``, returning logits."""
+
+
+def takes_prompt(processor: LogitsProcessor) -> bool:
+    """Return whether a processor is to be called with the prompt's token ids first.
+
+    Parameters
+    ----------
+    processor : callable
+        Of two positional arguments or, with the prompt's token ids, of three.
+
+    Raises
+    ------
+    InvalidRequestError
+        It can be called with neither number.
+    """
+    try:
+        signature = inspect.signature(processor)
+    except (TypeError, ValueError):  # written in C and silent about its arguments
+        return False
+    for count in (2, 3):
+        try:
+            signature.bind(*[None] * count)
+        except TypeError:
+            continue
+        return count == 3
+    raise InvalidRequestError(
+        f"each of logits_processors must be callable as f(token_ids, logits) or "
+        f"f(prompt_token_ids, token_ids, logits), got {_name(processor)}{signature}"
+    )
+
+
+class LogitsProcessors:
+    """The processors of one request, in the order they are applied.
+
+    Parameters
+    ----------
+    processors : sequence of callable
+    prompt_token_ids : list of int
+        Handed, as a copy, to processors of three arguments.
+
+    Raises
+    ------
+    InvalidRequestError
+        A processor takes neither two nor three arguments.
+    """
+
+    def __init__(
+        self, processors: Sequence[LogitsProcessor], prompt_token_ids: Sequence[int]
+    ) -> None:
+        self._processors = [(processor, takes_prompt(processor)) for processor in processors]
+        self._prompt_token_ids = prompt_token_ids
+
+    def __call__(self, token_ids: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+        """Return the logits that the processors make of a row.
+
+        Parameters
+        ----------
+        token_ids : sequence of int
+            Generated so far. Each processor gets a list of its own, which it may keep.
+        logits : Tensor[vocab_size], float32
+            May be changed in place.
+
+        Raises
+        ------
+        InvalidRequestError
+            A processor raised (its exception is the cause), or returned something else than
+            such logits.
+        """
+        for processor, with_prompt in self._processors:
+            history = [list(self._prompt_token_ids)] if with_prompt else []
+            try:
+                result = processor(*history, list(token_ids), logits)
+            except Exception as error:
+                raise InvalidRequestError(
+                    f"logits processor {_name(processor)} raised {type(error).__name__}: {error}"
+                ) from error
+            logits = _checked(processor, result, logits)
+        return logits
+
+
+def _checked(processor: LogitsProcessor, result: Any, logits: torch.Tensor) -> torch.Tensor:
+    expected = f"a float32 tensor of shape {tuple(logits.shape)} without NaN"
+    if not isinstance(result, torch.Tensor):
+        got = type(result).__name__
+    elif result.shape != logits.shape or result.dtype != logits.dtype:
+        kind = str(result.dtype).removeprefix("torch.")
+        got = f"{kind} of shape {tuple(result.shape)}"
+    elif result.device != logits.device:
+        got = f"one on {result.device} instead of {logits.device}"
+    elif torch.isnan(result.detach()).any():
+        got = "NaN"
+    else:
+        return result.detach()
+    raise InvalidRequestError(
+        f"logits processor {_name(processor)} must return {expected}, got {got}"
+    )
+
+
+def _name(processor: LogitsProcessor) -> str:
+    return getattr(processor, "__qualname__", None) or repr(processor)

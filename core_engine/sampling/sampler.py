@@ -1,0 +1,330 @@
+"""Sampler: one step's logits to one token per row."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from quire.errors import InvalidRequestError, QuireError
+from quire.sampling.edits import edit_logits
+from quire.sampling.logprobs import LogprobsTensors
+from quire.sampling.random import uniforms
+from quire.sampling.row import Row, num_beam_candidates
+from quire.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from quire.kernels import Backend
+
+__all__ = ["LogprobsTensors", "Sampler", "SamplerOutput"]
+
+
+class _Need(enum.IntFlag):
+    """What a row needs besides the likeliest token of its logits."""
+
+    DRAW = 1
+    EDIT = 2
+    BEAMS = 4
+    LOGPROBS = 8
+
+
+@dataclass(slots=True)
+class SamplerOutput:
+    """What a step's rows were given.
+
+    Attributes
+    ----------
+    token_ids : ndarray[num_rows], int64
+        0 for a row that failed.
+    logprobs : LogprobsTensors or None
+        None when no row asked. k is the largest number asked for; a row that asked for fewer
+        uses its first columns. A row that does beam search finds its best continuations here,
+        with the log-probabilities that the search is to add up.
+    failures : dict of int to BaseException
+        Why the request of a row, by its place in the batch, cannot go on. Other rows are as
+        they would have been without it.
+    """
+
+    token_ids: npt.NDArray[np.int64]
+    logprobs: LogprobsTensors | None = None
+    failures: dict[int, BaseException] = field(default_factory=dict)
+
+
+class Sampler:
+    """Choose the next token of every row of a batch.
+
+    A row's token depends on its own logits, parameters, seed and tokens, not on its
+    neighbours. The order of things, for each row:
+
+    1. log-probabilities, where asked for, from the logits as the model gave them;
+    2. ``allowed_token_ids``, ``bad_words`` and ``min_tokens`` forbid tokens;
+    3. ``logit_bias`` is added;
+    4. ``logits_processors`` are called, in their order;
+    5. repetition, frequency and presence penalties are applied;
+    6. at temperature 0 the likeliest token is taken; else logits are divided by the
+       temperature, then ``min_p``, ``top_k`` and ``top_p`` each leave tokens out of what the
+       one before left, and one token is drawn from the rest.
+
+    In a beam search, steps 2 to 5 work on log-probabilities and not on logits, as they do in
+    transformers, and the best continuations are returned instead of a token.
+
+    Parameters
+    ----------
+    vocab_size : int
+        Columns of the logits.
+    max_num_seqs : int
+        Rows are numbered from 0 to ``max_num_seqs - 1``.
+    device : torch.device
+        Where the logits are.
+    kernels : Backend
+    """
+
+    def __init__(
+        self, *, vocab_size: int, max_num_seqs: int, device: torch.device, kernels: Backend
+    ) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._kernels = kernels
+        self._rows: list[Row | None] = [None] * max_num_seqs
+        self._needs = np.zeros(max_num_seqs, dtype=np.int64)
+        self._temperature = np.ones(max_num_seqs, dtype=np.float64)
+        self._top_k = np.zeros(max_num_seqs, dtype=np.int64)
+        self._top_p = np.ones(max_num_seqs, dtype=np.float64)
+        self._min_p = np.zeros(max_num_seqs, dtype=np.float64)
+        self._seeds = np.zeros(max_num_seqs, dtype=np.uint64)
+        self._num_logprobs = np.zeros(max_num_seqs, dtype=np.int64)
+
+    def add(
+        self,
+        row: int,
+        params: SamplingParams,
+        *,
+        seed: int,
+        prompt_token_ids: list[int],
+        output_token_ids: list[int],
+        eos_token_ids: Collection[int],
+        bad_words_ids: Sequence[list[int]] = (),
+    ) -> None:
+        """Give a row to a sequence.
+
+        Parameters
+        ----------
+        row : int
+            One that no sequence has.
+        params : SamplingParams
+            Read now; not looked at again.
+        seed : int
+            Of this sequence alone. A token follows from it and from how many come before.
+        prompt_token_ids : list of int
+        output_token_ids : list of int
+            The sequence's own list of generated tokens, which need not be empty. The caller
+            appends to it after :meth:`sample` has returned.
+        eos_token_ids : collection of int
+            The model's end-of-sequence tokens.
+        bad_words_ids : sequence of list of int
+            Token sequences of ``params.bad_words``.
+
+        Raises
+        ------
+        InvalidRequestError
+            A logits processor takes the wrong number of arguments; the row stays free.
+        ValueError
+            The row is taken.
+        """
+        if self._rows[row] is not None:
+            raise ValueError(f"row {row} is taken; remove its sequence first")
+        state = Row(params, prompt_token_ids, output_token_ids, eos_token_ids, bad_words_ids)
+        need = _Need(0)
+        asked = params.logprobs
+        if not state.is_plain:
+            need |= _Need.EDIT
+        if params.use_beam_search:
+            need |= _Need.BEAMS
+            asked = num_beam_candidates(params, eos_token_ids)
+        elif not params.is_greedy:
+            need |= _Need.DRAW
+        if asked is None and params.num_sequences > params.n:
+            asked = 0  # the best are chosen by their cumulative log-probability
+        if asked is not None:
+            need |= _Need.LOGPROBS
+            asked = self._vocab_size if asked == -1 else min(asked, self._vocab_size)
+        self._rows[row] = state
+        self._needs[row] = need
+        self._temperature[row] = params.temperature
+        self._top_k[row] = max(params.top_k, 0)
+        self._top_p[row] = params.top_p
+        self._min_p[row] = params.min_p
+        self._seeds[row] = seed % 2**64
+        self._num_logprobs[row] = asked or 0
+
+    def remove(self, row: int) -> None:
+        """Take a row back from its sequence; a free row stays free."""
+        self._rows[row] = None
+        self._needs[row] = 0
+
+    @torch.no_grad()
+    def sample(self, logits: torch.Tensor, rows: npt.NDArray[np.int64]) -> SamplerOutput:
+        """Choose one token per row.
+
+        Parameters
+        ----------
+        logits : Tensor[num_rows, vocab_size]
+            Of each row's last token; left as they are.
+        rows : ndarray[num_rows], int64
+            Whose they are; each row at most once.
+
+        Returns
+        -------
+        SamplerOutput
+        """
+        needs = self._needs[rows]
+        union = int(np.bitwise_or.reduce(needs)) if len(rows) else 0
+        raw = logits.float()
+        edited, failures = raw, {}
+        if union & (_Need.EDIT | _Need.BEAMS):
+            edited = raw.clone()
+            failures = self._edit(edited, rows, needs)
+        token_ids = self._choose(raw, edited, rows, needs, failures)
+        logprobs = None
+        if union & _Need.LOGPROBS:
+            logprobs = self._logprobs(raw, edited, rows, needs, token_ids)
+        chosen = token_ids.cpu().numpy()
+        if failures:
+            chosen[list(failures)] = 0
+        return SamplerOutput(chosen, logprobs, failures)
+
+    @torch.no_grad()
+    def logprobs_for(
+        self, logits: torch.Tensor, target_ids: torch.Tensor, k: int
+    ) -> LogprobsTensors:
+        """Return the log-probabilities of given tokens and of the likeliest ones.
+
+        Parameters
+        ----------
+        logits : Tensor[num_rows, vocab_size]
+        target_ids : Tensor[num_rows], int64
+        k : int
+            How many of the likeliest; -1 is the whole vocabulary.
+        """
+        k = logits.shape[1] if k == -1 else min(k, logits.shape[1])
+        return LogprobsTensors(*self._kernels.gather_logprobs(logits, target_ids, k))
+
+    def _edit(
+        self, logits: torch.Tensor, rows: npt.NDArray[np.int64], needs: npt.NDArray[np.int64]
+    ) -> dict[int, BaseException]:
+        beams = self._where(needs, _Need.BEAMS)
+        if len(beams):
+            logits[beams] = self._kernels.log_softmax(logits[beams])
+        places = np.flatnonzero(needs & _Need.EDIT).tolist()
+        states = [state for place in places if (state := self._rows[rows[place]]) is not None]
+        return edit_logits(logits, states, places, self._kernels)
+
+    def _choose(
+        self,
+        raw: torch.Tensor,
+        logits: torch.Tensor,
+        rows: npt.NDArray[np.int64],
+        needs: npt.NDArray[np.int64],
+        failures: dict[int, BaseException],
+    ) -> torch.Tensor:
+        """Return the chosen token of each row, adding rows that allow no choice to failures."""
+        drawn = (needs & _Need.DRAW) != 0
+        if not drawn.any():
+            token_ids = self._kernels.argmax(logits)
+            highest = logits.gather(1, token_ids[:, None])[:, 0]
+        else:
+            highest = logits.amax(dim=1)
+        if not torch.isfinite(highest).all():
+            logits = _usable(raw, logits, highest, failures)
+            token_ids = self._kernels.argmax(logits)
+        if not drawn.any():
+            return token_ids
+        if drawn.all():
+            return self._draw(logits, rows)
+        token_ids = self._kernels.argmax(logits)
+        places = self._where(needs, _Need.DRAW)
+        token_ids[places] = self._draw(logits[places], rows[drawn])
+        return token_ids
+
+    def _draw(self, logits: torch.Tensor, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+        states = [self._rows[row] for row in rows.tolist()]
+        lengths = [len(state.output_token_ids) for state in states if state is not None]
+        uniform = uniforms(self._seeds[rows], np.array(lengths, dtype=np.int64))
+        limits = (self._temperature, self._top_k, self._top_p, self._min_p)
+        return self._kernels.sample_tokens(logits, *(limit[rows] for limit in limits), uniform)
+
+    def _logprobs(
+        self,
+        raw: torch.Tensor,
+        edited: torch.Tensor,
+        rows: npt.NDArray[np.int64],
+        needs: npt.NDArray[np.int64],
+        token_ids: torch.Tensor,
+    ) -> LogprobsTensors:
+        counts = np.where(needs & _Need.LOGPROBS, self._num_logprobs[rows], 0)
+        is_beam = (needs & _Need.BEAMS) != 0
+        asks = ((needs & _Need.LOGPROBS) != 0) & ~is_beam
+        k = int(counts.max())
+        if asks.all():
+            return LogprobsTensors(*self._kernels.gather_logprobs(raw, token_ids, k))
+        result = LogprobsTensors(
+            torch.zeros(len(rows), k + 1, dtype=torch.int64, device=raw.device),
+            torch.full((len(rows), k + 1), -torch.inf, device=raw.device),
+            torch.zeros(len(rows), dtype=torch.int64, device=raw.device),
+        )
+        if asks.any():
+            places = torch.from_numpy(np.flatnonzero(asks)).to(raw.device)
+            width = int(counts[asks].max())
+            found = self._kernels.gather_logprobs(raw[places], token_ids[places], width)
+            result.token_ids[places, : width + 1] = found[0]
+            result.logprobs[places, : width + 1] = found[1]
+            result.ranks[places] = found[2]
+        if is_beam.any():
+            places = self._where(needs, _Need.BEAMS)
+            width = int(counts[is_beam].max())
+            logprobs, ids = self._kernels.top_logits(edited[places], width)
+            result.token_ids[places, : width + 1] = torch.cat((ids[:, :1], ids), dim=1)
+            result.logprobs[places, : width + 1] = torch.cat((logprobs[:, :1], logprobs), dim=1)
+            result.ranks[places] = 1
+        return result
+
+    def _where(self, needs: npt.NDArray[np.int64], need: _Need) -> torch.Tensor:
+        return torch.from_numpy(np.flatnonzero(needs & need)).to(self._device)
+
+
+def _usable(
+    raw: torch.Tensor,
+    logits: torch.Tensor,
+    highest: torch.Tensor,
+    failures: dict[int, BaseException],
+) -> torch.Tensor:
+    """Return logits, changed where nothing can be chosen by them, adding such rows to failures.
+
+    A row in which a processor or a bias made logits infinite is left with just these tokens.
+    """
+    logits = logits.clone()
+    for place in (~torch.isfinite(highest)).nonzero()[:, 0].tolist():
+        top = float(raw[place].amax())
+        if place in failures:
+            pass
+        elif math.isnan(top):
+            failures[place] = QuireError("the model produced NaN logits")
+        elif math.isinf(top):
+            failures[place] = QuireError("the model produced infinite logits")
+        elif highest[place] == torch.inf:
+            forced = logits[place] == torch.inf
+            logits[place] = torch.where(forced, 0.0, -torch.inf)
+            continue
+        else:
+            failures[place] = InvalidRequestError(
+                "no token is allowed: allowed_token_ids, bad_words, min_tokens, logit_bias and "
+                "logits_processors together leave none"
+            )
+        logits[place] = 0.0
+    return logits

@@ -1,0 +1,76 @@
+"""How many threads the engine computes with."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from pathlib import Path
+
+from quire.utils.cgroup import cgroup_folders, read_text
+
+_lock = threading.Lock()
+_applied = False
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Return the CPUs' worth of time that the process's cgroups allow, or None without a limit.
+
+    Parameters
+    ----------
+    root : Path
+        Where ``proc`` and ``sys`` are looked for.
+    """
+    quotas = []
+    for folder in cgroup_folders("cpu", root):
+        period: str | None
+        if (text := read_text(folder / "cpu.max")) is not None:
+            quota, _, period = text.partition(" ")
+        else:
+            quota = read_text(folder / "cpu.cfs_quota_us") or ""
+            period = read_text(folder / "cpu.cfs_period_us")
+        # "max" in version 2 and -1 in version 1 are no limit.
+        if quota.isdecimal() and period and period.isdecimal() and int(period) > 0:
+            quotas.append(int(quota) / int(period))
+    return min(quotas, default=None)
+
+
+def count_threads(root: Path = Path("/")) -> int:
+    """Return the number of threads to compute with, at least 1.
+
+    ``OMP_NUM_THREADS`` where it is set; else the CPUs that the process may run on, and no more
+    than its cgroups' quota of CPU time: threads past the quota only make each other wait.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    quota = cpu_quota(root)
+    if quota is not None:
+        count = min(count, math.ceil(quota))
+    return max(count, 1)
+
+
+def apply_thread_count() -> int:
+    """Let torch compute with :func:`count_threads` threads, once per process.
+
+    A lower number that the program has given to ``torch.set_num_threads`` before stays.
+
+    Returns
+    -------
+    int
+        The number of threads that torch computes with from here on.
+    """
+    import torch
+
+    global _applied
+    with _lock:
+        if not _applied:
+            count = count_threads()
+            if count < torch.get_num_threads():
+                torch.set_num_threads(count)
+            _applied = True
+    return torch.get_num_threads()

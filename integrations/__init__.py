@@ -1,0 +1,1 @@
+"""Adapters that put quire behind the interfaces of other libraries."""

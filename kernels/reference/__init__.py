@@ -1,0 +1,1 @@
+"""What each operation means, in plain torch: correct on any device, tuned for CPUs."""

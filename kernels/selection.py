@@ -1,0 +1,84 @@
+"""The choice of a backend, once per device."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
+
+import torch
+
+from quire.kernels.reference.backend import ReferenceBackend
+
+if TYPE_CHECKING:
+    from quire.kernels.interface import Backend
+
+ENTRY_POINT_GROUP = "quire.kernels"
+
+
+class KernelError(RuntimeError):
+    """A backend that does not exist, cannot be loaded, or does not know the device."""
+
+
+def available_backends() -> list[str]:
+    """Names that `get_backend` accepts: the built-in ones, then those of installed packages."""
+    return ["reference", *sorted(name for name in _installed() if name != "reference")]
+
+
+def get_backend(
+    device: torch.device | str | None = None, name: str | None = None
+) -> Backend:
+    """Return the backend that works on `device`, always the same object for the same arguments.
+
+    Parameters
+    ----------
+    device
+        Where the tensors live; None is the CPU.
+    name
+        A backend by name, or None for the one of the highest priority that supports the device.
+
+    Raises
+    ------
+    KernelError
+        `name` is not available, could not be loaded, or does not support `device`.
+    """
+    return _choose(torch.device(device or "cpu"), name)
+
+
+@cache
+def _choose(device: torch.device, name: str | None) -> Backend:
+    if name is not None:
+        backend = _load(name)
+        if not backend.supports(device):
+            raise KernelError(
+                f"kernel backend {name!r} does not support device {str(device)!r}; "
+                f"available: {', '.join(available_backends())}"
+            )
+        return backend
+    candidates = [_load(each) for each in available_backends()]
+    return max(
+        (each for each in candidates if each.supports(device)), key=lambda each: each.priority
+    )
+
+
+def _installed() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+@cache
+def _load(name: str) -> Backend:
+    if name == "reference":
+        return ReferenceBackend()
+    point = _installed().get(name)
+    if point is None:
+        raise KernelError(
+            f"kernel backend {name!r} is unknown; available: {', '.join(available_backends())}"
+        )
+    try:
+        loaded = point.load()
+        backend: Backend = loaded() if isinstance(loaded, type) else loaded
+    except Exception as error:
+        raise KernelError(
+            f"kernel backend {name!r} ({point.value}) could not be loaded: {error}"
+        ) from error
+    return backend

@@ -1,0 +1,158 @@
+"""Training: reproducible, and its rows hold what they say they hold."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from quire.demo.card import Making, model_card
+from quire.demo.evaluate import Score, evaluate, score
+from quire.demo.packing import LONG_ROW_LEN, PROMPT_WEIGHT, ROW_LEN, Packer
+from quire.demo.samples import Question, chat, plain
+from quire.demo.text import training_samples
+from quire.demo.train import CONFIG, batch_loss, build_model, build_tokenizer, learning_rate, train
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Iterator[object]:
+    """The shipped tokenizer."""
+    from tokenizers import Tokenizer
+
+    from quire.demo import model_path
+
+    return Tokenizer.from_file(str(model_path() / "tokenizer.json"))
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Undo what training sets for the whole process."""
+    before = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def packer(tokenizer: object) -> Packer:
+    """Rows of the training text."""
+    return Packer(training_samples(3), tokenizer, max_position=2048, seed=3)
+
+
+def test_rows_are_full_and_positions_in_range(packer: Packer) -> None:
+    """Short rows waste little; no position reaches the model's limit."""
+    batch = packer.short_rows(16)
+    assert batch.input_ids.shape == (16, ROW_LEN)
+    assert (batch.sample_ids >= 0).mean() > 0.95
+    assert batch.positions.min() >= 0
+    assert batch.positions.max() < CONFIG["max_position_embeddings"]
+
+
+def test_positions_count_up_within_a_sample(packer: Packer) -> None:
+    """A sample starts anywhere, and then its positions follow one another."""
+    for batch in (packer.short_rows(8), packer.long_rows(2)):
+        same = (batch.sample_ids[:, 1:] == batch.sample_ids[:, :-1]) & (
+            batch.sample_ids[:, 1:] >= 0
+        )
+        steps = np.diff(batch.positions, axis=1)
+        assert (steps[same] == 1).all()
+
+
+def test_a_first_token_is_never_predicted(packer: Packer) -> None:
+    """Between samples that do not see each other nothing is learned; padding counts nothing."""
+    batch = packer.short_rows(8)
+    starts = np.diff(batch.sample_ids, axis=1, prepend=-2) != 0
+    assert (batch.weights[starts] == 0).all()
+    assert (batch.weights[batch.sample_ids < 0] == 0).all()
+
+
+def test_long_rows_are_one_context(packer: Packer) -> None:
+    """In a long row every sample sees all before it."""
+    batch = packer.long_rows(2)
+    assert batch.input_ids.shape == (2, LONG_ROW_LEN)
+    assert set(np.unique(batch.sample_ids)) <= {-1, 0}
+
+
+def test_answers_weigh_more_than_prompts(tokenizer: object) -> None:
+    """The weights follow the parts of a sample, chats and plain ones alike."""
+    for sample in (plain("Hi?", " Yo."), chat([("user", "Hi?"), ("assistant", "Yo.")])):
+        packer = Packer(itertools.repeat(sample), tokenizer, max_position=2048, seed=0)
+        encoded = packer._encode(sample)
+        learned = [i for i, w in zip(encoded.token_ids, encoded.weights, strict=True) if w == 1]
+        text = tokenizer.decode(learned, skip_special_tokens=False)  # type: ignore[attr-defined]
+        assert text == "".join(text for text, is_learned in sample.parts if is_learned)
+        assert set(encoded.weights) == {1.0, PROMPT_WEIGHT}
+
+
+def test_samples_of_a_row_do_not_see_each_other(packer: Packer) -> None:
+    """Changing one sample's tokens leaves the loss on another untouched."""
+    model = build_model(0)
+    batch = packer.short_rows(1)
+    batch.weights[batch.sample_ids != 1] = 0
+    with torch.inference_mode():
+        before = batch_loss(model, batch)
+        batch.input_ids[batch.sample_ids == 0] = 5
+        assert torch.equal(before, batch_loss(model, batch))
+        batch.input_ids[batch.sample_ids == 1] = 5
+        assert not torch.equal(before, batch_loss(model, batch))
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    """A warm-up, one peak, a fall to nearly nothing."""
+    rates = [learning_rate(step, 200) for step in range(200)]
+    peak = rates.index(max(rates))
+    assert 0 < peak < 20
+    assert rates[:peak] == sorted(rates[:peak])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[-1] < 0.02 * max(rates)
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_training_repeats_bit_for_bit(tokenizer: object) -> None:
+    """The same seed gives the same weights; another seed gives others."""
+    first, second, other = (
+        train(seed, 3, tokenizer=tokenizer, quiet=True).state_dict() for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.slow
+def test_the_shipped_tokenizer_is_what_the_script_makes(tokenizer: object) -> None:
+    """Text generators and the shipped files belong together."""
+    made = build_tokenizer(0)
+    assert made.to_str() == tokenizer.to_str()  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("deterministic")
+def test_the_script_writes_a_whole_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few steps give a folder that transformers loads, with its card."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import quire.demo.train as script
+
+    monkeypatch.setattr(script, "evaluate", lambda greedy, sampled: [Score("none", 0, 1)])
+    assert script.main(["--out", str(tmp_path), "--steps", "2", "--seed", "5"]) == 0
+    assert "--seed 5 --steps 2" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    AutoTokenizer.from_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_scores_count_right_answers() -> None:
+    """A generator that knows the answer scores 1, one that is silent scores 0."""
+    questions = [Question(str(n), lambda text, n=n: text == str(n)) for n in range(5)]
+    assert score("echo", questions, lambda prompts: list(prompts)).share == 1.0
+    assert score("mute", questions, lambda prompts: [""] * len(prompts)).right == 0
+    assert all(s.right == 0 for s in evaluate(lambda prompts: [""] * len(prompts)))
+
+
+def test_the_card_says_how_the_model_was_made() -> None:
+    """Seed, steps, time, versions and every score stand in the card."""
+    making = Making(7, 123, 2048, 1_000_000, 2, 600.0, "torch 9.9")
+    card = model_card(making, [Score("capitals", 9, 10)], config=CONFIG)
+    for expected in ("--seed 7 --steps 123", "10 minutes", "torch 9.9", "90.0%", "1.00 million"):
+        assert expected in card

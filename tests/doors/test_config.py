@@ -1,0 +1,265 @@
+"""EngineConfig: every argument is honoured, refused, or known to have no effect; none is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quire import LLM, AsyncLLM
+from quire.arguments import EngineArguments
+from quire.config import (
+    NO_EFFECT,
+    NOT_OFFERED,
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    SchedulerConfig,
+    argument_names,
+)
+from quire.errors import ConfigError, NotSupportedError
+
+FIELDS = [
+    spec.name
+    for part in (ModelConfig, CacheConfig, SchedulerConfig)
+    for spec in dataclasses.fields(part)
+] + ["seed", "device"]
+
+VALID = {
+    "tokenizer": ["other", Path("other")],
+    "tokenizer_mode": ["auto", "slow"],
+    "dtype": ["auto", "half", "float16", "bfloat16", "float", "float32", torch.float16],
+    "revision": ["main"],
+    "tokenizer_revision": ["main"],
+    "max_model_len": [-1, 1, 4096],
+    "download_dir": ["/tmp/somewhere"],
+    "hf_token": [True, False, "secret"],
+    "hf_overrides": [{}, {"rope_theta": 1.0}],
+    "generation_config": ["auto", "vllm", "folder"],
+    "chat_template": ["{{ messages }}"],
+    "block_size": [1, 16, 1024],
+    "kv_cache_memory_bytes": [1, 1 << 40],
+    "num_gpu_blocks_override": [2, 1000],
+    "gpu_memory_utilization": [0.1, 1],
+    "max_num_seqs": [1, 65536],
+    "max_num_batched_tokens": [1, 1 << 20],
+    "scheduling_policy": ["fcfs", "priority"],
+    "seed": [0, 2**64 - 1],
+    "device": ["auto", "cpu", "cuda", "cuda:1", torch.device("cpu")],
+}
+BOOLEANS = [
+    "skip_tokenizer_init",
+    "trust_remote_code",
+    "enable_prefix_caching",
+    "enable_chunked_prefill",
+]
+INVALID = {
+    "tokenizer": ["", 3],
+    "tokenizer_mode": ["fast", True],
+    "dtype": ["int8", "float64", torch.int8, 16],
+    "revision": ["", 1],
+    "tokenizer_revision": [""],
+    "max_model_len": [0, -2, 1.5, True, "8k"],
+    "download_dir": [" "],
+    "hf_token": ["", 3],
+    "hf_overrides": ["{}", [1], {1: 2}],
+    "generation_config": ["", 1],
+    "chat_template": [""],
+    "block_size": [0, -16, 1025, 16.0, True],
+    "kv_cache_memory_bytes": [0, -1, "4GiB"],
+    "num_gpu_blocks_override": [0, 1],
+    "gpu_memory_utilization": [0, -0.1, 1.01, float("nan"), "0.9", True],
+    "max_num_seqs": [0, 65537, 2.0],
+    "max_num_batched_tokens": [0, None.__class__],
+    "scheduling_policy": ["lifo", 1],
+    "seed": [-1, 2**64, 0.5, "0"],
+    "device": ["tpu", "cuda:", "cuda:x", "cpu:0", 0],
+    "model": ["", "  ", 5, b"bytes"],
+    **{name: ["yes", 1, 0] for name in BOOLEANS},
+}
+
+
+@pytest.mark.parametrize("name", argument_names())
+def test_none_is_the_default_of_every_argument(name):
+    """An argument that is None is one that was not given."""
+    if name == "model":
+        with pytest.raises(ConfigError, match="model"):
+            EngineConfig.create(None)
+    else:
+        assert EngineConfig.create("m", **{name: None}) == EngineConfig.create("m")
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            **{name: st.sampled_from(values) for name, values in VALID.items()},
+            **{name: st.booleans() for name in BOOLEANS},
+        },
+    )
+)
+def test_every_valid_argument_is_kept_and_comes_back(kwargs):
+    """`to_kwargs` gives arguments of an equal configuration: nothing is dropped on the way."""
+    if kwargs.get("max_model_len", 0) > 1 and not kwargs.get("enable_chunked_prefill", True):
+        kwargs.pop("max_num_batched_tokens", None)
+    config = EngineConfig.create("m", **kwargs)
+    flat = config.to_kwargs()
+    assert sorted(flat) == sorted(FIELDS)
+    assert EngineConfig.create(**flat) == config
+    same = {"revision", "chat_template", "block_size", "max_num_seqs", "seed", *BOOLEANS}
+    for name in same & kwargs.keys():
+        assert flat[name] == kwargs[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in INVALID.items() for value in values]
+)
+def test_a_wrong_value_is_refused_by_name(name, value):
+    """The message has the argument's name, and the value unless it is a secret."""
+    with pytest.raises(ConfigError, match=name) as caught:
+        EngineConfig.create(**{"model": "m", name: value})
+    assert not isinstance(caught.value, NotSupportedError)
+    if name != "hf_token":
+        assert repr(value) in str(caught.value)
+
+
+def test_every_field_was_tried_with_wrong_values():
+    """A new field without a check, or without a test of it, shows here."""
+    assert set(INVALID) == set(FIELDS)
+    assert set(VALID) | set(BOOLEANS) | {"model"} == set(FIELDS)
+
+
+@pytest.mark.parametrize("name", sorted(NOT_OFFERED))
+def test_what_is_not_offered_says_so_and_its_off_values_pass(name):
+    """NotSupportedError names argument and value; a value that asks for nothing is no error."""
+    for off in NOT_OFFERED[name]:
+        assert EngineConfig.create("m", **{name: off}) == EngineConfig.create("m")
+    with pytest.raises(NotSupportedError, match=f"{name}='in use' is not offered by this version"):
+        EngineConfig.create("m", **{name: "in use"})
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"tensor_parallel_size": 2},
+        {"tensor_parallel_size": True},
+        {"quantization": "awq"},
+        {"enable_lora": True},
+        {"enable_lora": 0},
+        {"speculative_config": {"method": "ngram"}},
+        {"cpu_offload_gb": 4},
+        {"kv_cache_dtype": "fp8"},
+        {"tokenizer_mode": "mistral"},
+        {"hf_overrides": lambda config: config},
+    ],
+)
+def test_values_of_later_versions_are_refused(kwargs):
+    """What users of vLLM know and quire lacks is an error, never silently dropped."""
+    [name] = kwargs
+    with pytest.raises(NotSupportedError, match=name):
+        EngineConfig.create("m", **kwargs)
+
+
+@pytest.mark.parametrize("name", sorted(NO_EFFECT))
+def test_arguments_without_effect_are_still_checked(name):
+    """They change nothing, and nonsense in them is an error all the same."""
+    good = {"swap_space": 4, "prefix_caching_hash_algo": "sha256", "code_revision": "main"}
+    value = good.get(name, 1 if "max_" in name else True)
+    assert EngineConfig.create("m", **{name: value}) == EngineConfig.create("m")
+    if name != "compilation_config":  # of any shape in vLLM
+        with pytest.raises(ConfigError, match=name):
+            EngineConfig.create("m", **{name: object()})
+
+
+@pytest.mark.parametrize("name", [name for name in argument_names() if len(name) > 7])
+def test_a_mistyped_name_is_a_type_error_with_the_right_one(name):
+    """Leaving out a letter of any name leads back to that name."""
+    typo = name[:3] + name[4:]
+    with pytest.raises(TypeError, match=f"'{typo}': did you mean '{name}'\\?"):
+        EngineConfig.create("m", **{typo: 1})
+
+
+def test_a_name_like_no_other_gets_no_suggestion():
+    with pytest.raises(TypeError, match="unexpected argument 'zzzz'$"):
+        EngineConfig.create("m", zzzz=1)
+
+
+@pytest.mark.parametrize("door", [LLM, AsyncLLM])
+def test_the_doors_check_before_anything_is_loaded(door):
+    """A wrong argument is reported for a model that does not even exist."""
+    with pytest.raises(TypeError, match="did you mean 'max_num_seqs'"):
+        door("no/such-model", max_num_seq=3)
+    with pytest.raises(NotSupportedError):
+        door("no/such-model", quantization="gptq")
+    with pytest.raises(TypeError, match="model"):
+        door()
+
+
+def test_the_typed_dict_lists_the_arguments_there_are():
+    """What editors and type checkers offer is what `create` takes."""
+    import quire.arguments
+
+    quire.arguments.torch = torch  # imported there for type checkers only
+    try:
+        hints = get_type_hints(EngineArguments)
+    finally:
+        del quire.arguments.torch
+    assert {"model", *hints} == set(argument_names())
+
+
+def test_the_signature_shows_arguments_and_defaults():
+    """`help(LLM)` has every field with the default that the configuration gives it."""
+    parameters = inspect.signature(LLM).parameters
+    defaults = EngineConfig.create("m").to_kwargs()
+    assert list(parameters)[0] == "model"
+    assert {name for name in FIELDS} <= set(parameters)
+    for name in set(FIELDS) - {"model"}:
+        assert parameters[name].default == defaults[name]
+        assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+    assert inspect.signature(AsyncLLM) == inspect.signature(LLM)
+
+
+def test_a_budget_below_the_longest_prompt_needs_chunks():
+    """Without chunked prefill an asked-for budget must hold max_model_len; a default one grows."""
+    with pytest.raises(ConfigError, match="max_num_batched_tokens=100 is less than max_model_len"):
+        EngineConfig.create(
+            "m", max_num_batched_tokens=100, max_model_len=200, enable_chunked_prefill=False
+        )
+    EngineConfig.create("m", max_num_batched_tokens=100, max_model_len=200)
+    scheduler = EngineConfig.create("m", enable_chunked_prefill=False).scheduler
+    assert scheduler.token_budget(9000) == 9000
+    assert scheduler.token_budget(9) == scheduler.max_num_batched_tokens
+    assert EngineConfig.create("m").scheduler.token_budget(9000) == 2048
+
+
+def test_a_token_is_not_shown():
+    config = EngineConfig.create("m", hf_token="secret")
+    assert "secret" not in repr(config)
+    assert config.model.hf_token == "secret"
+
+
+def test_configurations_are_frozen():
+    config = EngineConfig.create("m")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1
+    with pytest.raises(ConfigError, match="block_size"):
+        dataclasses.replace(config.cache, block_size=0)
+
+
+def test_light_modules_do_not_import_torch():
+    """Reading options must not cost seconds."""
+    code = (
+        "import sys, quire.config, quire.prompts, quire.arguments, quire.llm, quire.async_llm\n"
+        "import quire.utils.memory, quire.utils.threads\n"
+        "print([m for m in ('torch', 'transformers', 'tqdm', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]", done

@@ -1,0 +1,105 @@
+"""A request's answer depends on its own text, parameters and seed, and on nothing around it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from quire import LLM, SamplingParams
+
+# Every line is a way of running the same requests; the first is the plainest.
+WAYS = {
+    "alone": {"max_num_seqs": 1},
+    "together": {},
+    "in chunks of 7": {"max_num_batched_tokens": 7},
+    "whole prompts": {"enable_chunked_prefill": False},
+    "without prefix cache": {"enable_prefix_caching": False},
+    "small blocks": {"block_size": 4},
+    "scarce blocks": {"block_size": 4, "num_gpu_blocks_override": 24, "max_model_len": 80},
+    "scarce blocks, no cache": {
+        "block_size": 4,
+        "num_gpu_blocks_override": 24,
+        "max_model_len": 80,
+        "enable_prefix_caching": False,
+    },
+}
+
+
+def make_requests() -> tuple[list[dict], list[SamplingParams]]:
+    """Prompts of many lengths, some with a common beginning; greedy and seeded parameters."""
+    rng = random.Random(0)
+    common = [rng.randrange(5, 250) for _ in range(21)]
+    prompts, params = [], []
+    for i in range(14):
+        own = [rng.randrange(5, 250) for _ in range(rng.choice([1, 3, 8, 17, 30]))]
+        prompts.append({"prompt_token_ids": common + own if i % 3 else own})
+        kind = i % 4
+        options = {"max_tokens": rng.choice([1, 5, 20, 26]), "ignore_eos": True}
+        if kind == 0:
+            options["temperature"] = 0
+        else:
+            options |= {"temperature": 1.0, "seed": i}
+        if kind == 2:
+            options |= {"top_k": 20, "top_p": 0.9, "n": 3}
+        if kind == 3:
+            options |= {"repetition_penalty": 1.3, "presence_penalty": 0.5, "min_p": 0.02}
+        params.append(SamplingParams(**options))
+    return prompts, params
+
+
+def answers(llm: LLM) -> list[list[list[int]]]:
+    prompts, params = make_requests()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [[list(c.token_ids) for c in output.outputs] for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def plain_answers(tiny_llama):
+    with LLM(tiny_llama, dtype="float32", **WAYS["alone"]) as llm:
+        return answers(llm)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_answers_do_not_depend_on_how_requests_are_run(tiny_llama, plain_answers, way):
+    """Batch size, chunking, caching, block size and preemption change no token."""
+    with LLM(tiny_llama, dtype="float32", **WAYS[way]) as llm:
+        assert answers(llm) == plain_answers
+        if "scarce" in way:
+            assert llm.get_metrics()["num_preemptions"] > 0, "nothing was preempted: no test"
+
+
+def test_answers_do_not_depend_on_a_warm_cache(tiny_llama, plain_answers):
+    """A second run, which finds its prompts in the prefix cache, gives the same."""
+    with LLM(tiny_llama, dtype="float32", block_size=4) as llm:
+        assert answers(llm) == plain_answers
+        before = llm.get_metrics()["num_cached_tokens"]
+        assert answers(llm) == plain_answers
+        assert llm.get_metrics()["num_cached_tokens"] > before
+
+
+def test_unseeded_requests_differ_from_each_other_and_repeat_with_the_run(tiny_llama):
+    """Identical prompts and n samples draw differently; a new engine of that seed draws alike."""
+    params = SamplingParams(temperature=1.5, max_tokens=12, n=2, ignore_eos=True)
+
+    def run(seed: int) -> list[tuple[int, ...]]:
+        with LLM(tiny_llama, dtype="float32", seed=seed) as llm:
+            outputs = llm.generate([[7, 8, 9]] * 3, params, use_tqdm=False)
+        return [tuple(c.token_ids) for output in outputs for c in output.outputs]
+
+    first = run(0)
+    assert len(set(first)) == len(first)
+    assert run(0) == first
+    assert run(1) != first
+
+
+def test_blocks_are_all_free_when_nothing_runs(tiny_llama):
+    """Finished, preempted and aborted requests leave no block behind."""
+    with LLM(tiny_llama, dtype="float32", **WAYS["scarce blocks"]) as llm:
+        answers(llm)
+        stream = llm.stream([5, 6, 7], SamplingParams(max_tokens=40, ignore_eos=True, seed=1))
+        next(stream)
+        stream.close()
+        answers(llm)
+        llm.engine_loop.call(lambda engine: engine.check_integrity())
+        assert llm.get_metrics()["kv_cache_usage"] == 0

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quire.kernels import get_backend
+from quire.models.decoder import Decoder
+from quire.models.hf_config import read_config
+from quire.models.loader import load_model
+
+
+@pytest.fixture(scope="session")
+def load() -> Callable[..., Decoder]:
+    """``load(folder, overrides=None, dtype=float32, **options)``: a decoder on the CPU."""
+
+    def load(
+        folder: Path,
+        overrides: dict[str, Any] | None = None,
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> Decoder:
+        return load_model(
+            folder,
+            read_config(folder, overrides),
+            device=torch.device("cpu"),
+            dtype=dtype,
+            kernels=get_backend("cpu"),
+            **options,
+        )
+
+    return load
+
+
+@pytest.fixture(autouse=True)
+def _quiet_transformers() -> None:
+    logging.getLogger("transformers").setLevel(logging.ERROR)
