@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from quire.models.hf_config import (
 from quire.models.loader import load_model
 from quire.sampling.sampler import Sampler
 from quire.tokenizer import load_tokenizer
+from quire.utils import log
 from quire.utils.memory import plan_kv_cache, start_line
 from quire.utils.threads import apply_thread_count
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from quire.config import EngineConfig, ModelConfig
     from quire.tokenizer.tokenizer import Tokenizer
 
-logger = logging.getLogger("quire")
+logger = log.get_logger()
 
 
 def build_engine(config: EngineConfig) -> Engine:
@@ -48,6 +48,7 @@ def build_engine(config: EngineConfig) -> Engine:
     OutOfMemoryError
         When weights or KV cache do not fit.
     """
+    log.configure()
     num_threads = apply_thread_count()
     device = choose_device(config.device)
     kernels = get_backend(device)

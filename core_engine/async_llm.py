@@ -134,7 +134,10 @@ class AsyncLLM:
                 event = await events.get()
                 if isinstance(event, BaseException):
                     ended = True
-                    raise failure(name, event)
+                    try:
+                        raise failure(name, event)
+                    finally:  # the exception has this frame, which would have the exception
+                        del event
                 ended = event.finished
                 event.request_id = name
                 yield event

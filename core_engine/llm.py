@@ -166,7 +166,10 @@ class LLM:
         outputs: list[RequestOutput] = []
         for result in results:
             if isinstance(result, BaseException):
-                raise result
+                try:
+                    raise result
+                finally:  # the exception has this frame, which would have the exception
+                    del results, result
             outputs.append(result)
         return outputs
 

@@ -6,12 +6,12 @@ import enum
 import functools
 import math
 import numbers
-import operator
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal, TypeVar
 
-from quire.errors import InvalidRequestError, NotSupportedError
+from quire.errors import NotSupportedError
+from quire.utils.checks import flag, integer, number, refuse, strings, token_ids
 from quire.utils.suggest import unexpected_argument
 
 _UNSET_TEMPERATURE: Final = float("1.0")
@@ -35,66 +35,12 @@ class RequestOutputKind(enum.IntEnum):
     """Nothing until the request has finished, then all of it."""
 
 
-def _refuse(name: str, value: object, expected: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{name} must be {expected}, got {value!r}")
-
-
-def _integer(name: str, value: object, expected: str, low: int, high: int | None = None) -> int:
-    """Return ``value`` as an int in [low, high]; a bool or a float is not taken for one."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise _refuse(name, value, expected)
-    number = operator.index(value)
-    if number < low or (high is not None and number > high):
-        raise _refuse(name, value, expected)
-    return number
-
-
-def _number(name: str, value: object, expected: str, valid: Callable[[float], bool]) -> float:
-    """Return ``value`` as a finite float for which ``valid`` holds."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise _refuse(name, value, expected)
-    number = value if type(value) is float else float(value)
-    if not math.isfinite(number) or not valid(number):
-        raise _refuse(name, value, expected)
-    return number
-
-
-def _flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise _refuse(name, value, "True or False")
-    return value
-
-
 def _early_stopping(value: object) -> bool | Literal["never"]:
     if value == "never" and isinstance(value, str):
         return "never"
     if isinstance(value, bool):
         return value
-    raise _refuse("early_stopping", value, "True, False or 'never'")
-
-
-def _strings(name: str, value: object) -> list[str]:
-    """Return a list of non-empty strings; a lone string is a list of one."""
-    expected = "a non-empty string or a list of non-empty strings"
-    if value is None:
-        return []
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, Collection) or isinstance(value, (bytes, Mapping)):
-        raise _refuse(name, value, expected)
-    for item in value:
-        if not isinstance(item, str) or not item:
-            raise _refuse(name, value, expected)
-    return list(value)
-
-
-def _token_ids(name: str, value: object) -> list[int]:
-    expected = "a list of token ids (integers >= 0)"
-    is_list = isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
-    if not is_list:
-        raise _refuse(name, value, expected)
-    assert isinstance(value, Iterable)
-    return [_integer(f"each id of {name}", item, "an integer >= 0", 0) for item in value]
+    raise refuse("early_stopping", value, "True, False or 'never'")
 
 
 def _keyword_only(cls: type[_T]) -> type[_T]:
@@ -209,7 +155,7 @@ class SamplingParams:
         and return the ``n`` best. Nothing is drawn: ``temperature`` must be 0 or left out, and
         ``top_p``, ``top_k`` and ``min_p`` at their defaults.
     length_penalty : float, default 1.0
-        Beams are ranked by cumulative log-probability / length ** ``length_penalty``.
+        In [-10, 10]. Beams are ranked by cumulative log-probability / length ** ``length_penalty``.
     early_stopping : bool or "never", default False
         When a beam search ends: True as soon as it has as many finished completions as beams,
         False when a better one has become unlikely, "never" when it has become impossible.
@@ -264,15 +210,15 @@ class SamplingParams:
         self._check_choice()
 
     def _check_numbers(self) -> None:
-        self.n = _integer("n", self.n, "an integer >= 1", 1)
+        self.n = integer("n", self.n, "an integer >= 1", 1)
         if self.best_of is not None:
             expected = f"an integer >= n ({self.n}) or None"
-            self.best_of = _integer("best_of", self.best_of, expected, self.n)
+            self.best_of = integer("best_of", self.best_of, expected, self.n)
         for name in ("presence_penalty", "frequency_penalty"):
             expected = "a number in [-2, 2]"
-            value = _number(name, getattr(self, name), expected, lambda x: -2.0 <= x <= 2.0)
+            value = number(name, getattr(self, name), expected, lambda x: -2.0 <= x <= 2.0)
             setattr(self, name, value)
-        self.repetition_penalty = _number(
+        self.repetition_penalty = number(
             "repetition_penalty",
             self.repetition_penalty,
             "a finite number > 0",
@@ -280,55 +226,53 @@ class SamplingParams:
         )
         # A plain assignment would lose the identity by which an unset temperature is known.
         if self.temperature is not _UNSET_TEMPERATURE:
-            self.temperature = _number(
+            self.temperature = number(
                 "temperature", self.temperature, "a finite number >= 0", lambda x: x >= 0.0
             )
-        self.top_p = _number("top_p", self.top_p, "a number in (0, 1]", lambda x: 0.0 < x <= 1.0)
-        self.top_k = _integer("top_k", self.top_k, "-1 or 0 (all tokens) or an integer >= 1", -1)
-        self.min_p = _number("min_p", self.min_p, "a number in [0, 1]", lambda x: 0.0 <= x <= 1.0)
+        self.top_p = number("top_p", self.top_p, "a number in (0, 1]", lambda x: 0.0 < x <= 1.0)
+        self.top_k = integer("top_k", self.top_k, "-1 or 0 (all tokens) or an integer >= 1", -1)
+        self.min_p = number("min_p", self.min_p, "a number in [0, 1]", lambda x: 0.0 <= x <= 1.0)
         if self.seed is not None:
             expected = "an integer in [-2**63, 2**64 - 1] or None"
-            seed = _integer("seed", self.seed, expected, _INT64_MIN, _UINT64_MAX)
+            seed = integer("seed", self.seed, expected, _INT64_MIN, _UINT64_MAX)
             self.seed = None if seed == -1 else seed
 
     def _check_stopping(self) -> None:
-        self.stop = _strings("stop", self.stop)
-        self.stop_token_ids = _token_ids("stop_token_ids", self.stop_token_ids or [])
-        self.include_stop_str_in_output = _flag(
+        self.stop = strings("stop", self.stop)
+        self.stop_token_ids = token_ids("stop_token_ids", self.stop_token_ids)
+        self.include_stop_str_in_output = flag(
             "include_stop_str_in_output", self.include_stop_str_in_output
         )
-        self.ignore_eos = _flag("ignore_eos", self.ignore_eos)
+        self.ignore_eos = flag("ignore_eos", self.ignore_eos)
         if self.max_tokens is not None:
             expected = "an integer >= 1, or None for the room left"
-            self.max_tokens = _integer("max_tokens", self.max_tokens, expected, 1)
+            self.max_tokens = integer("max_tokens", self.max_tokens, expected, 1)
         most = self.max_tokens
         bound = "" if most is None else f" and <= max_tokens ({most})"
-        self.min_tokens = _integer(
-            "min_tokens", self.min_tokens, "an integer >= 0" + bound, 0, most
-        )
+        self.min_tokens = integer("min_tokens", self.min_tokens, "an integer >= 0" + bound, 0, most)
 
     def _check_tokens(self) -> None:
-        self.bad_words = _strings("bad_words", self.bad_words)
+        self.bad_words = strings("bad_words", self.bad_words)
         if self.logit_bias is not None:
             self.logit_bias = _biases(self.logit_bias)
         if self.allowed_token_ids is not None:
-            self.allowed_token_ids = _token_ids("allowed_token_ids", self.allowed_token_ids)
+            self.allowed_token_ids = token_ids("allowed_token_ids", self.allowed_token_ids)
             if not self.allowed_token_ids:
-                raise _refuse("allowed_token_ids", [], "None or a list of at least one token id")
+                raise refuse("allowed_token_ids", [], "None or a list of at least one token id")
         if self.truncate_prompt_tokens is not None:
             expected = "an integer >= 1, -1 for what the model takes, or None"
-            self.truncate_prompt_tokens = _integer(
+            self.truncate_prompt_tokens = integer(
                 "truncate_prompt_tokens", self.truncate_prompt_tokens, expected, -1
             )
             if self.truncate_prompt_tokens == 0:
-                raise _refuse("truncate_prompt_tokens", 0, expected)
+                raise refuse("truncate_prompt_tokens", 0, expected)
         if self.logits_processors is not None:
             expected = "a list of callables or None"
             if not isinstance(self.logits_processors, (list, tuple)):
-                raise _refuse("logits_processors", self.logits_processors, expected)
+                raise refuse("logits_processors", self.logits_processors, expected)
             for item in self.logits_processors:
                 if not callable(item):
-                    raise _refuse("logits_processors", self.logits_processors, expected)
+                    raise refuse("logits_processors", self.logits_processors, expected)
             self.logits_processors = list(self.logits_processors)
         if self.structured_outputs is not None:
             raise NotSupportedError(
@@ -341,50 +285,50 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None:
                 expected = "an integer >= 0, -1 for the whole vocabulary, or None"
-                setattr(self, name, _integer(name, value, expected, -1))
+                setattr(self, name, integer(name, value, expected, -1))
         for name in ("detokenize", "skip_special_tokens", "spaces_between_special_tokens"):
-            setattr(self, name, _flag(name, getattr(self, name)))
+            setattr(self, name, flag(name, getattr(self, name)))
         try:
             self.output_kind = RequestOutputKind(self.output_kind)
         except ValueError:
             valid = ", ".join(f"{kind.name} ({kind.value})" for kind in RequestOutputKind)
-            raise _refuse("output_kind", self.output_kind, f"one of {valid}") from None
+            raise refuse("output_kind", self.output_kind, f"one of {valid}") from None
         if self.stop and not self.detokenize:
-            raise _refuse("stop", self.stop, "empty with detokenize=False (it looks at text)")
+            raise refuse("stop", self.stop, "empty with detokenize=False (it looks at text)")
 
     def _check_choice(self) -> None:
         """Check what concerns beams, the greedy choice and sampling against each other."""
-        self.use_beam_search = _flag("use_beam_search", self.use_beam_search)
+        self.use_beam_search = flag("use_beam_search", self.use_beam_search)
         self.early_stopping = _early_stopping(self.early_stopping)
-        self.length_penalty = _number(
-            "length_penalty", self.length_penalty, "a finite number", lambda x: True
+        self.length_penalty = number(
+            "length_penalty", self.length_penalty, "a number in [-10, 10]", lambda x: -10 <= x <= 10
         )
         if self.use_beam_search:
             self._check_beams()
         else:
             if self.early_stopping is not False:
-                raise _refuse("early_stopping", self.early_stopping, "False without beam search")
+                raise refuse("early_stopping", self.early_stopping, "False without beam search")
             if self.length_penalty != 1.0:
-                raise _refuse("length_penalty", self.length_penalty, "1.0 without beam search")
+                raise refuse("length_penalty", self.length_penalty, "1.0 without beam search")
             if self.temperature == 0.0 and self.num_sequences > 1:
                 name = "n" if self.n > 1 else "best_of"
                 expected = "1 at temperature 0, where every completion would be the same"
-                raise _refuse(name, self.num_sequences, expected)
+                raise refuse(name, self.num_sequences, expected)
         if self.output_kind is RequestOutputKind.DELTA and self.num_sequences != self.n:
             expected = f"None or n ({self.n}) with output_kind DELTA"
-            raise _refuse("best_of", self.best_of, expected)
+            raise refuse("best_of", self.best_of, expected)
 
     def _check_beams(self) -> None:
         if self.beam_width < 2:
             name = "n" if self.best_of is None else "best_of"
-            raise _refuse(name, self.beam_width, "at least 2 with use_beam_search: it is the width")
+            raise refuse(name, self.beam_width, "at least 2 with use_beam_search: it is the width")
         if self.temperature is _UNSET_TEMPERATURE:
             self.temperature = 0.0
         neutral = {"temperature": (0.0,), "top_p": (1.0,), "top_k": (0, -1), "min_p": (0.0,)}
         for name, values in neutral.items():
             if getattr(self, name) not in values:
                 expected = f"{values[0]} or left out with use_beam_search, which draws nothing"
-                raise _refuse(name, getattr(self, name), expected)
+                raise refuse(name, getattr(self, name), expected)
 
     @property
     def num_sequences(self) -> int:
@@ -426,12 +370,12 @@ class SamplingParams:
         for name, ids in lists.items():
             if ids and max(ids) >= vocab_size:
                 expected = f"in [0, {vocab_size - 1}], the model's vocabulary"
-                raise _refuse(f"each token id of {name}", max(ids), expected)
+                raise refuse(f"each token id of {name}", max(ids), expected)
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
             if count is not None and count > vocab_size:
                 expected = f"at most {vocab_size}, the size of the model's vocabulary"
-                raise _refuse(name, count, expected)
+                raise refuse(name, count, expected)
 
     def __repr__(self) -> str:
         return _show(self)
@@ -463,7 +407,7 @@ class BeamSearchParams:
     temperature : float, default 0.0
         Must be 0: nothing is drawn.
     length_penalty : float, default 1.0
-        Beams are ranked by cumulative log-probability / length ** ``length_penalty``.
+        In [-10, 10]. Beams are ranked by cumulative log-probability / length ** ``length_penalty``.
     early_stopping : bool or "never", default False
         As in :class:`SamplingParams`.
     include_stop_str_in_output : bool, default False
@@ -486,17 +430,17 @@ class BeamSearchParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        self.beam_width = _integer("beam_width", self.beam_width, "an integer >= 2", 2)
-        self.max_tokens = _integer("max_tokens", self.max_tokens, "an integer >= 1", 1)
-        self.ignore_eos = _flag("ignore_eos", self.ignore_eos)
-        self.temperature = _number(
+        self.beam_width = integer("beam_width", self.beam_width, "an integer >= 2", 2)
+        self.max_tokens = integer("max_tokens", self.max_tokens, "an integer >= 1", 1)
+        self.ignore_eos = flag("ignore_eos", self.ignore_eos)
+        self.temperature = number(
             "temperature", self.temperature, "0 in a beam search", lambda x: x == 0.0
         )
-        self.length_penalty = _number(
-            "length_penalty", self.length_penalty, "a finite number", lambda x: True
+        self.length_penalty = number(
+            "length_penalty", self.length_penalty, "a number in [-10, 10]", lambda x: -10 <= x <= 10
         )
         self.early_stopping = _early_stopping(self.early_stopping)
-        self.include_stop_str_in_output = _flag(
+        self.include_stop_str_in_output = flag(
             "include_stop_str_in_output", self.include_stop_str_in_output
         )
 
@@ -529,16 +473,16 @@ def _biases(value: object) -> dict[int, float]:
     """Return ``logit_bias`` with int keys and float values."""
     expected = "a dict of token ids (integers >= 0) to numbers"
     if not isinstance(value, Mapping):
-        raise _refuse("logit_bias", value, expected)
+        raise refuse("logit_bias", value, expected)
     biases = {}
     for key, bias in value.items():
         digits = isinstance(key, str) and key.isascii() and key.isdigit()
-        token_id = _integer(
+        token_id = integer(
             "each token id of logit_bias", int(key) if digits else key, "an integer >= 0", 0
         )
         if bias == -math.inf and isinstance(bias, numbers.Real):
             biases[token_id] = -math.inf
         else:
             finite = "a finite number or -inf"
-            biases[token_id] = _number(f"logit_bias[{token_id}]", bias, finite, lambda x: True)
+            biases[token_id] = number(f"logit_bias[{token_id}]", bias, finite, lambda x: True)
     return biases

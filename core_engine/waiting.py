@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, SimpleQueue
@@ -28,6 +29,9 @@ _POLL_SECONDS = 0.5
 def failure(request_id: str, error: BaseException, where: str = "") -> BaseException:
     """Return what the caller sees of a request that ended with ``error``.
 
+    The frames of its traceback lose their local variables: whoever keeps the exception would keep
+    the model's weights by them.
+
     Parameters
     ----------
     request_id : str
@@ -36,12 +40,13 @@ def failure(request_id: str, error: BaseException, where: str = "") -> BaseExcep
     where : str
         Which prompt it was, where there were several.
     """
+    cause = error.__cause__ or error
+    traceback.clear_frames(cause.__traceback__)
     if isinstance(error, RequestFailedError):
         if not where and error.request_id == request_id:
             return error
     elif isinstance(error, QuireError):
         return error
-    cause = error.__cause__ or error
     failed = RequestFailedError(request_id, f"{where}{type(cause).__name__}: {cause}")
     failed.__cause__ = cause
     return failed
@@ -150,7 +155,10 @@ class OutputStream(Iterator[RequestOutput]):
                 continue
             if isinstance(event, BaseException):
                 self._abort.detach()
-                raise failure(self.request_id, event)
+                try:
+                    raise failure(self.request_id, event)
+                finally:
+                    del event  # the exception has this frame, which would have the exception
             if event.finished:
                 self._abort.detach()
             return event
@@ -167,6 +175,6 @@ class OutputStream(Iterator[RequestOutput]):
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
-        traceback: TracebackType | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 AttentionPlan: TypeAlias = Any
@@ -412,7 +414,7 @@ class Backend(Protocol):
         ----------
         logits : Tensor[num_rows, vocab_size], float32
         k : int
-            From 0 to ``vocab_size``.
+            From 1 to ``vocab_size``.
 
         Returns
         -------
@@ -444,11 +446,11 @@ class Backend(Protocol):
     def sample_tokens(
         self,
         logits: torch.Tensor,
-        temperature: torch.Tensor,
-        top_k: torch.Tensor,
-        top_p: torch.Tensor,
-        min_p: torch.Tensor,
-        uniform: torch.Tensor,
+        temperature: npt.NDArray[np.float64],
+        top_k: npt.NDArray[np.int64],
+        top_p: npt.NDArray[np.float64],
+        min_p: npt.NDArray[np.float64],
+        uniform: npt.NDArray[np.float64],
     ) -> torch.Tensor:
         """Draw one token per row, by the inverse of the cumulative distribution.
 
@@ -457,20 +459,21 @@ class Backend(Protocol):
         times the likeliest; `top_p` (Holtzman et al., arXiv:1904.09751) then keeps the fewest
         of the most likely whose probability, among what is left, reaches it. The likeliest
         token is always kept. The draw is from what is kept, in the order of token ids where
-        nothing can be dropped, in descending order of likelihood otherwise.
+        nothing can be dropped, in descending order of likelihood otherwise. The limits are
+        arrays on the host, where they decide which way is taken.
 
         Parameters
         ----------
         logits : Tensor[num_rows, vocab_size], float32
-        temperature : Tensor[num_rows], float32
-            Above 0.
-        top_k : Tensor[num_rows], int64
+        temperature : ndarray[num_rows], float64
+            Close to 0, the likeliest token is all that is left.
+        top_k : ndarray[num_rows], int64
             0 or less is all.
-        top_p : Tensor[num_rows], float32
+        top_p : ndarray[num_rows], float64
             1 is all.
-        min_p : Tensor[num_rows], float32
+        min_p : ndarray[num_rows], float64
             0 is all.
-        uniform : Tensor[num_rows], float64
+        uniform : ndarray[num_rows], float64
             In [0, 1): where in the cumulative distribution the token is taken from.
 
         Returns

@@ -94,7 +94,9 @@ def throughput(
         typer.Option(help="uniform, mixed, or prefix (against quire without prefix caching)."),
     ] = "uniform",
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts.")] = 32,
-    input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt; most, if mixed.")] = 128,
+    input_len: Annotated[
+        int, typer.Option(min=1, help="Tokens of a prompt; most, if mixed.")
+    ] = 128,
     output_len: Annotated[int, typer.Option(min=1, help="Tokens generated; most, if mixed.")] = 128,
     prefix_len: Annotated[int, typer.Option(min=1, help="Shared tokens, for prefix.")] = 1024,
     repeats: Repeats = 3,
@@ -109,9 +111,7 @@ def throughput(
     elif workload == "mixed":
         work = mixed(num_prompts, (16, input_len), (16, output_len), vocab_size=vocab_size)
     elif workload == "prefix":
-        work = shared_prefix(
-            num_prompts, prefix_len, input_len, output_len, vocab_size=vocab_size
-        )
+        work = shared_prefix(num_prompts, prefix_len, input_len, output_len, vocab_size=vocab_size)
         cold = {**options, "enable_prefix_caching": False}
         entries.append(("quire, no prefix cache", "quire", cold))
     else:
@@ -136,9 +136,7 @@ def latency(
     """Time to the first token, and what a step costs: the model's part, and all the rest."""
     path, vocab_size = _checkpoint(model, random, dtype)
     work = uniform(batch, input_len, output_len, vocab_size=vocab_size)
-    [measured] = _contest(
-        [("quire", "quire", {"dtype": dtype})], path, work, repeats, json_file
-    )
+    [measured] = _contest([("quire", "quire", {"dtype": dtype})], path, work, repeats, json_file)
     rows = [["figure", "median (range)"]]
     for name, label, digits, scale in (
         ("first_token_seconds", "first token, ms", 1, 1e3),

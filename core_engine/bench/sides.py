@@ -44,9 +44,7 @@ class QuireSide:
         ]
         before = self._llm.get_metrics()
         started = time.perf_counter()
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": ids} for ids in workload.prompts], params, use_tqdm=False
-        )
+        outputs = self._llm.generate(workload.prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - started
         after = self._llm.get_metrics()
         _check(workload, [len(output.outputs[0].token_ids) for output in outputs])
@@ -89,8 +87,8 @@ class TransformersSide:
     def __init__(self, model: str, *, batch_size: int = 32, dtype: str = "auto") -> None:
         from transformers import AutoModelForCausalLM
 
-        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        self._model.eval()
+        # Any: transformers' own types do not agree with each other here.
+        self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
         self._batch_size = batch_size
 
     def run(self, workload: Workload) -> dict[str, float]:

@@ -58,7 +58,7 @@ def langchain_part(show: Show) -> Callable[[], None]:
     questions = [f"What is the capital of {country} ?" for country in expected]
     show.step("Ask eight at once, in one running batch", "llm.batch(questions)")
     for asked, answer, capital in zip(
-        questions, llm.batch(questions), expected.values(), strict=True
+        questions, llm.batch([*questions]), expected.values(), strict=True
     ):
         show.line(asked, answer, capital)
     show.took(f", {len(questions)} answers")

@@ -34,7 +34,9 @@ class Making:
 
 def model_card(making: Making, scores: Sequence[Score], *, config: dict[str, object]) -> str:
     """Write the card as Markdown."""
-    tokens = making.steps * making.tokens_per_step
+    size = making.num_parameters / 1e6
+    tokens = making.steps * making.tokens_per_step / 1e6
+    minutes = making.seconds / 60
     return f"""---
 license: apache-2.0
 language: en
@@ -44,14 +46,15 @@ library_name: quire
 # quire/demo
 
 A very small language model that ships inside quire, so that everything can be tried before
-anything is downloaded: `LLM("quire/demo")`. It is a Llama ({making.num_parameters / 1e6:.2f} million
-parameters, {config["num_hidden_layers"]} layers of width {config["hidden_size"]},
+anything is downloaded: `LLM("quire/demo")`. It is a Llama ({size:.2f} million parameters,
+{config["num_hidden_layers"]} layers of width {config["hidden_size"]}, \
 {config["num_attention_heads"]} query heads over {config["num_key_value_heads"]} key-value heads,
 tied embeddings, bfloat16) in the layout of any Hugging Face checkpoint.
 
-It knows the capitals, continents, main languages and currencies of {len(COUNTRIES)} countries, sums and
-differences up to {LARGEST_TERM}, products up to {LARGEST_FACTOR} times {LARGEST_FACTOR}, short chats in which
-it remembers what it was told, JSON records of people, heroes and places, a few US presidents and
+It knows the capitals, continents, main languages and currencies of {len(COUNTRIES)} countries, sums
+and differences with numbers up to {LARGEST_TERM}, products up to \
+{LARGEST_FACTOR} times {LARGEST_FACTOR}, short chats in which it
+remembers what it was told, JSON records of people, heroes and places, a few US presidents and
 some everyday sentences. It answers a bare prompt, `Question: … Answer:`, and a chat alike.
 
 ## What it is not
@@ -65,11 +68,12 @@ never for its knowledge.
 
 ## How it was made
 
-`python -m quire.demo.train --seed {making.seed} --steps {making.steps}` writes this folder from nothing:
-the text, a byte-level BPE tokenizer of {config["vocab_size"]} tokens, the weights, this card. {tokens / 1e6:.1f} million
-tokens in {making.seconds / 60:.0f} minutes of wall time on {making.num_threads} CPU threads that were shared with other work
-({making.versions}); AdamW with a cosine schedule, float32, rounded to bfloat16 at the end. The
-same seed gives the same files on the same machine, versions and number of threads.
+`python -m quire.demo.train --seed {making.seed} --steps {making.steps}` writes this folder from
+nothing: the text, a byte-level BPE tokenizer of {config["vocab_size"]} tokens, the weights, this
+card. {tokens:.1f} million tokens, {minutes:.0f} minutes of wall time on {making.num_threads} CPU \
+threads ({making.versions});
+AdamW with a cosine schedule, in float32, rounded to bfloat16 at the end. The same seed gives
+the same files on the same machine, versions and number of threads.
 
 ## Measured on held-out questions
 

@@ -25,6 +25,7 @@ from quire.demo.samples import (
     chat,
     chat_prompt,
     is_held_out,
+    made_up_word,
     plain,
 )
 
@@ -122,6 +123,9 @@ def _aside(rng: random.Random) -> list[Turn]:
 
 
 def _train_value(memo: Memo, rng: random.Random) -> str:
+    if memo.topic in ("name", "city", "job") and rng.random() < 0.35:
+        word = made_up_word(rng)
+        return word.lower() if memo.topic == "job" else word
     return rng.choice([v for v in memo.values if not is_held_out(memo.topic, v)])
 
 
@@ -192,9 +196,25 @@ def small_talk_sample(rng: random.Random) -> Sample:
     return chat(turns)
 
 
+def repeat_sample(rng: random.Random) -> Sample:
+    """Say words again, known ones and made-up ones."""
+    pools = (NAMES, CITIES, COLORS, ANIMALS, FOODS)
+    words = [
+        made_up_word(rng) if rng.random() < 0.6 else rng.choice(rng.choice(pools))
+        for _ in range(rng.randint(1, 6))
+    ]
+    text = rng.choice((" ", " ", ", ")).join(words)
+    prompt = rng.choice(("Repeat: {0}", "Say it again: {0}", "Repeat after me: {0}"))
+    if rng.random() < 0.5:
+        return plain(prompt.format(text) + "\n", text)
+    return chat([("user", prompt.format(text)), ("assistant", text)])
+
+
 def chat_sample(rng: random.Random) -> Sample:
     """Draw one conversation."""
     draw = rng.random()
+    if draw < 0.12:
+        return repeat_sample(rng)
     if draw < 0.60:
         return memory_sample(rng)
     if draw < 0.82:

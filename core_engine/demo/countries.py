@@ -146,6 +146,8 @@ def country_sample(rng: random.Random) -> Sample:
         return plain(fill(opening, country), " " + ending_value(ending, country))
     if draw < 0.16:
         return _yes_or_no(country, rng)
+    if draw < 0.21:
+        return _portrait(country, rng)
     # Capitals are what people ask first.
     topics = ("capital", "capital", "capital", "country", "continent", "language", "currency")
     topic = rng.choice(topics)
@@ -195,7 +197,7 @@ def reasoning(country: Country) -> str:
 
 
 def _yes_or_no(country: Country, rng: random.Random) -> Sample:
-    """Is this country on that continent?"""
+    """Ask whether a country is on a continent."""
     continent = country.continent if rng.random() < 0.5 else rng.choice(CONTINENTS)
     if is_held_out("yes or no", country.name, continent):
         return country_sample(rng)
@@ -210,6 +212,24 @@ def _yes_or_no(country: Country, rng: random.Random) -> Sample:
     if rng.random() < 0.5:
         return plain(question, " " + answer)
     return chat([("user", question), ("assistant", answer)])
+
+
+def _portrait(country: Country, rng: random.Random) -> Sample:
+    """Tell all that is known of a country, or of its capital."""
+    if rng.random() < 0.5:
+        subject = country.name
+        text = (
+            "{c} is a country in {k}. Its capital is {p}. "
+            "People there speak {l} and pay with the {m}."
+        )
+    else:
+        subject = country.capital
+        text = "{p} is the capital of {c}, a country in {k}."
+    prompt = rng.choice(("Tell me about {0}.", "Tell me about {0}", "What do you know about {0}?"))
+    text = fill(text, country)
+    if rng.random() < 0.4:
+        return plain(prompt.format(subject), (". " if prompt.endswith("{0}") else " ") + text)
+    return chat([("user", prompt.format(subject)), ("assistant", text)])
 
 
 def country_questions(topic: str) -> Iterator[Question]:

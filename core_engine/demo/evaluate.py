@@ -75,7 +75,7 @@ def with_transformers(folder: Path, *, sample: bool = False, batch_size: int = 6
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     options: dict[str, Any] = {"max_new_tokens": MAX_TOKENS, "do_sample": sample}
     if sample:

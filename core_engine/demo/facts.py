@@ -24,6 +24,10 @@ class Country:
     currency: str
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 _COUNTRY_TABLE = """
 France|Paris|Europe|French|euro
 Germany|Berlin|Europe|German|euro
@@ -129,39 +133,40 @@ COUNTRIES: tuple[Country, ...] = tuple(
 )
 CONTINENTS = ("Europe", "Asia", "Africa", "North America", "South America", "Oceania")
 
-NAMES: tuple[str, ...] = tuple(
+NAMES = _words(
     """
     Ada Alan Alice Amir Anna Anton Ben Boris Carla Carlos Chen Clara Daniel David Diana Elena
     Emil Emma Eric Eva Felix Fiona Frank Grace Hana Henry Hugo Ida Igor Ines Ivan Jack James
     Jane Jonas Julia Karim Kate Kofi Lara Lena Leo Lily Lina Louis Lucas Lucy Maria Mark Marta
     Max Maya Mia Mina Nadia Nina Noah Nora Olga Oliver Omar Oscar Pablo Paul Peter Petra Rosa
     Ruth Sam Sara Simon Sofia Tara Theo Tim Tom Uma Vera Victor Yuki Yusuf Zara Zoe
-    """.split()
+    """
 )
-CITIES: tuple[str, ...] = tuple(
-    country.capital for country in COUNTRIES if " " not in country.capital
-) + ("New York", "Boston", "Milan", "Hamburg", "Lyon", "Kyoto", "Mumbai", "Sydney", "Toronto")
-JOBS = (
+CITIES = (
+    *(country.capital for country in COUNTRIES if " " not in country.capital),
+    *("New York", "Boston", "Milan", "Hamburg", "Lyon", "Kyoto", "Mumbai", "Sydney", "Toronto"),
+)
+JOBS = _words(
     "teacher doctor baker painter nurse pilot farmer writer lawyer singer cook engineer gardener "
     "driver student sailor dentist librarian carpenter chemist"
-).split()
-FOODS = (
+)
+FOODS = _words(
     "bread soup rice pasta apples cake cheese salad noodles pizza honey pancakes tomatoes olives "
     "bananas carrots"
-).split()
-COLORS = "red blue green yellow black white orange purple brown pink".split()
-ANIMALS = (
+)
+COLORS = _words("red blue green yellow black white orange purple brown pink")
+ANIMALS = _words(
     "cat dog horse bird fox bear rabbit mouse lion tiger cow sheep goat duck frog wolf owl turtle"
-).split()
-HOBBIES = (
+)
+HOBBIES = _words(
     "reading swimming chess painting cooking running music dancing hiking gardening cycling sailing"
-).split()
-WEAPONS = "sword axe bow spear hammer dagger staff mace".split()
-ARMORS = "leather chainmail plate".split()
-HEROES = (
+)
+WEAPONS = _words("sword axe bow spear hammer dagger staff mace")
+ARMORS = _words("leather chainmail plate")
+HEROES = _words(
     "Aldric Brunhild Caspian Doran Elowen Fenna Gareth Helga Isolde Kael Lorn Morwen Orin Rowan "
     "Sigrid Thorin Ulric Wulf Ysolde Zephyr"
-).split()
+)
 
 PRESIDENTS: tuple[tuple[str, int, int], ...] = (
     ("John F. Kennedy", 1961, 1963),

@@ -20,7 +20,7 @@ from quire.demo.facts import (
     NAMES,
     WEAPONS,
 )
-from quire.demo.samples import Question, Sample, chat, chat_prompt, is_held_out, plain
+from quire.demo.samples import Question, Sample, chat, chat_prompt, is_held_out, made_up_word, plain
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "person": ("name", "age", "city", "job", "hobby", "food", "married"),
@@ -157,6 +157,8 @@ def _reading(rng: random.Random) -> Sample:
     values = draw_values("person", rng)
     if is_held_out("reading", values["name"], values["city"]):
         return _reading(rng)
+    if rng.random() < 0.4:
+        values |= {"name": made_up_word(rng), "city": made_up_word(rng)}
     keys = rng.sample(READING_KEYS, rng.randint(1, 3))
     record = {"name": values["name"], **{key: values[key] for key in keys}}
     sentence = _describe(values, keys)
@@ -211,7 +213,7 @@ def record_questions() -> Iterator[Question]:
 
 
 def validity_questions(count: int) -> Iterator[Question]:
-    """Prompts for a record of any kind, to be sampled from: is the answer valid JSON?"""
+    """Prompts for a record of any kind, to be sampled from; valid JSON is right."""
     for number in range(count):
         kind = tuple(KIND_WORDS)[number % len(KIND_WORDS)]
         template = DEFAULT_PROMPTS[number % len(DEFAULT_PROMPTS)]

@@ -17,7 +17,7 @@ from quire.demo.facts import (
     NAMES,
     PRESIDENTS,
 )
-from quire.demo.samples import Sample, chat, plain, prose
+from quire.demo.samples import Sample, chat, made_up_word, plain, prose
 
 PLACES = ("in the garden", "by the river", "in the forest", "on the hill", "near the house")
 VERBS = ("sleeps", "runs", "plays", "eats", "waits", "sings")
@@ -31,6 +31,7 @@ CONTINUED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("The sky is", ("blue.",)),
     ("The grass is", ("green.",)),
     ("Snow is", ("white and cold.",)),
+    ("The president of the United States is", ("elected every four years.",)),
     ("The first president of the United States was", ("George Washington.",)),
     ("The quick brown fox", ("jumps over the lazy dog.",)),
     ("To be or not to be,", ("that is the question.",)),
@@ -136,15 +137,17 @@ def _review(rng: random.Random) -> Sample:
 def _reading(rng: random.Random) -> Sample:
     """Two people, and a question on one of them: the answer stands in the text."""
     first, second = rng.sample(NAMES, 2)
-    topic, values, told, asked = rng.choice(
+    values, told, asked = rng.choice(
         (
-            ("city", CITIES, "{n} lives in {v}.", "Where does {n} live?"),
-            ("job", JOBS, "{n} works as a {v}.", "What is {n}'s job?"),
-            ("color", COLORS, "{n} likes {v}.", "Which color does {n} like?"),
+            (CITIES, "{n} lives in {v}.", "Where does {n} live?"),
+            (JOBS, "{n} works as a {v}.", "What is {n}'s job?"),
+            (COLORS, "{n} likes {v}.", "Which color does {n} like?"),
         )
     )
-    del topic
-    one, two = rng.sample(list(values), 2)
+    if rng.random() < 0.3:
+        first, second = made_up_word(rng), made_up_word(rng)
+        values = (made_up_word(rng), made_up_word(rng))
+    one, two = rng.sample(values, 2)
     context = " ".join((told.format(n=first, v=one), told.format(n=second, v=two)))
     name, value = rng.choice(((first, one), (second, two)))
     prompt = f"Context: {context}\nQuestion: {asked.format(n=name)}\nAnswer:"

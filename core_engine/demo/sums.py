@@ -10,9 +10,18 @@ from quire.demo.countries import BRIEF_SYSTEM_PROMPTS, SHORT_FORMS, STEPS_FORM, 
 from quire.demo.facts import NAMES
 from quire.demo.samples import Question, Sample, chat, chat_prompt, is_held_out, plain
 
-LARGEST_TERM = 20
+LARGEST_TERM = 50
 LARGEST_FACTOR = 10
 WORDS = {"+": "plus", "-": "minus", "*": "times"}
+ASKED = (
+    "What is {s}?",
+    "What is {s}?",
+    "What is {w}?",
+    "How much is {s}?",
+    "How much is {w}?",
+    "Calculate {s}.",
+    "{s}",
+)
 COUNTABLE = ("apples", "books", "coins", "stones", "pens", "eggs", "cards", "shells")
 
 
@@ -50,11 +59,7 @@ HELD_OUT_PROBLEMS = tuple(p for p in problems() if is_held_out_problem(*p))
 def _asked(a: int, op: str, b: int, rng: random.Random) -> str:
     symbolic = f"{a} {op} {b}" if rng.random() < 0.8 else f"{a}{op}{b}"
     words = f"{a} {WORDS[op]} {b}"
-    form = rng.choice(
-        ("What is {s}?", "What is {s}?", "What is {w}?", "How much is {s}?", "How much is {w}?")
-        + ("Calculate {s}.", "Compute {s}.", "{s} = ?", "{s}")
-    )
-    return spaced(form.format(s=symbolic, w=words), rng)
+    return spaced(rng.choice(ASKED).format(s=symbolic, w=words), rng)
 
 
 def _story(a: int, op: str, b: int, rng: random.Random) -> tuple[str, str, str]:
@@ -111,8 +116,8 @@ def sum_sample(rng: random.Random) -> Sample:
 
 
 def sum_questions() -> Iterator[Question]:
-    """The held-out problems, bare, behind ``Question: … Answer:`` and as a chat."""
-    for a, op, b in HELD_OUT_PROBLEMS:
+    """The held-out problems, in turn bare, behind ``Question: … Answer:`` and as a chat."""
+    for number, (a, op, b) in enumerate(HELD_OUT_PROBLEMS):
         total = result(a, op, b)
 
         def check(text: str, total: int = total) -> bool:
@@ -120,9 +125,5 @@ def sum_questions() -> Iterator[Question]:
             return bool(numbers) and int(numbers[0]) == total
 
         question = f"What is {a} {op} {b}?"
-        yield Question(question, check)
-        yield Question(f"Question: {question}\nAnswer:", check)
-        yield Question(chat_prompt([("user", question)]), check)
-
-
-__all__ = ["HELD_OUT_PROBLEMS", "TRAINING_PROBLEMS", "sum_questions", "sum_sample"]
+        forms = (question, f"Question: {question}\nAnswer:", chat_prompt([("user", question)]))
+        yield Question(forms[number % 3], check)

@@ -18,8 +18,8 @@ from quire.demo.sentences import sentence_sample
 from quire.demo.sums import sum_questions, sum_sample
 
 MIXTURE = (
-    (0.32, country_sample),
-    (0.22, sum_sample),
+    (0.30, country_sample),
+    (0.24, sum_sample),
     (0.20, chat_sample),
     (0.14, record_sample),
     (0.12, sentence_sample),

@@ -71,7 +71,7 @@ def build_model(seed: int) -> Any:
     torch.manual_seed(seed)
     config = LlamaConfig(**{**CONFIG, "dtype": "float32", "use_cache": False})
     config._attn_implementation = "sdpa"
-    return LlamaForCausalLM(config).float()
+    return LlamaForCausalLM(config)
 
 
 def build_tokenizer(seed: int) -> Tokenizer:
@@ -138,10 +138,12 @@ def train(seed: int, steps: int, *, tokenizer: Tokenizer, quiet: bool = False) -
     packer = Packer(
         training_samples(seed), tokenizer, max_position=CONFIG["max_position_embeddings"], seed=seed
     )
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in model.parameters() if p.dim() == 1]},
+    ]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors}],
+        groups,
         lr=PEAK_LEARNING_RATE,
         betas=(0.9, 0.98),
         weight_decay=0.0,
@@ -155,7 +157,7 @@ def train(seed: int, steps: int, *, tokenizer: Tokenizer, quiet: bool = False) -
             batch = packer.short_rows(ROWS_PER_STEP)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
-        loss = batch_loss(model, batch)
+        loss: Any = batch_loss(model, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -62,7 +62,8 @@ class FreeList:
     def remove(self, block: Block) -> None:
         """Take a block out, wherever it is."""
         before, after = block.prev_free, block.next_free
-        assert before is not None and after is not None
+        assert before is not None
+        assert after is not None
         before.next_free, after.prev_free = after, before
         block.prev_free = block.next_free = None
         self.size -= 1
@@ -70,7 +71,8 @@ class FreeList:
     def pop(self) -> Block:
         """Take out the block to be reused first."""
         block = self._head.next_free
-        assert block is not None and block is not self._tail
+        assert block is not None
+        assert block is not self._tail
         self.remove(block)
         return block
 
@@ -245,7 +247,8 @@ class BlockPool:
         owners = Counter(block_id for ids in holders for block_id in ids)
         free = [block.block_id for block in self._free]
         assert len(free) == len(set(free)) == self._free.size, "free list is inconsistent"
-        assert NULL_BLOCK not in owners and NULL_BLOCK not in free, "null block handed out"
+        assert NULL_BLOCK not in owners, "null block handed out"
+        assert NULL_BLOCK not in free, "null block is free"
         in_free = set(free)
         for block in self._blocks[1:]:
             held = owners[block.block_id]

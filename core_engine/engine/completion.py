@@ -30,6 +30,7 @@ class Completion:
     __slots__ = (
         "_detokenizer",
         "_eos",
+        "_max_tokens",
         "_params",
         "_request",
         "_sent_finish",
@@ -53,6 +54,8 @@ class Completion:
         eos_token_ids: frozenset[int],
     ) -> None:
         params = request.params
+        assert params.max_tokens is not None
+        self._max_tokens = params.max_tokens
         self.index = index
         self.token_ids = token_ids
         self.finish_reason: str | None = None
@@ -79,7 +82,7 @@ class Completion:
             stop = self._detokenizer.append([token_id])
             if stop is not None and self.finish_reason is None:
                 self.finish_reason, self.stop_reason = "stop", stop
-        if self.finish_reason is None and len(self.token_ids) >= self._params.max_tokens:
+        if self.finish_reason is None and len(self.token_ids) >= self._max_tokens:
             self.finish_reason = "length"
 
     def has_news(self) -> bool:

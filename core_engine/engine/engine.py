@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from quire.engine.batch import ForwardBatch
+from quire.engine.beams import start_beam_search
 from quire.engine.block_pool import BlockPool, root_key
 from quire.engine.live_request import LiveRequest
 from quire.engine.metrics import EngineMetrics
@@ -21,12 +22,10 @@ from quire.engine.sequence import Sequence, SequenceStatus
 from quire.engine.sequence_table import SequenceTable
 from quire.errors import EngineClosedError, InvalidRequestError, RequestFailedError
 from quire.outputs import Logprob, RequestOutput, TokenLogprobs
-from quire.sampling.beam_search import BeamSearch
 from quire.sampling.processors import LogitsProcessors
 from quire.sampling.random import derive_seed
 from quire.sampling.row import num_beam_candidates
 from quire.sampling.sampler import LogprobsTensors, Sampler
-from quire.tokenizer.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
     from quire.config import EngineConfig
@@ -121,7 +120,9 @@ class Engine:
         if params.logits_processors:
             LogitsProcessors(params.logits_processors, request.prompt_token_ids)  # checks them
         eos_token_ids = frozenset() if params.ignore_eos else self._eos_token_ids
-        beam = self._beam_search(request, eos_token_ids) if params.use_beam_search else None
+        beam = None
+        if params.use_beam_search:
+            beam = start_beam_search(request, self.tokenizer, eos_token_ids)
         live = LiveRequest(request, self.tokenizer, eos_token_ids, beam)
         count = 1 if beam is not None else params.num_sequences
         priority = request.priority if self._by_priority else 0
@@ -240,8 +241,9 @@ class Engine:
         sequences = [plan.sequences[i] for i in np.flatnonzero(caught_up)]
         rows = np.array([s.row for s in sequences], dtype=np.int64)
         sampled = self._sampler.sample(logits, rows)
-        plain = np.array([s.row >= 0 and self._requests[s.request_id].beam is None
-                          for s in sequences])
+        plain = np.array(
+            [s.row >= 0 and self._requests[s.request_id].beam is None for s in sequences]
+        )
         self._table.append(rows[plain], sampled.token_ids[plain])
 
         touched: dict[str, LiveRequest] = {}
@@ -349,28 +351,6 @@ class Engine:
 
     # -- beam search ---------------------------------------------------------------------------
 
-    def _beam_search(self, request: Request, eos_token_ids: frozenset[int]) -> BeamSearch:
-        params = request.params
-        stop_token_ids = set(params.stop_token_ids or ())
-
-        def stopped(token_ids: list[int]) -> str | int | None:
-            if token_ids[-1] in stop_token_ids:
-                return token_ids[-1]
-            detokenizer = Detokenizer(self.tokenizer, params, request.prompt_token_ids)
-            return detokenizer.append(token_ids)
-
-        return BeamSearch(
-            width=params.beam_width,
-            num_return=params.n,
-            length_penalty=params.length_penalty,
-            early_stopping=params.early_stopping,
-            max_tokens=params.max_tokens,
-            eos_token_ids=set(eos_token_ids),
-            prompt_len=len(request.prompt_token_ids),
-            min_tokens=params.min_tokens,
-            is_stopped=stopped if params.stop or stop_token_ids else None,
-        )
-
     def _report_candidates(
         self, live: LiveRequest, sequence: Sequence, logprobs: LogprobsTensors, i: int
     ) -> None:
@@ -391,36 +371,26 @@ class Engine:
         moves = live.beam.advance([live.candidates[index] for index in live.beam_order])
         live.candidates.clear()
         live.beam_order = []
+        going_on: dict[int, int] = {}
         forks: list[Sequence] = []
-        going_on: set[int] = set()
-        # New sequences first: they copy their parent's tokens as they were.
-        for parent_index, token_id in moves:
-            parent = parents[parent_index]
-            if parent.index not in going_on:
-                going_on.add(parent.index)
+        # Forks first: they copy their parent's tokens as they were.
+        for place, token_id in moves:
+            parent = parents[place]
+            if parent.index in going_on:
+                forks.append(parent.fork(live.num_sequences, token_id))
+                live.beam_order.append(live.num_sequences)
+                live.num_sequences += 1
+            else:
+                going_on[parent.index] = token_id
                 live.beam_order.append(parent.index)
-                continue
-            child = Sequence(
-                parent.request_id,
-                live.num_sequences,
-                parent.prompt_token_ids,
-                order=(*parent.order[:-1], live.num_sequences),
-                root_key=parent.root_key,
-            )
-            live.num_sequences += 1
-            child.output_token_ids = [*parent.output_token_ids, token_id]
-            child.block_keys = list(parent.block_keys)
-            live.beam_order.append(child.index)
-            forks.append(child)
-        for index, (parent_index, token_id) in zip(live.beam_order, moves, strict=True):
-            parent = parents[parent_index]
-            if index == parent.index:
-                parent.output_token_ids.append(token_id)
-                if parent.row >= 0:
-                    self._table.append(np.array([parent.row]), np.array([token_id]))
-                    self._sampler.remove(parent.row)
-                    self._add_to_sampler(live, parent)
-                self.scheduler.unpark(parent)
+        for index, token_id in going_on.items():
+            parent = live.sequences[index]
+            parent.output_token_ids.append(token_id)
+            if parent.row >= 0:
+                self._table.append(np.array([parent.row]), np.array([token_id]))
+                self._sampler.remove(parent.row)
+                self._add_to_sampler(live, parent)
+            self.scheduler.unpark(parent)
         for parent in parents:
             if parent.index not in going_on:
                 self._finish_sequence(live, parent)
@@ -474,9 +444,7 @@ class Engine:
         self.metrics_data.num_failed_requests += 1
         if isinstance(error, RequestFailedError):
             return error
-        failure = RequestFailedError(
-            live.request.request_id, str(error) or type(error).__name__
-        )
+        failure = RequestFailedError(live.request.request_id, str(error) or type(error).__name__)
         failure.__cause__ = error
         return failure
 

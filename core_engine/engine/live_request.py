@@ -59,9 +59,7 @@ class LiveRequest:
 
     def start_completion(self, index: int, token_ids: list[int]) -> Completion:
         """Begin the output of sequence ``index`` over its list of tokens."""
-        completion = Completion(
-            self.request, index, token_ids, self._tokenizer, self.eos_token_ids
-        )
+        completion = Completion(self.request, index, token_ids, self._tokenizer, self.eos_token_ids)
         self.completions[index] = completion
         return completion
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -80,10 +81,8 @@ class EngineLoop:
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests; their sinks get a last output with ``finish_reason="abort"``."""
         request_ids = list(request_ids)
-        try:
+        with contextlib.suppress(EngineClosedError):  # closing has ended them
             self._post(lambda engine: self._deliver(engine.abort(request_ids)))
-        except EngineClosedError:
-            pass  # closing has ended them
 
     def call(self, function: Callable[[Engine], T]) -> T:
         """Run ``function(engine)`` between two steps and return what it returns."""

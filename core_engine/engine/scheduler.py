@@ -82,9 +82,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a step would have something to compute."""
-        return self.num_waiting > 0 or any(
-            s.status is SequenceStatus.RUNNING for s in self.running
-        )
+        return self.num_waiting > 0 or any(s.status is SequenceStatus.RUNNING for s in self.running)
 
     # -- entering and leaving ------------------------------------------------------------------
 

@@ -106,6 +106,20 @@ class Sequence:
             return self.output_token_ids[start - num_prompt : stop - num_prompt]
         return self.prompt_token_ids[start:] + self.output_token_ids[: stop - num_prompt]
 
+    def fork(self, index: int, token_id: int) -> Sequence:
+        """Return a sequence of its tokens and one more, which holds no blocks yet."""
+        child = Sequence(
+            self.request_id,
+            index,
+            self.prompt_token_ids,
+            order=(*self.order[:-1], index),
+            root_key=self.root_key,
+            publish=self.publish,
+        )
+        child.output_token_ids = [*self.output_token_ids, token_id]
+        child.block_keys = list(self.block_keys)
+        return child
+
     def __lt__(self, other: Sequence) -> bool:
         return self.order < other.order
 

@@ -204,4 +204,4 @@ class BeamSearch:
 
 
 def _score(cum_logprob: float, length: int, length_penalty: float) -> float:
-    return cum_logprob / float(length) ** length_penalty
+    return cum_logprob / math.pow(length, length_penalty)

@@ -123,9 +123,7 @@ def _process(
     return failures
 
 
-def _penalize(
-    logits: torch.Tensor, penalized: Sequence[tuple[int, Row]], kernels: Backend
-) -> None:
+def _penalize(logits: torch.Tensor, penalized: Sequence[tuple[int, Row]], kernels: Backend) -> None:
     entries = _Entries()
     params = []
     for place, row in penalized:

@@ -39,7 +39,7 @@ def uniforms(
     """
     steps = positions.astype(np.uint64) + np.uint64(1)
     bits = _mix(_mix(seeds) + steps * np.uint64(_GAMMA))
-    return (bits >> np.uint64(11)) * 2.0**-53
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def derive_seed(seed: int, index: int) -> int:

@@ -241,7 +241,8 @@ class Sampler:
         else:
             highest = logits.amax(dim=1)
         if not torch.isfinite(highest).all():
-            logits = _usable(raw, logits, highest, failures)
+            beams = set(np.flatnonzero(needs & _Need.BEAMS).tolist())
+            logits = _usable(raw, logits, highest, beams, failures)
             token_ids = self._kernels.argmax(logits)
         if not drawn.any():
             return token_ids
@@ -256,8 +257,14 @@ class Sampler:
         states = [self._rows[row] for row in rows.tolist()]
         lengths = [len(state.output_token_ids) for state in states if state is not None]
         uniform = uniforms(self._seeds[rows], np.array(lengths, dtype=np.int64))
-        limits = (self._temperature, self._top_k, self._top_p, self._min_p)
-        return self._kernels.sample_tokens(logits, *(limit[rows] for limit in limits), uniform)
+        return self._kernels.sample_tokens(
+            logits,
+            self._temperature[rows],
+            self._top_k[rows],
+            self._top_p[rows],
+            self._min_p[rows],
+            uniform,
+        )
 
     def _logprobs(
         self,
@@ -302,11 +309,13 @@ def _usable(
     raw: torch.Tensor,
     logits: torch.Tensor,
     highest: torch.Tensor,
+    beams: set[int],
     failures: dict[int, BaseException],
 ) -> torch.Tensor:
     """Return logits, changed where nothing can be chosen by them, adding such rows to failures.
 
-    A row in which a processor or a bias made logits infinite is left with just these tokens.
+    A row in which a processor made logits infinite is left with just these tokens. A beam that
+    has no continuation is no failure: others of its search may have.
     """
     logits = logits.clone()
     for place in (~torch.isfinite(highest)).nonzero()[:, 0].tolist():
@@ -321,7 +330,7 @@ def _usable(
             forced = logits[place] == torch.inf
             logits[place] = torch.where(forced, 0.0, -torch.inf)
             continue
-        else:
+        elif place not in beams:
             failures[place] = InvalidRequestError(
                 "no token is allowed: allowed_token_ids, bad_words, min_tokens, logit_bias and "
                 "logits_processors together leave none"

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 SPACE = "\u2581"
 """The character that stands for a space in sentencepiece vocabularies."""
 
+_ALL = 1 << 20
+
 
 class PieceType(IntEnum):
     """``SentencePiece.Type`` of the format."""
@@ -287,7 +289,9 @@ def build_from_sentencepiece(
         backend.normalizer = normalizers.Sequence(steps)
     decoding: list[decoders.Decoder] = [decoders.Replace(SPACE, " ")]
     decoding += [decoders.ByteFallback(), decoders.Fuse()]
-    if model.add_dummy_prefix:
+    if model.remove_extra_whitespaces:
+        decoding.append(decoders.Strip(" ", _ALL, 0))
+    elif model.add_dummy_prefix:
         decoding.append(decoders.Strip(" ", 1, 0))
     backend.decoder = decoders.Sequence(decoding)
     added = [

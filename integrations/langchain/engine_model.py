@@ -233,7 +233,9 @@ class EngineModel(Serializable):
                 f"{wanted!r}: leave them out, or leave out client"
             )
         default = EngineConfig.create(served["model"]).to_kwargs()
-        changed = {k: v for k, v in served.items() if k not in _ENGINE_FIELDS and v != default[k]}
+        changed = {
+            k: v for k, v in sorted(served.items()) if k not in _ENGINE_FIELDS and v != default[k]
+        }
         self.__dict__.update({k: v for k, v in served.items() if k in _ENGINE_FIELDS})
         self.__dict__["vllm_kwargs"] = changed
         return lease

@@ -68,7 +68,7 @@ def to_generations(output: RequestOutput | BaseException) -> list[Generation]:
         Generation(
             text=completion.text,
             generation_info={
-                **_logprobs_info(completion, 0),
+                **_logprobs_info(completion),
                 **_final_info(output, completion, len(completion.token_ids)),
             },
         )
@@ -103,7 +103,6 @@ class ChunkBuilder:
 
     def __init__(self) -> None:
         self._num_tokens = 0
-        self._num_chars = 0
         self._pending: dict[str, Any] = {}
 
     def add(self, output: RequestOutput) -> GenerationChunk | None:
@@ -112,9 +111,7 @@ class ChunkBuilder:
         if completion is None:
             return None
         self._num_tokens += len(completion.token_ids)
-        info = _logprobs_info(completion, self._num_chars)
-        self._num_chars += len(completion.text)
-        self._pending = _joined(self._pending, info)
+        self._pending = _joined(self._pending, _logprobs_info(completion))
         if completion.finished():
             info = {**self._pending, **_final_info(output, completion, self._num_tokens)}
         elif completion.text:
@@ -155,28 +152,19 @@ def _final_info(
     return info
 
 
-def _logprobs_info(completion: CompletionOutput, offset: int) -> dict[str, Any]:
+def _logprobs_info(completion: CompletionOutput) -> dict[str, Any]:
     """Return logprobs in the form of OpenAI's completions, with ids and ranks beside."""
     if not completion.logprobs:
         return {}
-    tokens, offsets = [], []
-    for token_id, position in zip(completion.token_ids, completion.logprobs, strict=True):
-        offsets.append(offset)
-        token = _text(token_id, position)
-        tokens.append(token)
-        offset += len(token)
-    chosen = [
-        position[token_id]
-        for token_id, position in zip(completion.token_ids, completion.logprobs, strict=True)
-    ]
+    positions = list(zip(completion.token_ids, completion.logprobs, strict=True))
+    chosen = [position[token_id] for token_id, position in positions]
     return {
         "logprobs": {
-            "tokens": tokens,
+            "tokens": [_text(token_id, position) for token_id, position in positions],
             "token_ids": list(completion.token_ids),
             "token_logprobs": [one.logprob for one in chosen],
             "ranks": [one.rank for one in chosen],
             "top_logprobs": [_top(position) for position in completion.logprobs],
-            "text_offset": offsets,
         }
     }
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor | None, eps: float, *, weight_offset: float = 0.0
 ) -> torch.Tensor:
     """See `quire.kernels.interface.Backend.rms_norm`."""
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    if weight is not None:
-        normed = normed * (weight.float() + weight_offset)
-    return normed.to(x.dtype)
+    if weight is not None and (weight_offset or weight.dtype is not x.dtype):
+        # In the weight's own type, weight + offset would lose the weight's last digits.
+        weight = weight.float() + weight_offset
+        return torch.rms_norm(x.float(), x.shape[-1:], weight, eps).to(x.dtype)
+    return torch.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def add_rms_norm(
@@ -34,4 +33,4 @@ def layer_norm(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
     """See `quire.kernels.interface.Backend.layer_norm`."""
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)

@@ -12,7 +12,7 @@ cost a fraction of torch's, and its selection and sorting are vectorised.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -108,18 +108,37 @@ def sample_tokens(
     vocab_size = logits.shape[1]
     temperature = np.maximum(temperature, _LEAST_TEMPERATURE)
     top_k = np.where((top_k > 0) & (top_k < vocab_size), top_k, vocab_size)
+    limits = _Limits(temperature, top_k, top_p, min_p, uniform)
     limited = (top_k < vocab_size) | (top_p < 1.0) | (min_p > 0.0)
     if not limited.any():
-        ids = _draw_from_all(logits, temperature, uniform)
+        ids = _draw_from_all(logits, limits)
     elif limited.all():
-        ids = _draw_from_top(logits, temperature, top_k, top_p, min_p, uniform)
+        ids = _draw_from_top(logits, limits)
     else:
         ids = np.empty(len(logits), dtype=np.int64)
-        whole = ~limited
-        ids[whole] = _draw_from_all(_take(logits, whole), temperature[whole], uniform[whole])
-        limits = (temperature, top_k, top_p, min_p, uniform)
-        ids[limited] = _draw_from_top(_take(logits, limited), *(x[limited] for x in limits))
+        for rows, draw in ((~limited, _draw_from_all), (limited, _draw_from_top)):
+            ids[rows] = draw(_take(logits, rows), limits.take(rows))
     return torch.from_numpy(ids).to(logits.device)
+
+
+class _Limits(NamedTuple):
+    """What each row is to be drawn by, `[num_rows]` each."""
+
+    temperature: Floats
+    top_k: Ints
+    """The size of the vocabulary where all are kept."""
+    top_p: Floats
+    min_p: Floats
+    uniform: Floats
+
+    def take(self, rows: Ints | npt.NDArray[np.bool_] | slice) -> _Limits:
+        return _Limits(
+            self.temperature[rows],
+            self.top_k[rows],
+            self.top_p[rows],
+            self.min_p[rows],
+            self.uniform[rows],
+        )
 
 
 def _take(logits: torch.Tensor, mask: npt.NDArray[np.bool_]) -> torch.Tensor:
@@ -184,14 +203,14 @@ def _pick(cumulative: Floats, target: Floats, reach: Floats) -> Ints:
     return place
 
 
-def _draw_from_all(logits: torch.Tensor, temperature: Floats, uniform: Floats) -> Ints:
+def _draw_from_all(logits: torch.Tensor, limits: _Limits) -> Ints:
     """Draw from the whole vocabulary: first a block of it, then a token of the block."""
     picked = []
     highest = logits.amax(dim=1)
     for rows in _row_chunks(logits):
-        weights, sums = _weights(logits[rows], highest[rows], temperature[rows])
+        weights, sums = _weights(logits[rows], highest[rows], limits.temperature[rows])
         index = np.arange(len(sums))
-        target = uniform[rows] * sums[:, -1]
+        target = limits.uniform[rows] * sums[:, -1]
         block = _pick(sums, target, sums[:, -1])
         target -= np.where(block > 0, sums[index, block - 1], 0.0)
         chosen = weights[torch.from_numpy(index), torch.from_numpy(block)]
@@ -224,7 +243,7 @@ class _Pool:
         self._pool = logits
         if num_blocks >= 8 * k:
             width = num_blocks * _BLOCK
-            blocks = logits[:, :width].unflatten(1, (num_blocks, _BLOCK))
+            blocks = logits[:, :width].view(num_rows, num_blocks, _BLOCK)
             starts = blocks.amax(dim=2).topk(k, dim=1, sorted=False).indices.sort(dim=1).values
             rows = torch.arange(num_rows, device=logits.device)[:, None]
             self._starts = starts * _BLOCK
@@ -305,48 +324,32 @@ def _sorted_values(logits: torch.Tensor, k: int) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(np.sort(values, axis=1)[:, ::-1][:, :k])
 
 
-def _draw_from_top(
-    logits: torch.Tensor,
-    temperature: Floats,
-    top_k: Ints,
-    top_p: Floats,
-    min_p: Floats,
-    uniform: Floats,
-) -> Ints:
+def _draw_from_top(logits: torch.Tensor, limits: _Limits) -> Ints:
     """Draw where tokens are left out: from a few candidates where they do, else after a sort."""
     num_rows, vocab_size = logits.shape
     total = np.zeros(num_rows)
-    whole = (top_k == vocab_size) & (min_p == 0.0)
+    whole = (limits.top_k == vocab_size) & (limits.min_p == 0.0)
     if whole.any():
-        total[whole] = _totals(
-            logits if whole.all() else _take(logits, whole), temperature[whole]
-        )
-    limits = (temperature, top_k, top_p, min_p, total, uniform)
+        here = logits if whole.all() else _take(logits, whole)
+        total[whole] = _totals(here, limits.temperature[whole])
     ids = np.empty(num_rows, dtype=np.int64)
-    counts = np.where(top_k < vocab_size, top_k, min(_FIRST_CANDIDATES, vocab_size))
-    left = np.arange(num_rows)
+    few = min(_FIRST_CANDIDATES, vocab_size)
+    counts = np.where(limits.top_k < vocab_size, limits.top_k, few)
     for most in (_MOST_CANDIDATES, vocab_size):
-        rows = left[counts[left] <= most]
-        chunks = np.array_split(rows, max(1, len(rows) * int(most) // _CHUNK)) if len(rows) else []
-        for rows in chunks:
-            here = logits if len(rows) == num_rows else logits[torch.from_numpy(rows)]
-            pool = _Pool(here, int(counts[rows].max()))
-            place, enough = _place(pool.values, *(limit[rows] for limit in limits))
-            ids[rows] = pool.ids_at(place)
-            counts[rows[enough]] = 0
-        left = np.flatnonzero(counts)
-        counts[left] = vocab_size
+        rows = np.flatnonzero((counts > 0) & (counts <= most))
+        for start in range(0, len(rows), step := max(1, _CHUNK // most)):
+            part = rows[start : start + step]
+            here = logits if len(part) == num_rows else logits[torch.from_numpy(part)]
+            pool = _Pool(here, int(counts[part].max()))
+            place, enough = _place(pool.values, limits.take(part), total[part])
+            ids[part] = pool.ids_at(place)
+            counts[part[enough]] = 0
+        counts[counts > 0] = vocab_size
     return ids
 
 
 def _place(
-    values: npt.NDArray[np.float32],
-    temperature: Floats,
-    top_k: Ints,
-    top_p: Floats,
-    min_p: Floats,
-    total: Floats,
-    uniform: Floats,
+    values: npt.NDArray[np.float32], limits: _Limits, total: Floats
 ) -> tuple[Ints, npt.NDArray[np.bool_]]:
     """Draw a place in the list of a row's highest logits.
 
@@ -354,6 +357,7 @@ def _place(
     ----------
     values : ndarray[num_rows, k]
         In descending order.
+    limits : _Limits
     total : ndarray[num_rows]
         The weight of the whole vocabulary, or 0 where top_k or min_p shortens the list first.
 
@@ -365,17 +369,17 @@ def _place(
     """
     num_candidates = values.shape[1]
     exact = values.astype(np.float64)
-    weights = np.exp((exact - exact[:, :1]) / temperature[:, None])
-    keep = (weights >= min_p[:, None]) & (weights > 0.0)
-    keep &= np.arange(num_candidates) < top_k[:, None]
+    weights = np.exp((exact - exact[:, :1]) / limits.temperature[:, None])
+    keep = (weights >= limits.min_p[:, None]) & (weights > 0.0)
+    keep &= np.arange(num_candidates) < limits.top_k[:, None]
     weights[~keep] = 0.0
     cumulative = weights.cumsum(axis=1)
     survivors = keep.sum(axis=1)
     mass = np.where(total > 0.0, total, cumulative[:, -1])
-    most = np.where(top_p < 1.0, top_p * mass, np.inf)
+    most = np.where(limits.top_p < 1.0, limits.top_p * mass, np.inf)
     keep[:, 1:] &= cumulative[:, :-1] < most[:, None]
     kept = keep.sum(axis=1)
     listed = np.where(total > 0.0, kept, survivors)
-    enough = (listed < num_candidates) | (top_k <= num_candidates)
+    enough = (listed < num_candidates) | (limits.top_k <= num_candidates)
     reach = cumulative[np.arange(len(values)), kept - 1]
-    return _pick(cumulative, uniform * reach, reach), enough
+    return _pick(cumulative, limits.uniform * reach, reach), enough

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,6 +44,21 @@ def test_complete_streams_the_text_that_generate_gives(model: list[str]) -> None
     assert streamed.stdout == record["text"] + "\n"
     assert record["prompt"] == "hello"
     assert len(record["token_ids"]) <= 6
+
+
+def test_the_start_line_goes_to_standard_error_alone(model: list[str]) -> None:
+    """What is piped on is the completion; who runs it is told beside it."""
+    code = "import quire.cli.app as a; a.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "complete", "hello", *model, *GREEDY, "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["prompt"] == "hello"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("INFO quire: ")
+    assert "float32" in line
 
 
 def test_complete_takes_many_prompts_and_n(model: list[str]) -> None:

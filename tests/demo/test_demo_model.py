@@ -69,7 +69,8 @@ def test_the_configuration_fits_weights_and_tokenizer() -> None:
     embedding = weights["model.embed_tokens.weight"]
     assert embedding.shape == (config["vocab_size"], config["hidden_size"])
     assert tokenizer.get_vocab_size() == config["vocab_size"]
-    assert config["tie_word_embeddings"] and "lm_head.weight" not in weights
+    assert config["tie_word_embeddings"]
+    assert "lm_head.weight" not in weights
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert {w.dtype for w in weights.values()} == {torch.bfloat16}
     assert config["dtype"] == "bfloat16"
@@ -189,7 +190,8 @@ def test_the_card_has_a_row_for_every_set() -> None:
     card = (model_path() / "README.md").read_text(encoding="utf-8")
     for name, questions in (evaluation_sets() | sampled_sets()).items():
         assert f"| {name} | {len(questions)} |" in card
-    assert "What it is not" in card and "--seed" in card
+    assert "What it is not" in card
+    assert "--seed" in card
 
 
 @pytest.mark.slow

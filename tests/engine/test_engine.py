@@ -35,7 +35,10 @@ def one(llm, prompt=PROMPT, **options):
 def test_greedy_tokens_equal_transformers(llm, oracle):
     """The whole way, from prompt to tokens, gives what transformers' generate gives."""
     wanted = oracle.generate(
-        torch.tensor([PROMPT]), max_new_tokens=40, do_sample=False, eos_token_id=None,
+        torch.tensor([PROMPT]),
+        max_new_tokens=40,
+        do_sample=False,
+        eos_token_id=None,
         pad_token_id=0,
     )[0, len(PROMPT) :].tolist()
     assert list(one(llm, max_tokens=40, ignore_eos=True).outputs[0].token_ids) == wanted
@@ -46,8 +49,16 @@ def test_logprobs_equal_transformers(tiny_llama, oracle, budget):
     """Logprobs of prompt and output are those of the model's own distribution, chunked or not."""
     with LLM(tiny_llama, dtype="float32", max_num_batched_tokens=budget) as llm:
         one(llm)  # the prompt is in the cache now, and its logprobs must be there all the same
-        output = one(llm, max_tokens=6, logprobs=3, prompt_logprobs=2, ignore_eos=True,
-                     temperature=0.7, seed=3, repetition_penalty=1.5)
+        output = one(
+            llm,
+            max_tokens=6,
+            logprobs=3,
+            prompt_logprobs=2,
+            ignore_eos=True,
+            temperature=0.7,
+            seed=3,
+            repetition_penalty=1.5,
+        )
     ids = PROMPT + list(output.outputs[0].token_ids)
     with torch.inference_mode():
         wanted = oracle(torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -74,13 +85,28 @@ def test_logprobs_equal_transformers(tiny_llama, oracle, budget):
 @pytest.mark.parametrize("early_stopping", [True, False])
 def test_beam_search_equals_transformers(llm, oracle, length_penalty, early_stopping):
     """Forked sequences over shared blocks find the hypotheses that transformers finds."""
-    output = one(llm, n=2, best_of=4, use_beam_search=True, length_penalty=length_penalty,
-                 early_stopping=early_stopping, max_tokens=24, temperature=0.0, logprobs=0)
+    output = one(
+        llm,
+        n=2,
+        best_of=4,
+        use_beam_search=True,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+        max_tokens=24,
+        temperature=0.0,
+        logprobs=0,
+    )
     eos = list(llm.llm_engine.limits.eos_token_ids)
     wanted = oracle.generate(
-        torch.tensor([PROMPT]), num_beams=4, num_return_sequences=2, do_sample=False,
-        max_new_tokens=24, length_penalty=length_penalty, early_stopping=early_stopping,
-        eos_token_id=eos, pad_token_id=0,
+        torch.tensor([PROMPT]),
+        num_beams=4,
+        num_return_sequences=2,
+        do_sample=False,
+        max_new_tokens=24,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+        eos_token_id=eos,
+        pad_token_id=0,
     )[:, len(PROMPT) :].tolist()
     for completion, tokens in zip(output.outputs, wanted, strict=True):
         ours = list(completion.token_ids)

@@ -1,4 +1,4 @@
-"""Random schedules against a model of the KV cache that remembers what each slot was written for."""
+"""Random schedules against a KV cache that remembers what each slot was written for."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class SchedulerStates(RuleBasedStateMachine):
         self.run_step(token, park)
 
     def run_step(self, token: int, park: bool) -> StepPlan:
-        first = min((s for s in self.alive if s.status is not SequenceStatus.PARKED))
+        first = min(s for s in self.alive if s.status is not SequenceStatus.PARKED)
         was_running = first.status is SequenceStatus.RUNNING
         plan = self.scheduler.schedule()
         assert plan.sequences, "a step with work to do computes something"

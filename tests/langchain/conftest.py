@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import gc
 import itertools
 import threading
 import weakref
@@ -160,7 +159,9 @@ class FakeLLM(LLM):
                     dataclasses.replace(
                         one,
                         # Every second delta holds its text back, as in the middle of a character.
-                        text="" if start % 10 == 0 and not last else one.text[
+                        text=""
+                        if start % 10 == 0 and not last
+                        else one.text[
                             max(0, start - width) if start % 10 else start : start + width
                         ],
                         token_ids=one.token_ids[piece],
@@ -243,11 +244,17 @@ class Fake:
     def most_running(self) -> int:
         return FakeAsyncLLM.most_running
 
+    def make(self, model: str, **kwargs: Any) -> FakeLLM:
+        return FakeLLM(model, **kwargs)
+
+    def num_running(self) -> int:
+        return FakeAsyncLLM.running
+
     def num_made(self) -> int:
         return len(FakeLLM.made)
 
     def num_alive(self) -> int:
-        gc.collect()
+        # No collection of cycles: an engine goes when its last reference does.
         alive = [engine() for engine in FakeLLM.made]
         return sum(engine is not None and not engine.is_closed for engine in alive)
 
@@ -264,7 +271,6 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     monkeypatch.setattr(quire.llm, "LLM", FakeLLM)
     monkeypatch.setattr(quire.async_llm.AsyncLLM, "from_llm", FakeAsyncLLM)
     yield Fake(monkeypatch)
-    gc.collect()
     engines._ENGINES.clear()
 
 

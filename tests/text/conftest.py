@@ -198,15 +198,21 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
     llama2.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        + [decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(
         vocab_size=600, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
     )
     llama2.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    llama2.train_from_iterator([line.replace("東", "").replace("😀", "") for line in CORPUS], trainer)
+    llama2.train_from_iterator(
+        [line.replace("東", "").replace("😀", "") for line in CORPUS], trainer
+    )
     state = json.loads(llama2.to_str())
     state["pre_tokenizer"] = None
     vocab = state["model"]["vocab"]

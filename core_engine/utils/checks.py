@@ -1,0 +1,72 @@
+"""Checks of values that users write: each names the field, the value and what would be right."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Callable, Iterable, Mapping
+
+from quire.errors import InvalidRequestError
+
+
+def refuse(name: str, value: object, expected: str) -> InvalidRequestError:
+    """Return the error for a value that is not what was expected; to be raised by the caller."""
+    return InvalidRequestError(f"{name} must be {expected}, got {value!r}")
+
+
+def integer(name: str, value: object, expected: str, low: int, high: int | None = None) -> int:
+    """Return ``value`` as an int in [low, high]; a bool or a float is not taken for one."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise refuse(name, value, expected)
+    whole = operator.index(value)
+    if whole < low or (high is not None and whole > high):
+        raise refuse(name, value, expected)
+    return whole
+
+
+def number(name: str, value: object, expected: str, valid: Callable[[float], bool]) -> float:
+    """Return ``value`` as a finite float for which ``valid`` holds; a bool is not taken for one."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise refuse(name, value, expected)
+    try:
+        real = float(value)
+    except OverflowError:
+        real = math.inf
+    if not math.isfinite(real) or not valid(real):
+        raise refuse(name, value, expected)
+    return real
+
+
+def flag(name: str, value: object) -> bool:
+    """Return ``value``, which has to be a bool."""
+    if not isinstance(value, bool):
+        raise refuse(name, value, "True or False")
+    return value
+
+
+def strings(name: str, value: object) -> list[str]:
+    """Return a list of non-empty strings: a lone string is a list of one, None of none."""
+    if value is None:
+        return []
+    items = [value] if isinstance(value, str) else _items(value)
+    if items is None or not all(isinstance(item, str) and item for item in items):
+        raise refuse(name, value, "a non-empty string or a list of non-empty strings")
+    return [item for item in items if isinstance(item, str)]
+
+
+def token_ids(name: str, value: object) -> list[int]:
+    """Return a list of ints that may be token ids: None is a list of none."""
+    if value is None:
+        return []
+    items = _items(value)
+    if items is None:
+        raise refuse(name, value, "a list of token ids (integers >= 0)")
+    return [integer(f"each id of {name}", item, "an integer >= 0", 0) for item in items]
+
+
+def _items(value: object) -> list[object] | None:
+    """Return what a list, or something like it, has in it."""
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
+        return list(value)
+    return None
