@@ -54,6 +54,9 @@ class EngineArguments(TypedDict, total=False):
     max_logprobs: int | None
     code_revision: str | None
     max_parallel_loading_workers: int | None
+    disable_async_output_proc: bool | None
+    use_v2_block_manager: bool | None
+    max_context_len_to_capture: int | None
     # Not offered by this version beyond the values that ask for nothing.
     tensor_parallel_size: int | None
     pipeline_parallel_size: int | None
@@ -108,3 +111,10 @@ class EngineArguments(TypedDict, total=False):
     kv_events_config: Any
     profiler_config: Any
     additional_config: Any
+    enable_lora_bias: bool | None
+    enable_prompt_adapter: bool | None
+    override_pooler_config: Any
+    rope_scaling: Any
+    rope_theta: Any
+    scheduler_delay_factor: float | None
+    num_scheduler_steps: int | None

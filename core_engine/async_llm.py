@@ -124,7 +124,7 @@ class AsyncLLM:
         # The engine knows requests by numbers of the LLM, which no caller's name can meet.
         number = request.request_id
         name = self._register(number if request_id is None else request_id, number)
-        loop = llm._start()
+        loop = llm._lifetime.start()
         events: asyncio.Queue[Event] = asyncio.Queue()
         mailbox = self._mailbox(asyncio.get_running_loop())
         ended = False
@@ -156,7 +156,7 @@ class AsyncLLM:
         with self._lock:
             numbers = [self._in_flight[name] for name in names if name in self._in_flight]
         if numbers:
-            self._open_llm()._start().abort(numbers)
+            self._open_llm()._lifetime.start().abort(numbers)
 
     def _register(self, name: Any, number: str) -> str:
         """Take a request's name until it ends."""
@@ -213,7 +213,7 @@ class AsyncLLM:
             with self._lock:
                 numbers = list(self._in_flight.values())
             if numbers:
-                self._llm._start().abort(numbers)
+                self._llm._lifetime.start().abort(numbers)
 
     def shutdown(self) -> None:
         """Do what :meth:`close` does, by the name that vLLM has for it."""
@@ -227,7 +227,7 @@ class AsyncLLM:
     def _open_llm(self) -> LLM:
         if self._closed:
             raise EngineClosedError(f"{self!r} was closed; make a new one")
-        self._llm._check_usable()
+        self._llm._lifetime.check()
         return self._llm
 
     def __enter__(self) -> Self:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from quire.config import EngineConfig, init_signature
 from quire.errors import EngineClosedError, InvalidRequestError, NotSupportedError
+from quire.lifetime import Lifetime, make_loop
 from quire.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
 from quire.prompts import (
     Message,
@@ -35,30 +36,6 @@ if TYPE_CHECKING:
     from quire.tokenizer.tokenizer import Tokenizer
 
 T = TypeVar("T")
-
-
-class _Lifetime:
-    """The part of an LLM that outlives it: enough to close the engine, and no way back to it."""
-
-    __slots__ = ("loop", "pid")
-
-    def __init__(self, loop: EngineLoop) -> None:
-        self.loop: EngineLoop | None = loop
-        self.pid: int | None = None  # the process whose thread steps the engine, once there is one
-
-    def close(self) -> None:
-        loop, self.loop = self.loop, None
-        # In a fork of the process that runs the engine there is no thread to stop, and its locks
-        # may have been held at the moment of the fork.
-        if loop is not None and self.pid in (None, os.getpid()):
-            loop.close()
-
-
-def _make_loop(config: EngineConfig) -> EngineLoop:
-    from quire.assembly import build_engine
-    from quire.engine.loop import EngineLoop
-
-    return EngineLoop(build_engine(config))
 
 
 class LLM:
@@ -108,11 +85,11 @@ class LLM:
 
     def __init__(self, model: str | os.PathLike[str], **kwargs: Unpack[EngineArguments]) -> None:
         config = EngineConfig.create(model, **kwargs)
-        loop = _make_loop(config)
+        loop = make_loop(config)
         self.config = config
         self._processor: Processor | None = loop.engine.processor
         self._request_ids = count()
-        self._lifetime = _Lifetime(loop)
+        self._lifetime = Lifetime(loop, f"LLM(model={config.model.model!r})")
         self._finalizer = weakref.finalize(self, self._lifetime.close)
 
     # -- generation ------------------------------------------------------------------------------
@@ -280,7 +257,7 @@ class LLM:
             lora_request=lora_request,
             priority=priority,
         )
-        return OutputStream(self._start(), request, keep_alive=self)
+        return OutputStream(self._lifetime.start(), request, keep_alive=self)
 
     def beam_search(
         self,
@@ -354,12 +331,12 @@ class LLM:
     @property
     def llm_engine(self) -> Engine:
         """The engine, for inspection; only its own thread may step it."""
-        return self._check_usable().engine
+        return self._lifetime.check().engine
 
     @property
     def engine_loop(self) -> EngineLoop:
         """The thread that steps the engine."""
-        return self._check_usable()
+        return self._lifetime.check()
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -371,10 +348,10 @@ class LLM:
     @property
     def closed(self) -> bool:
         """Whether :meth:`close` has been called."""
-        return not self._finalizer.alive
+        return self._lifetime.closed
 
     def __enter__(self) -> Self:
-        self._check_usable()
+        self._lifetime.check()
         return self
 
     def __exit__(
@@ -405,7 +382,7 @@ class LLM:
 
         With ``return_errors=False`` a prompt that cannot be served raises before any has run.
         """
-        self._check_usable()
+        self._lifetime.check()
         every_params = one_per_prompt("sampling_params", params, len(prompts))
         every_priority = one_per_prompt("priority", priority or 0, len(prompts))
         final: dict[int, SamplingParams] = {}  # by identity: most often all prompts share one
@@ -427,7 +404,7 @@ class LLM:
                 if not return_errors:
                     raise _at_index("prompt", i, len(prompts), error) from error
                 requests.append(error)
-        return wait_for_all(self._start, requests, use_tqdm)
+        return wait_for_all(self._lifetime.start, requests, use_tqdm)
 
     def _make_request(
         self,
@@ -467,31 +444,14 @@ class LLM:
         return params if params.output_kind is kind else replace(params, output_kind=kind)
 
     def _call(self, function: Callable[[Engine], T]) -> T:
-        return self._start().call(function)
-
-    def _start(self) -> EngineLoop:
-        """Return the loop, from here on bound to this process."""
-        loop = self._check_usable()
-        self._lifetime.pid = os.getpid()
-        return loop
+        return self._lifetime.start().call(function)
 
     def _open_processor(self) -> Processor:
         processor = self._processor
-        self._check_usable()
+        self._lifetime.check()
         if processor is None:  # closed in between
             raise EngineClosedError(f"{self!r} was closed; make a new one")
         return processor
-
-    def _check_usable(self) -> EngineLoop:
-        loop = self._lifetime.loop
-        if loop is None:
-            raise EngineClosedError(f"{self!r} was closed; make a new one")
-        if self._lifetime.pid not in (None, os.getpid()):
-            raise EngineClosedError(
-                f"{self!r} runs in process {self._lifetime.pid}, of which this process is a fork: "
-                "fork before the first request, or make the LLM in the child process"
-            )
-        return loop
 
 
 # For help() and for editors that ask at run time; the annotations serve those that do not.

@@ -43,7 +43,7 @@ def _early_stopping(value: object) -> bool | Literal["never"]:
     raise refuse("early_stopping", value, "True, False or 'never'")
 
 
-def _keyword_only(cls: type[_T]) -> type[_T]:
+def _refuse_unknown_keywords(cls: type[_T]) -> type[_T]:
     """Refuse keywords that a dataclass has no field for, naming the nearest that it has."""
     generated = cls.__init__
     valid = frozenset(item.name for item in fields(cls) if item.init)  # type: ignore[arg-type]
@@ -73,7 +73,7 @@ def _changed_fields(params: SamplingParams | BeamSearchParams) -> dict[str, Any]
 _LIST_FIELDS: Final = ("stop", "stop_token_ids", "bad_words")
 
 
-@_keyword_only
+@_refuse_unknown_keywords
 @dataclass(kw_only=True, repr=False)
 class SamplingParams:
     """How the tokens of a completion are chosen, and when it ends.
@@ -391,7 +391,7 @@ class SamplingParams:
         return self.clone()
 
 
-@_keyword_only
+@_refuse_unknown_keywords
 @dataclass(repr=False)
 class BeamSearchParams:
     """How ``LLM.beam_search`` looks for the likeliest completions.

@@ -25,9 +25,7 @@ def available_backends() -> list[str]:
     return ["reference", *sorted(name for name in _installed() if name != "reference")]
 
 
-def get_backend(
-    device: torch.device | str | None = None, name: str | None = None
-) -> Backend:
+def get_backend(device: torch.device | str | None = None, name: str | None = None) -> Backend:
     """Return the backend that works on `device`, always the same object for the same arguments.
 
     Parameters

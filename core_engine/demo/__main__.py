@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from quire.demo import MODEL_NAME
+from quire.demo.records import parse_record
+
+if TYPE_CHECKING:
+    from quire.integrations.langchain import VLLM
+    from quire.llm import LLM
 
 _RULE = "─" * 72
 
@@ -25,91 +31,85 @@ class Show:
 
     def line(self, asked: str, answer: str, expected: str) -> None:
         """Show one question and its answer, and check the answer."""
-        right = expected in answer
-        self.wrong += not right
-        mark = "✓" if right else f"✗ expected {expected!r}"
-        print(f"    {asked:<38} → {answer.strip()}  {mark}", flush=True)
+        print(f"    {asked:<38} → {answer.strip()}  {self.mark(answer, expected)}", flush=True)
+
+    def mark(self, answer: str, expected: str) -> str:
+        """Check an answer; return the sign that tells."""
+        if expected in answer:
+            return "✓"
+        self.wrong += 1
+        return f"✗ expected {expected!r}"
 
     def took(self, what: str = "") -> None:
         """Tell the time since the step began."""
         print(f"    [{(time.perf_counter() - self._start) * 1000:.0f} ms{what}]", flush=True)
 
 
-def langchain_part(show: Show) -> Callable[[], None]:
-    """Answer, batch, stream and chain through LangChain's interface; return what closes it."""
+def langchain_part(show: Show, llm: VLLM) -> None:
+    """Answer, batch, chain and stream through LangChain's interface."""
     from langchain_core.output_parsers import StrOutputParser
     from langchain_core.prompts import PromptTemplate
-
-    from quire.integrations.langchain import VLLM
-
-    show.step("Load the model", f'llm = VLLM(model="{MODEL_NAME}", max_new_tokens=64)')
-    llm = VLLM(model=MODEL_NAME, max_new_tokens=64, temperature=0.0)
-    show.took()
 
     question = "What is the capital of France ?"
     show.step("Ask", f'llm.invoke("{question}")')
     show.line(question, llm.invoke(question), "Paris")
     show.took()
 
-    expected = {
-        "Japan": "Tokyo", "Kenya": "Nairobi", "Peru": "Lima", "Italy": "Rome",
-        "Norway": "Oslo", "Egypt": "Cairo", "Canada": "Ottawa", "Fiji": "Suva",
-    }  # fmt: skip
-    questions = [f"What is the capital of {country} ?" for country in expected]
+    capitals = {
+        "Japan": "Tokyo",
+        "Kenya": "Nairobi",
+        "Peru": "Lima",
+        "Italy": "Rome",
+        "Norway": "Oslo",
+        "Egypt": "Cairo",
+        "Canada": "Ottawa",
+        "Fiji": "Suva",
+    }
+    questions = [f"What is the capital of {country} ?" for country in capitals]
     show.step("Ask eight at once, in one running batch", "llm.batch(questions)")
-    for asked, answer, capital in zip(
-        questions, llm.batch([*questions]), expected.values(), strict=True
-    ):
+    answers = llm.batch([*questions])
+    for asked, answer, capital in zip(questions, answers, capitals.values(), strict=True):
         show.line(asked, answer, capital)
     show.took(f", {len(questions)} answers")
 
-    chain = (
-        PromptTemplate.from_template("Question: {question}\n\nAnswer: Let's think step by step.")
-        | llm
-        | StrOutputParser()
+    prompt = PromptTemplate.from_template(
+        "Question: {question}\n\nAnswer: Let's think step by step."
     )
+    chain = prompt | llm | StrOutputParser()
     question = "Who was the US president in the year the first Pokemon game was released?"
-    show.step("Chain and stream", 'for piece in (prompt | llm | parser).stream({"question": …}):')
-    print(f"    {question}\n    → ", end="", flush=True)
-    pieces = []
+    show.step("Chain and stream", '(prompt | llm | parser).stream({"question": …})')
+    print(f"    {question}\n    →", end="", flush=True)
+    text = ""
+    count = 0
     for piece in chain.stream({"question": question}):
-        pieces.append(piece)
-        print(piece.lstrip() if len(pieces) == 1 else piece, end="", flush=True)
-    right = "Bill Clinton" in "".join(pieces)
-    show.wrong += not right
-    print("  ✓" if right else "  ✗ expected 'Bill Clinton'")
-    show.took(f", {len(pieces)} pieces")
-    return llm.close if hasattr(llm, "close") else lambda: None
+        print(piece, end="", flush=True)
+        text += piece
+        count += 1
+    print(f"  {show.mark(text, 'Bill Clinton')}")
+    show.took(f", {count} pieces")
 
 
-def chat_part(show: Show) -> None:
+def chat_part(show: Show, llm: LLM) -> None:
     """Hold a conversation of two turns, and ask for a JSON record."""
-    import json
-
-    from quire import LLM, SamplingParams
+    from quire import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=64)
-    with LLM(MODEL_NAME) as llm:
-        show.step("Chat, two turns", "LLM.chat(messages)")
-        messages: list[dict[str, str]] = []
-        for asked, expected in (("My name is Ada.", "Ada"), ("What is my name?", "Ada")):
-            messages.append({"role": "user", "content": asked})
-            (output,) = llm.chat(messages, params, use_tqdm=False)
-            answer = output.outputs[0].text
-            messages.append({"role": "assistant", "content": answer})
-            show.line(asked, answer, expected)
-        show.took()
+    show.step("Chat on the same engine, two turns", "llm.client.chat(messages)")
+    messages: list[dict[str, str]] = []
+    for asked in ("My name is Ada.", "What is my name?"):
+        messages.append({"role": "user", "content": asked})
+        (output,) = llm.chat(messages, params, use_tqdm=False)
+        answer = output.outputs[0].text
+        messages.append({"role": "assistant", "content": answer})
+        show.line(asked, answer, "Ada")
+    show.took()
 
-        asked = "Write a JSON record of a person."
-        show.step("Write JSON", "json.loads(LLM.generate(…))")
-        (output,) = llm.generate(asked, params, use_tqdm=False)
-        text = output.outputs[0].text
-        try:
-            record = json.loads(text)
-        except ValueError:
-            record = None
-        show.line(asked, text, "name" if isinstance(record, dict) else "valid JSON")
-        show.took()
+    asked = "Write a JSON record of a person."
+    show.step("Write JSON", "json.loads(…)")
+    (output,) = llm.generate(asked, params, use_tqdm=False)
+    text = output.outputs[0].text.strip()
+    show.line(asked, text, text if parse_record(text) else "valid JSON")
+    show.took()
 
 
 def main() -> int:
@@ -120,17 +120,19 @@ def main() -> int:
     int
         0 when every answer was right, 1 otherwise.
     """
-    try:
-        import langchain_core  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("langchain_core") is None:
         print("this demo shows LangChain: pip install 'quire[langchain]'", file=sys.stderr)
         return 1
     print(f"{_RULE}\nquire: {MODEL_NAME} through LangChain, on this machine alone\n{_RULE}")
     start = time.perf_counter()
     show = Show()
-    close = langchain_part(show)
-    close()
-    chat_part(show)
+    show.step("Load the model", f'llm = VLLM(model="{MODEL_NAME}", temperature=0)')
+    from quire.integrations.langchain import VLLM
+
+    with VLLM(model=MODEL_NAME, temperature=0.0, max_new_tokens=64) as llm:
+        show.took()
+        langchain_part(show, llm)
+        chat_part(show, llm.client)
     seconds = time.perf_counter() - start
     verdict = "every answer right" if not show.wrong else f"{show.wrong} answers wrong"
     print(f"\n{_RULE}\n{verdict}, {seconds:.1f} s in all\n{_RULE}")

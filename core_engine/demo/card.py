@@ -72,8 +72,8 @@ never for its knowledge.
 nothing: the text, a byte-level BPE tokenizer of {config["vocab_size"]} tokens, the weights, this
 card. {tokens:.1f} million tokens, {minutes:.0f} minutes of wall time on {making.num_threads} CPU \
 threads ({making.versions});
-AdamW with a cosine schedule, in float32, rounded to bfloat16 at the end. The same seed gives
-the same files on the same machine, versions and number of threads.
+Muon and AdamW with a cosine schedule, in float32, rounded to bfloat16 at the end. The same seed
+gives the same files on the same machine, versions and number of threads.
 
 ## Measured on held-out questions
 

@@ -13,8 +13,6 @@ from quire.demo.samples import Sample
 
 ROW_LEN = 256
 LONG_ROW_LEN = 1024
-PROMPT_WEIGHT = 0.1
-"""What a prompt's token counts in the loss; an answer's token counts 1."""
 _WAITING = 64
 
 
@@ -114,7 +112,7 @@ class Packer:
         for text, learned in sample.parts:
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
             token_ids += ids
-            weights += [1.0 if learned else PROMPT_WEIGHT] * len(ids)
+            weights += [1.0 if learned else 0.0] * len(ids)
         return EncodedSample(token_ids, weights)
 
     def _refill(self) -> None:

@@ -94,14 +94,13 @@ def is_held_out(*key: object) -> bool:
     return (digest >> 8) % HELD_OUT_SHARE == 0
 
 
-_SYLLABLES = (
-    "ba be bi bo da de di do fa fi ga go ha he ja jo ka ki ko la le li lo lu ma me mi mo na ne "
-    "ni no pa po ra re ri ro ru sa se si so ta te ti to va ve vi wa xi ya yo za ze zu"
-).split(" ")
+_CONSONANTS = ("b", "d", "f", "g", "h", "j", "k", "l", "m", "n", "p", "r", "s", "t", "v", "w", "z")
+_VOWELS = ("a", "e", "i", "o", "u")
 _ENDINGS = ("", "", "n", "r", "s", "l", "nd", "rt", "ck", "m")
 
 
 def made_up_word(rng: random.Random) -> str:
     """A word that means nothing: what can only be copied teaches to copy."""
-    stem = "".join(rng.choice(_SYLLABLES) for _ in range(rng.choice((2, 2, 3))))
+    syllables = range(rng.choice((2, 2, 3)))
+    stem = "".join(rng.choice(_CONSONANTS) + rng.choice(_VOWELS) for _ in syllables)
     return (stem + rng.choice(_ENDINGS)).capitalize()

@@ -12,8 +12,9 @@ import itertools
 import json
 import math
 import os
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tokenizers import Tokenizer
 
 from quire.demo.card import Making, model_card
 from quire.demo.evaluate import evaluate, table, with_transformers
+from quire.demo.muon import Muon
 from quire.demo.packing import LONG_ROW_LEN, ROW_LEN, Batch, Packer
 from quire.demo.samples import END_OF_TEXT, SPECIAL_TOKENS, TURN_END
 from quire.demo.text import training_samples
@@ -32,9 +34,11 @@ DEFAULT_STEPS = 2000
 ROWS_PER_STEP = 8
 LONG_EVERY = 16
 """Every so many steps, a step with long rows."""
-PEAK_LEARNING_RATE = 4e-3
+MATRIX_LEARNING_RATE = 0.02
+"""Muon's peak, for the matrices of the layers."""
+VECTOR_LEARNING_RATE = 4e-3
+"""AdamW's peak, for the embedding and the norms."""
 WARMUP_SHARE = 0.04
-WEIGHT_DECAY = 0.05
 TOKENIZER_SAMPLES = 20_000
 NUM_THREADS = 2
 
@@ -77,11 +81,8 @@ def build_model(seed: int) -> Any:
 def build_tokenizer(seed: int) -> Tokenizer:
     """Learn the tokenizer from the first samples of the training text."""
     samples = itertools.islice(training_samples(seed), TOKENIZER_SAMPLES)
-    return train_tokenizer(
-        part.replace(TURN_END, "").replace(END_OF_TEXT, "")
-        for sample in samples
-        for part, _ in sample.parts
-    )
+    special = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+    return train_tokenizer(text for sample in samples for text in special.split(sample.text))
 
 
 def batch_loss(model: Any, batch: Batch) -> torch.Tensor:
@@ -106,16 +107,22 @@ def batch_loss(model: Any, batch: Batch) -> torch.Tensor:
     return (losses * weights[chosen]).sum() / weights.sum()
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Warm up linearly, then fall along a cosine to a hundredth of the peak."""
+def schedule(step: int, steps: int) -> float:
+    """Return the share of the peak learning rate: a linear warm-up, then a cosine to 1%."""
     warmup = max(1, int(WARMUP_SHARE * steps))
     if step < warmup:
-        return PEAK_LEARNING_RATE * (step + 1) / warmup
+        return (step + 1) / warmup
     share = (step - warmup) / max(1, steps - warmup)
-    return PEAK_LEARNING_RATE * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def train(seed: int, steps: int, *, tokenizer: Tokenizer, quiet: bool = False) -> Any:
+def train(
+    seed: int,
+    steps: int,
+    *,
+    tokenizer: Tokenizer,
+    report: Callable[[int, float, Any], None] | None = None,
+) -> Any:
     """Train a model from scratch.
 
     Parameters
@@ -125,8 +132,8 @@ def train(seed: int, steps: int, *, tokenizer: Tokenizer, quiet: bool = False) -
     steps : int
         Optimizer steps.
     tokenizer : Tokenizer
-    quiet : bool
-        Print nothing.
+    report : Callable[[int, float, LlamaForCausalLM], None] | None
+        Called after each step with its number, its loss and the model.
 
     Returns
     -------
@@ -138,33 +145,28 @@ def train(seed: int, steps: int, *, tokenizer: Tokenizer, quiet: bool = False) -
     packer = Packer(
         training_samples(seed), tokenizer, max_position=CONFIG["max_position_embeddings"], seed=seed
     )
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in model.parameters() if p.dim() == 1]},
-    ]
-    optimizer = torch.optim.AdamW(
-        groups,
-        lr=PEAK_LEARNING_RATE,
-        betas=(0.9, 0.98),
-        weight_decay=0.0,
-        fused=True,
-    )
-    start = time.perf_counter()
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        in_a_layer = parameter.dim() == 2 and "embed_tokens" not in name
+        (matrices if in_a_layer else others).append(parameter)
+    muon = Muon(matrices)
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     for step in range(steps):
         if step % LONG_EVERY == LONG_EVERY - 1:
             batch = packer.long_rows(ROWS_PER_STEP * ROW_LEN // LONG_ROW_LEN)
         else:
             batch = packer.short_rows(ROWS_PER_STEP)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
         loss: Any = batch_loss(model, batch)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if not quiet and (step % 50 == 0 or step == steps - 1):
-            seconds = time.perf_counter() - start
-            print(f"step {step:5d}  loss {loss.item():.4f}  {seconds:6.1f} s", flush=True)
+        share = schedule(step, steps)
+        muon.step(MATRIX_LEARNING_RATE * share)
+        for group in adamw.param_groups:
+            group["lr"] = VECTOR_LEARNING_RATE * share
+        adamw.step()
+        if report is not None:
+            report(step, loss.item(), model)
     return model
 
 
@@ -200,7 +202,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(min(NUM_THREADS, os.cpu_count() or 1))
     start = time.perf_counter()
     tokenizer = build_tokenizer(arguments.seed)
-    model = train(arguments.seed, arguments.steps, tokenizer=tokenizer)
+
+    def report(step: int, loss: float, model: object) -> None:
+        if step % 50 == 0 or step == arguments.steps - 1:
+            print(
+                f"step {step:5d}  loss {loss:.4f}  {time.perf_counter() - start:6.1f} s", flush=True
+            )
+
+    model = train(arguments.seed, arguments.steps, tokenizer=tokenizer, report=report)
     seconds = time.perf_counter() - start
     save(model, tokenizer, arguments.out)
     print(f"trained in {seconds:.0f} s; saved to {arguments.out}; measuring", flush=True)

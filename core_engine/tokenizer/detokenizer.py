@@ -119,6 +119,8 @@ class Detokenizer:
     def _held_back(self) -> int:
         """Return how many characters at the end may be the start of a stop string."""
         tail = self._tail
+        if not tail:
+            return 0
         longest = 0
         for stop in self._stops:
             position = tail.find(stop[0], max(0, len(tail) - len(stop) + 1))
@@ -172,6 +174,8 @@ class Detokenizer:
         """Return ``text[start:stop]`` in time that depends on its length alone."""
         if stop <= start:
             return ""
+        if stop == self._length and start == stop - len(self._parts[-1]):
+            return self._parts[-1]
         kept = []
         position = self._length
         for part in reversed(self._parts):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +31,8 @@ _OTHER_FILES = (
     "spm.model",
 )
 """Vocabularies that are left to transformers."""
+
+_CLASSES_WITHOUT_FILES = frozenset(["ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer"])
 
 
 def load_tokenizer(
@@ -97,9 +98,11 @@ def _load_native(files: TokenizerFiles) -> Tokenizer | None:
             if _is_tiktoken(path):
                 return None
             raise
-        backend = build_from_sentencepiece(
-            model, prefix_everywhere=bool(files.config.get("legacy", True))
-        )
+        prefix_everywhere = bool(files.config.get("legacy", True))
+        try:
+            backend = build_from_sentencepiece(model, prefix_everywhere=prefix_everywhere)
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise TokenizerError(f"{path} is damaged or unusual: {error}") from error
         defaults.update(model.special_tokens())
     elif (path := files.find("vocab.json")) and (merges := files.find("merges.txt")):
         if files.tokenizer_class not in BYTE_LEVEL_CLASSES:
@@ -179,7 +182,7 @@ def _register_special_tokens(
     complete = read_special_tokens(files.config, usable)
     unmarked = [token for token in complete.named.values() if token not in added]
     backend.add_tokens([AddedToken(token, special=True) for token in unmarked])
-    return replace(complete)
+    return complete
 
 
 def _surround_text(
@@ -210,12 +213,17 @@ def _surround_text(
 
 
 def _load_with_transformers(files: TokenizerFiles, *, is_asked_for: bool) -> Tokenizer:
-    has_custom_class = "auto_map" in files.config or bool(files.tokenizer_class)
-    if not (has_custom_class or any(files.find(n) for n in (*CONVERTIBLE_FILES, *_OTHER_FILES))):
+    names = (*CONVERTIBLE_FILES, *_OTHER_FILES)
+    if files.tokenizer_class not in _CLASSES_WITHOUT_FILES and not any(map(files.find, names)):
+        own_code = (
+            "; its tokenizer is Python code that comes with the checkpoint, which quire never runs"
+            if "auto_map" in files.config
+            else ""
+        )
         raise TokenizerError(
-            f"{files.folder} holds no tokenizer: looked for "
-            f"{', '.join((*CONVERTIBLE_FILES, *_OTHER_FILES))}; pass tokenizer= to take another "
-            "folder's, or skip_tokenizer_init=True to give token ids only"
+            f"{files.folder} holds no tokenizer: looked for {', '.join(names)}{own_code}; pass "
+            "tokenizer= to take another folder's, or skip_tokenizer_init=True to give token ids "
+            "only"
         )
     from quire.tokenizer.transformers_tokenizer import load_with_transformers
 

@@ -275,7 +275,8 @@ def build_from_sentencepiece(
     if model.charsmap:
         steps.append(normalizers.Precompiled(model.charsmap))
     if model.remove_extra_whitespaces:
-        steps.append(normalizers.Strip())
+        # normalizers.Strip would take other white space, too.
+        steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
     if prefix_everywhere or not model.add_dummy_prefix:
         if model.add_dummy_prefix:

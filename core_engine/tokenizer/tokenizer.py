@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
@@ -79,7 +78,6 @@ class Tokenizer:
         self.name_or_path = name_or_path
         self.model_max_length = model_max_length
         self._decoded_tokens: dict[int, str] = {}
-        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return (
@@ -100,6 +98,10 @@ class Tokenizer:
 
     @cached_property
     def _num_ids(self) -> int:
+        # As many ids as tokens, with no gap, is the rule, and asking so is faster than listing.
+        size: int = self._backend.get_vocab_size(with_added_tokens=True)
+        if None not in map(self._backend.id_to_token, range(size)):
+            return size
         return max(self.get_vocab().values(), default=-1) + 1
 
     def __len__(self) -> int:
@@ -157,7 +159,7 @@ class Tokenizer:
         return " ".join(tokens) if decoder is None else decoder.decode(tokens)
 
     def _id_to_token(self, token_id: int) -> str | None:
-        return self._backend.id_to_token(token_id) if token_id >= 0 else None
+        return self._backend.id_to_token(token_id) if 0 <= token_id < len(self) else None
 
     def _token_to_id(self, token: str) -> int | None:
         return self._backend.token_to_id(token)
@@ -248,11 +250,15 @@ class Tokenizer:
             raise InvalidRequestError(f"text must be a str, got {type(text).__name__}")
         try:
             return self._encode(text, add_special_tokens)
-        except UnicodeEncodeError as error:
+        except (TypeError, UnicodeError):
+            # What the library says of it names neither the character nor its position.
+            surrogate = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
+            if surrogate is None:
+                raise
             raise InvalidRequestError(
-                f"the text holds a lone surrogate, {text[error.start]!r} at position "
-                f"{error.start}, which is no character"
-            ) from error
+                f"the text holds a lone surrogate, {text[surrogate]!r} at position {surrogate}, "
+                "which is no character"
+            ) from None
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
@@ -318,7 +324,7 @@ class Tokenizer:
         return clean_up_spaces(text) if clean_up_tokenization_spaces else text
 
     def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        known = [id_ for id_ in ids if id_ >= 0]
+        known = [id_ for id_ in ids if 0 <= id_ < len(self)]
         return self._backend.decode(known, skip_special_tokens=skip_special_tokens)
 
     def batch_decode(
@@ -339,9 +345,11 @@ class Tokenizer:
         return found
 
     def _decode_token(self, token_id: int) -> str:
+        if not 0 <= token_id < len(self):
+            return ""
         pieces = self._pieces
-        if pieces is None or token_id < 0:
-            return self._decode([token_id], False) if token_id >= 0 else ""
+        if pieces is None:
+            return self._decode([token_id], False)
         if pieces.token_kind is DecodeKind.BYTES:
             return pieces.bytes_of(token_id).decode("utf-8", errors="replace")
         if pieces.token_kind is DecodeKind.PIECES:

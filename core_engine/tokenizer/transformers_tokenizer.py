@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import cached_property
 from typing import Any
 
 from quire.errors import TokenizerError
@@ -49,6 +50,10 @@ class TransformersTokenizer(Tokenizer):
     def vocab_size(self) -> int:
         """Number of tokens without those that were added to the model's vocabulary."""
         return int(self._wrapped.vocab_size)
+
+    @cached_property
+    def _num_ids(self) -> int:
+        return max(self.get_vocab().values(), default=-1) + 1
 
     def get_vocab(self) -> dict[str, int]:
         """Return the id of every token, added tokens included."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from quire.kernels.reference.attention_plan import AttentionPlan
-from quire.kernels.reference.sequence_group import SequenceGroup, Tile
+from quire.kernels.reference.sequence_group import SequenceGroup
 
 _STACKED_QUERIES = 16
 """Up to so many query tokens, the query heads that share a KV head are stacked as the rows of
@@ -29,19 +29,24 @@ def paged_attention(
 ) -> torch.Tensor:
     """See `quire.kernels.interface.Backend.paged_attention`."""
     layout = plan.layout(sliding_window)
-    num_heads, head_dim = query.shape[1:]
-    num_kv_heads = key_cache.shape[2]
+    num_tokens, num_heads, head_dim = query.shape
     # A slot is one row, so that it is copied whole.
-    keys = key_cache.view(-1, num_kv_heads * head_dim)
-    values = value_cache.view(-1, num_kv_heads * head_dim)
+    width = key_cache.shape[2] * head_dim
+    keys, values = key_cache.view(-1, width), value_cache.view(-1, width)
     results = []
-    for group in layout.groups:
-        dtype = _compute_dtype(query, group.max_query_len)
-        shape = (group.num_seqs, group.max_kv_len, num_kv_heads, head_dim)
+    for group, workspace in zip(
+        layout.groups, layout.workspaces(key_cache, query.dtype), strict=True
+    ):
+        workspace.gather(keys, values, group.slots)
+        rows = query
+        if isinstance(group.tokens, torch.Tensor):
+            rows = query.index_select(0, group.tokens)
+        elif group.num_tokens < num_tokens:
+            rows = query[group.tokens]
         attended = _attend(
-            query[group.tokens].to(dtype).view(group.num_seqs, -1, num_heads, head_dim),
-            keys.index_select(0, group.slots).to(dtype).view(shape).transpose(1, 2),
-            values.index_select(0, group.slots).to(dtype).view(shape).transpose(1, 2),
+            rows.view(group.num_seqs, -1, num_heads, head_dim).to(workspace.key.dtype),
+            workspace.key,
+            workspace.value,
             group,
             scale,
             softcap,
@@ -50,16 +55,6 @@ def paged_attention(
         results.append(attended.reshape(-1, num_heads, head_dim).to(query.dtype))
     together = results[0] if len(results) == 1 else torch.cat(results)
     return together if layout.order is None else together.index_select(0, layout.order)
-
-
-def _compute_dtype(query: torch.Tensor, query_len: int) -> torch.dtype:
-    # On a CPU, torch multiplies 16-bit matrices more slowly than it widens them; only for the
-    # few rows of a decode step is bfloat16 as good.
-    if query.device.type != "cpu" or query.dtype is torch.float32:
-        return query.dtype
-    if query.dtype is torch.bfloat16 and query_len == 1:
-        return torch.bfloat16
-    return torch.float32
 
 
 def _attend(
@@ -93,19 +88,24 @@ def _attend(
             scale=scale,
             enable_gqa=num_heads != key.shape[1],
         ).transpose(1, 2)
-    parts = [
-        _attend_tile(
-            query[:, tile.queries],
-            key[:, :, tile.keys],
-            value[:, :, tile.keys],
-            group.mask(tile, query.dtype)
-            if alibi_slopes is None
-            else group.alibi_bias(tile, query.dtype, alibi_slopes),
-            scale,
-            softcap,
-        )
-        for tile in group.tiles(_PAIRS_PER_TILE if is_plain else _PAIRS_PER_TILE // num_heads)
-    ]
+    parts = []
+    for tile in group.tiles(_PAIRS_PER_TILE if is_plain else _PAIRS_PER_TILE // num_heads):
+        if alibi_slopes is None:
+            bias = group.mask(tile, query.dtype)
+        else:
+            bias = group.alibi_bias(tile, query.dtype, alibi_slopes)
+        if tile.is_whole:
+            part = _attend_tile(query, key, value, bias, scale, softcap)
+        else:
+            part = _attend_tile(
+                query[:, tile.queries],
+                key[:, :, tile.keys],
+                value[:, :, tile.keys],
+                bias,
+                scale,
+                softcap,
+            )
+        parts.append(part)
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
@@ -118,9 +118,11 @@ def _attend_tile(
     softcap: float | None,
 ) -> torch.Tensor:
     num_seqs, query_len, num_heads, head_dim = query.shape
-    num_kv_heads, kv_len = key.shape[1:3]
+    num_kv_heads = key.shape[1]
     shared_by = num_heads // num_kv_heads
-    if softcap is None and (query_len > _STACKED_QUERIES or shared_by == 1):
+    if softcap is not None:
+        return _attend_capped(query, key, value, bias, scale, softcap)
+    if query_len > _STACKED_QUERIES or shared_by == 1:
         return F.scaled_dot_product_attention(
             query.transpose(1, 2),
             key,
@@ -130,15 +132,27 @@ def _attend_tile(
             enable_gqa=shared_by > 1,
         ).transpose(1, 2)
     rows = query.transpose(1, 2).reshape(num_seqs, num_kv_heads, shared_by * query_len, head_dim)
-    if softcap is None:
-        if bias is not None:
-            bias = bias.unflatten(1, (-1, shared_by) if bias.shape[1] > 1 else (1, 1))
-            bias = bias.expand(-1, -1, shared_by, -1, -1).flatten(2, 3)
-        attended = F.scaled_dot_product_attention(rows, key, value, attn_mask=bias, scale=scale)
-    else:
-        scores = torch.matmul(rows, key.transpose(2, 3)).float()
-        scores = scores.mul_(scale / softcap).tanh_().mul_(softcap)
-        if bias is not None:
-            scores.view(num_seqs, num_heads, query_len, kv_len).add_(bias)
-        attended = torch.matmul(scores.softmax(-1).to(value.dtype), value)
+    if bias is not None and bias.shape[1] > 1:
+        bias = bias.reshape(num_seqs, num_kv_heads, shared_by * query_len, -1)
+    elif bias is not None and query_len > 1:
+        bias = bias.expand(-1, shared_by, -1, -1).reshape(num_seqs, 1, shared_by * query_len, -1)
+    attended = F.scaled_dot_product_attention(rows, key, value, attn_mask=bias, scale=scale)
     return attended.reshape(num_seqs, num_heads, query_len, head_dim).transpose(1, 2)
+
+
+def _attend_capped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    num_seqs, query_len, num_heads, head_dim = query.shape
+    rows = query.transpose(1, 2).reshape(num_seqs, key.shape[1], -1, head_dim)
+    scores = torch.matmul(rows, key.transpose(2, 3)).float()
+    scores = scores.mul_(scale / softcap).tanh_().mul_(softcap)
+    if bias is not None:
+        scores.view(num_seqs, num_heads, query_len, -1).add_(bias)
+    attended = torch.matmul(scores.softmax(-1).to(value.dtype), value)
+    return attended.view(num_seqs, num_heads, query_len, head_dim).transpose(1, 2)

@@ -7,12 +7,14 @@ in a block is never even multiplied by a weight of 0, so a NaN in it cannot spre
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from quire.kernels.reference.sequence_group import Integers, SequenceGroup
+from quire.kernels.reference.workspace import Workspace
 
 _LEAST_QUERY_BUCKET = 4
 _LEAST_KV_BUCKET = 64
@@ -39,25 +41,71 @@ class Layout:
 
     groups: list[SequenceGroup]
     order: torch.Tensor | None
+    _workspaces: dict[tuple[object, ...], list[Workspace]] = field(default_factory=dict)
+
+    def workspaces(self, key_cache: torch.Tensor, query_dtype: torch.dtype) -> list[Workspace]:
+        """Return where the groups gather keys and values from caches like `key_cache`."""
+        kind = (key_cache.shape[2:], key_cache.dtype, query_dtype)
+        workspaces = self._workspaces.get(kind)
+        if workspaces is None:
+            workspaces = self._workspaces[kind] = self._allocate(key_cache, query_dtype)
+        return workspaces
+
+    def _allocate(self, key_cache: torch.Tensor, query_dtype: torch.dtype) -> list[Workspace]:
+        num_kv_heads, head_dim = key_cache.shape[2:]
+        buffers: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = {}
+        dtypes = [
+            _compute_dtype(query_dtype, key_cache.device, group.max_query_len)
+            for group in self.groups
+        ]
+        for dtype in {key_cache.dtype, *dtypes}:
+            # The groups are computed one after the other, so they share the memory.
+            num_slots = max(group.slots.shape[0] for group in self.groups)
+            size = (num_slots, num_kv_heads * head_dim)
+            buffers[dtype] = (
+                torch.empty(size, dtype=dtype, device=key_cache.device),
+                torch.empty(size, dtype=dtype, device=key_cache.device),
+            )
+        return [
+            Workspace.of(
+                buffers[key_cache.dtype],
+                None if dtype is key_cache.dtype else buffers[dtype],
+                (group.num_seqs, group.max_kv_len, num_kv_heads, head_dim),
+            )
+            for group, dtype in zip(self.groups, dtypes, strict=True)
+        ]
+
+
+def _compute_dtype(dtype: torch.dtype, device: torch.device, query_len: int) -> torch.dtype:
+    # On a CPU, torch multiplies 16-bit matrices more slowly than it widens them; only for the
+    # few rows of a decode step is bfloat16 as good.
+    if device.type != "cpu" or dtype is torch.float32:
+        return dtype
+    if dtype is torch.bfloat16 and query_len == 1:
+        return torch.bfloat16
+    return torch.float32
 
 
 class AttentionPlan:
-    """What the layers of one step share.
+    """What the layers of one step share. Used by one thread at a time.
 
     Parameters
     ----------
     query_starts : ndarray[num_seqs]
         Each sequence's first token in the step.
     query_lens, seq_lens : ndarray[num_seqs]
-    block_tables : Tensor[num_seqs, max_blocks]
+    block_tables : ndarray[num_seqs, max_blocks]
         Must stay as it is until the step ends.
     block_size : int
+    device : torch.device
+        Where attention is computed.
     """
 
     __slots__ = (
         "_block_size",
         "_block_tables",
         "_contexts",
+        "_device",
         "_layouts",
         "_longest",
         "_query_lens",
@@ -69,14 +117,16 @@ class AttentionPlan:
         query_starts: Integers,
         query_lens: Integers,
         seq_lens: Integers,
-        block_tables: torch.Tensor,
+        block_tables: npt.NDArray[np.int32],
         block_size: int,
+        device: torch.device,
     ) -> None:
         self._query_starts = query_starts
         self._query_lens = query_lens
         self._contexts = seq_lens - query_lens
         self._block_tables = block_tables
         self._block_size = block_size
+        self._device = device
         self._longest = int(seq_lens.max(initial=0))
         self._layouts: dict[int | None, Layout] = {}
 
@@ -90,16 +140,16 @@ class AttentionPlan:
         return layout
 
     def _lay_out(self, window: int | None) -> Layout:
-        first_blocks = np.zeros_like(self._contexts)
+        contexts, first_blocks = self._contexts, None
         if window is not None:
-            first_blocks = np.maximum(self._contexts + 1 - window, 0) // self._block_size
-        contexts = self._contexts - first_blocks * self._block_size
+            first_blocks = np.maximum(contexts + 1 - window, 0) // self._block_size
+            contexts = contexts - first_blocks * self._block_size
+        kv_lens = contexts + self._query_lens
         groups, tokens = [], []
-        for rows in _group_rows(self._query_lens, contexts + self._query_lens):
+        for rows in _group_rows(self._query_lens, kv_lens):
             tokens.append(self._tokens(rows))
-            groups.append(
-                self._group(rows, tokens[-1], contexts[rows], first_blocks[rows], window)
-            )
+            blocks = self._blocks(rows, first_blocks, int(kv_lens[rows].max()))
+            groups.append(self._group(rows, tokens[-1], contexts[rows], blocks, window))
         together = tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
         places = np.arange(len(together))
         if np.array_equal(together, places):
@@ -107,67 +157,62 @@ class AttentionPlan:
         order = np.empty(int(self._query_lens.sum()), dtype=np.int64)
         # Backwards, so that a token's own place overwrites those where it stands in.
         order[together[::-1]] = places[::-1]
-        return Layout(groups, torch.from_numpy(order).to(self._block_tables.device))
+        return Layout(groups, self._on_device(order))
 
     def _tokens(self, rows: Integers) -> Integers:
         """Return the tokens of `rows`, each padded to the longest by repeating its last one."""
-        query_lens = self._query_lens[rows]
+        query_lens, starts = self._query_lens[rows], self._query_starts[rows]
         steps = np.arange(query_lens.max())
-        steps = np.minimum(steps, query_lens[:, None] - 1)
-        return (self._query_starts[rows][:, None] + steps).reshape(-1)
+        if len(steps) == 1:
+            return starts
+        return (starts[:, None] + np.minimum(steps, query_lens[:, None] - 1)).reshape(-1)
+
+    def _blocks(
+        self, rows: Integers, first_blocks: Integers | None, max_kv_len: int
+    ) -> npt.NDArray[np.int32]:
+        """Return the blocks of `rows` from the first that a token sees, all equally many."""
+        num_blocks = -(-max_kv_len // self._block_size)
+        tables = self._block_tables
+        if first_blocks is None:
+            return tables[rows, :num_blocks]
+        columns = first_blocks[rows][:, None] + np.arange(num_blocks)
+        return tables[rows[:, None], np.minimum(columns, tables.shape[1] - 1)]
 
     def _group(
         self,
         rows: Integers,
         tokens: Integers,
         contexts: Integers,
-        first_blocks: Integers,
+        blocks: npt.NDArray[np.int32],
         window: int | None,
     ) -> SequenceGroup:
         query_lens = self._query_lens[rows]
         kv_lens = contexts + query_lens
         max_query_len, max_kv_len = int(query_lens.max()), int(kv_lens.max())
-        follows = bool(query_lens.min() == max_query_len)
-        follows = follows and int(tokens[-1] - tokens[0]) + 1 == len(tokens)
+        is_even = int(kv_lens.min()) == max_kv_len
         if window is not None and max_kv_len <= window:
             window = None
+        slots = blocks[:, :, None] * np.int64(self._block_size) + np.arange(self._block_size)
+        slots = slots.reshape(len(rows), -1)[:, :max_kv_len]
+        if not is_even:
+            slots = slots * (np.arange(max_kv_len) < kv_lens[:, None])
+        first, last = int(tokens[0]), int(tokens[-1])
+        follow = last - first + 1 == len(tokens) and int(query_lens.min()) == max_query_len
         return SequenceGroup(
             num_seqs=len(rows),
             max_query_len=max_query_len,
             max_kv_len=max_kv_len,
-            tokens=slice(int(tokens[0]), int(tokens[-1]) + 1)
-            if follows
-            else torch.from_numpy(tokens).to(self._block_tables.device),
-            slots=self._slots(rows, kv_lens, first_blocks, max_kv_len),
+            tokens=slice(first, last + 1) if follow else self._on_device(tokens),
+            slots=self._on_device(slots.reshape(-1)),
             query_lens=query_lens,
             contexts=contexts,
             window=window,
             is_causal=window is None and not contexts.any(),
-            sees_all=window is None and max_query_len == 1 and int(kv_lens.min()) == max_kv_len,
+            sees_all=window is None and max_query_len == 1 and is_even,
         )
 
-    def _slots(
-        self, rows: Integers, kv_lens: Integers, first_blocks: Integers, max_kv_len: int
-    ) -> torch.Tensor:
-        tables, size = self._block_tables, self._block_size
-        device = tables.device
-        num_blocks = -(-max_kv_len // size)
-        if len(rows) < len(tables):
-            tables = tables[torch.from_numpy(rows).to(device)]
-        if first_blocks.any():
-            wanted = first_blocks[:, None] + np.arange(num_blocks)
-            np.minimum(wanted, tables.shape[1] - 1, out=wanted)
-            tables = tables.gather(1, torch.from_numpy(wanted).to(device))
-        else:
-            tables = tables[:, :num_blocks]
-        offsets = torch.arange(size, device=device)
-        slots = (tables.long() * size).unsqueeze(-1) + offsets
-        slots = slots.view(len(rows), -1)[:, :max_kv_len]
-        if int(kv_lens.min()) < max_kv_len:
-            positions = torch.arange(max_kv_len, device=device)
-            lens = torch.from_numpy(kv_lens).to(device)
-            slots = slots.masked_fill(positions >= lens[:, None], 0)
-        return slots.reshape(-1)
+    def _on_device(self, numbers: Integers) -> torch.Tensor:
+        return torch.from_numpy(numbers).to(self._device)
 
 
 def plan_attention(
@@ -178,14 +223,14 @@ def plan_attention(
 ) -> AttentionPlan:
     """See `quire.kernels.interface.Backend.plan_attention`."""
     starts = query_start_loc.numpy().astype(np.int64)
-    plan = AttentionPlan(
+    return AttentionPlan(
         starts[:-1],
         np.diff(starts),
         seq_lens.numpy().astype(np.int64),
-        block_tables,
+        block_tables.cpu().numpy(),
         block_size,
+        block_tables.device,
     )
-    return plan
 
 
 def _group_rows(query_lens: Integers, kv_lens: Integers) -> list[Integers]:

@@ -3,7 +3,7 @@
 Without such instructions torch multiplies bfloat16 and float16 matrices at about a sixth of
 the speed of float32. So there the weight is widened to float32 panel by panel, in a buffer that
 stays in the cache, and each panel is multiplied in float32: the weight is still read once, and
-nothing of it is kept. One or two rows are limited by reading the weight, and torch's own product
+nothing of it is kept. A few rows are limited by reading the weight, and torch's own product
 of a matrix and a vector does that best.
 """
 
@@ -15,7 +15,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-_LEAST_ROWS = 3
+_LEAST_ROWS = 4
 _LEAST_PRODUCTS = 1 << 18
 """Multiplications below which the calls for panels take longer than torch's own product."""
 

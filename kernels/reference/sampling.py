@@ -83,13 +83,11 @@ def gather_logprobs(
     chosen = logits.gather(1, token_ids[:, None])
     if k:
         values, ids = top_logits(logits, k)
-        ranks = (values > chosen).sum(dim=1) + 1
-        # Whatever is above the last of the k is among them; below it, only a count can tell.
-        unlisted = chosen[:, 0] < values[:, -1]
     else:
         values, ids = logits[:, :0], token_ids[:, None][:, :0]
-        ranks = torch.ones_like(token_ids)
-        unlisted = torch.ones_like(token_ids, dtype=torch.bool)
+    ranks = (values > chosen).sum(dim=1) + 1
+    # Whatever is above the last of the k is among them; below it, only a count can tell.
+    unlisted = chosen[:, 0] < (values[:, -1] if k else logits.amax(dim=1))
     for row in unlisted.nonzero()[:, 0].tolist():
         ranks[row] = torch.count_nonzero(logits[row] > chosen[row]) + 1
     logprobs = torch.cat((chosen, values), dim=1) - _log_normalizer(logits)[:, None]
@@ -321,7 +319,7 @@ def _sorted_values(logits: torch.Tensor, k: int) -> npt.NDArray[np.float32]:
     size = values.shape[1]
     if k < size // 4:
         values = np.partition(values, size - k, axis=1)[:, size - k :]
-    return np.ascontiguousarray(np.sort(values, axis=1)[:, ::-1][:, :k])
+    return np.sort(values, axis=1)[:, ::-1][:, :k].copy()
 
 
 def _draw_from_top(logits: torch.Tensor, limits: _Limits) -> Ints:
@@ -335,9 +333,10 @@ def _draw_from_top(logits: torch.Tensor, limits: _Limits) -> Ints:
     ids = np.empty(num_rows, dtype=np.int64)
     few = min(_FIRST_CANDIDATES, vocab_size)
     counts = np.where(limits.top_k < vocab_size, limits.top_k, few)
-    for most in (_MOST_CANDIDATES, vocab_size):
+    for most, size in ((_MOST_CANDIDATES, 8 * _CHUNK), (vocab_size, _CHUNK)):
         rows = np.flatnonzero((counts > 0) & (counts <= most))
-        for start in range(0, len(rows), step := max(1, _CHUNK // most)):
+        step = max(1, size // vocab_size)
+        for start in range(0, len(rows), step):
             part = rows[start : start + step]
             here = logits if len(part) == num_rows else logits[torch.from_numpy(part)]
             pool = _Pool(here, int(counts[part].max()))

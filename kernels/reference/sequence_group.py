@@ -19,10 +19,14 @@ _KEPT_PAIRS = 1 << 22
 
 @dataclass(slots=True, eq=False)
 class Tile:
-    """A range of a group's queries, and the range of keys that any of them can see."""
+    """A range of a group's queries, and the range of keys that any of them can see.
+
+    `is_whole` says whether these are all there are.
+    """
 
     queries: slice
     keys: slice
+    is_whole: bool
     mask: torch.Tensor | None = None
 
 
@@ -60,6 +64,11 @@ class SequenceGroup:
     sees_all: bool
     _tiles: dict[int, list[Tile]] = field(default_factory=dict)
 
+    @property
+    def num_tokens(self) -> int:
+        """Queries, those included that stand in for lacking ones."""
+        return self.num_seqs * self.max_query_len
+
     def tiles(self, max_pairs: int) -> list[Tile]:
         """Cut the group into tiles of at most `max_pairs` (query token, key) pairs.
 
@@ -80,7 +89,9 @@ class SequenceGroup:
         if self.window is not None:
             steps = np.minimum(self.query_lens - 1, start)
             first = max(0, int((self.contexts + steps).min()) + 1 - self.window)
-        return Tile(slice(start, stop), slice(first, last))
+        is_whole = (start, stop) == (0, self.max_query_len)
+        is_whole = is_whole and (first, last) == (0, self.max_kv_len)
+        return Tile(slice(start, stop), slice(first, last), is_whole)
 
     def mask(self, tile: Tile, dtype: torch.dtype) -> torch.Tensor | None:
         """Return 0 where a query sees a key and -inf elsewhere; None if nothing is hidden.

@@ -12,10 +12,10 @@ import torch
 
 from quire.demo.card import Making, model_card
 from quire.demo.evaluate import Score, evaluate, score
-from quire.demo.packing import LONG_ROW_LEN, PROMPT_WEIGHT, ROW_LEN, Packer
+from quire.demo.packing import LONG_ROW_LEN, ROW_LEN, Packer
 from quire.demo.samples import Question, chat, plain
 from quire.demo.text import training_samples
-from quire.demo.train import CONFIG, batch_loss, build_model, build_tokenizer, learning_rate, train
+from quire.demo.train import CONFIG, batch_loss, build_model, build_tokenizer, schedule, train
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_long_rows_are_one_context(packer: Packer) -> None:
     assert set(np.unique(batch.sample_ids)) <= {-1, 0}
 
 
-def test_answers_weigh_more_than_prompts(tokenizer: object) -> None:
+def test_only_answers_are_learned(tokenizer: object) -> None:
     """The weights follow the parts of a sample, chats and plain ones alike."""
     for sample in (plain("Hi?", " Yo."), chat([("user", "Hi?"), ("assistant", "Yo.")])):
         packer = Packer(itertools.repeat(sample), tokenizer, max_position=2048, seed=0)
@@ -84,7 +84,7 @@ def test_answers_weigh_more_than_prompts(tokenizer: object) -> None:
         learned = [i for i, w in zip(encoded.token_ids, encoded.weights, strict=True) if w == 1]
         text = tokenizer.decode(learned, skip_special_tokens=False)  # type: ignore[attr-defined]
         assert text == "".join(text for text, is_learned in sample.parts if is_learned)
-        assert set(encoded.weights) == {1.0, PROMPT_WEIGHT}
+        assert set(encoded.weights) == {1.0, 0.0}
 
 
 def test_samples_of_a_row_do_not_see_each_other(packer: Packer) -> None:
@@ -102,7 +102,7 @@ def test_samples_of_a_row_do_not_see_each_other(packer: Packer) -> None:
 
 def test_the_learning_rate_rises_and_falls() -> None:
     """A warm-up, one peak, a fall to nearly nothing."""
-    rates = [learning_rate(step, 200) for step in range(200)]
+    rates = [schedule(step, 200) for step in range(200)]
     peak = rates.index(max(rates))
     assert 0 < peak < 20
     assert rates[:peak] == sorted(rates[:peak])
@@ -113,9 +113,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
 @pytest.mark.usefixtures("deterministic")
 def test_training_repeats_bit_for_bit(tokenizer: object) -> None:
     """The same seed gives the same weights; another seed gives others."""
-    first, second, other = (
-        train(seed, 3, tokenizer=tokenizer, quiet=True).state_dict() for seed in (0, 0, 1)
-    )
+    first, second, other = (train(seed, 3, tokenizer=tokenizer).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
 

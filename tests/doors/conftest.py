@@ -170,7 +170,7 @@ def make_llm(monkeypatch):
     """Make an LLM over an EchoEngine; `llm.llm_engine` is the latter."""
     from quire.engine.loop import EngineLoop
 
-    monkeypatch.setattr(quire.llm, "_make_loop", lambda config: EngineLoop(EchoEngine(config)))
+    monkeypatch.setattr(quire.llm, "make_loop", lambda config: EngineLoop(EchoEngine(config)))
     made = []
 
     def make(**kwargs):

@@ -188,7 +188,7 @@ def test_a_mistyped_name_is_a_type_error_with_the_right_one(name):
 
 
 def test_a_name_like_no_other_gets_no_suggestion():
-    with pytest.raises(TypeError, match="unexpected argument 'zzzz'$"):
+    with pytest.raises(TypeError, match=r"unexpected argument 'zzzz'$"):
         EngineConfig.create("m", zzzz=1)
 
 
@@ -219,8 +219,8 @@ def test_the_signature_shows_arguments_and_defaults():
     """`help(LLM)` has every field with the default that the configuration gives it."""
     parameters = inspect.signature(LLM).parameters
     defaults = EngineConfig.create("m").to_kwargs()
-    assert list(parameters)[0] == "model"
-    assert {name for name in FIELDS} <= set(parameters)
+    assert next(iter(parameters)) == "model"
+    assert set(FIELDS) <= set(parameters)
     for name in set(FIELDS) - {"model"}:
         assert parameters[name].default == defaults[name]
         assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY

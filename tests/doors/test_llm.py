@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
 import pytest
 
@@ -150,7 +151,7 @@ def test_a_step_that_breaks_down_fails_its_requests_only(llm, caplog):
 class Bar:
     """Stands in for tqdm."""
 
-    made: list[Bar] = []
+    made: ClassVar[list[Bar]] = []
 
     def __init__(self, total, desc, dynamic_ncols):
         self.total, self.count, self.closed, self.postfix = total, 0, False, ""

@@ -67,7 +67,7 @@ def test_the_default_cache_is_the_least_of_three(
         assert plan.max_model_len == min(model_max_len, usable * block_size)
     # The longest request fits, as often as is said, and not once more.
     per_request = math.ceil(plan.max_model_len / block_size)
-    assert 1 <= plan.num_full_requests
+    assert plan.num_full_requests >= 1
     assert plan.num_full_requests * per_request <= usable
     assert (plan.num_full_requests + 1) * per_request > usable
 
@@ -112,7 +112,7 @@ def test_a_length_not_asked_for_shrinks_and_says_so(caplog):
 def test_a_length_asked_for_is_honoured_or_refused(caplog):
     """Never shrunk: the numbers say what would fit, and how much the length would need."""
     config = EngineConfig.create("m", num_gpu_blocks_override=5, max_model_len=65)
-    with pytest.raises(ConfigError, match="max_model_len=65 does not fit.* 64 tokens") as caught:
+    with pytest.raises(ConfigError, match=r"max_model_len=65 does not fit.* 64 tokens") as caught:
         plan_kv_cache(config, bytes_per_block=MIB, model_max_len=4096, free_bytes=GIB)
     needed = 6 * MIB
     assert f"kv_cache_memory_bytes to {needed}" in str(caught.value)

@@ -313,6 +313,11 @@ def build_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
+    # A model with a tied embedding tends to repeat its input, unless its layers drown it out.
+    tied = config.tie_word_embeddings and getattr(config, "do_layer_norm_before", True)
+    gemma = config.model_type == "gemma2"
+    embedding_scale = 0.1 if gemma else 0.4
+    layer_scale = 4.0 if tied else 1.2
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -322,11 +327,12 @@ def build_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
                 if name.endswith("bias"):
                     parameter.copy_(0.2 * noise)
                 else:
-                    parameter.copy_(parameter + 0.2 * noise)
+                    shift = 2.0 if gemma and "post_" in name else 0.0
+                    parameter.copy_(parameter + shift + 0.2 * noise)
             elif "emb" in name or "wte" in name or "wpe" in name or "lm_head" in name:
-                parameter.copy_(0.4 * noise)
+                parameter.copy_(embedding_scale * noise)
             else:
-                parameter.copy_(1.2 * noise * max(parameter.shape) ** -0.5)
+                parameter.copy_(layer_scale * noise * max(parameter.shape) ** -0.5)
     model.eval()
     return model
 

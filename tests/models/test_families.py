@@ -29,9 +29,7 @@ def oracle(folder: Path) -> Any:
     """The model as transformers loads it."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model.generation_config.eos_token_id = None
-    return model.eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def prompts_of(lengths: list[int], seed: int = 0) -> list[list[int]]:
@@ -75,17 +73,15 @@ def test_same_logits_and_greedy_tokens_as_transformers(
     runner = PagedRunner(
         decoder, KERNELS, num_seqs=len(prompts), max_len=max(lengths) + NUM_GREEDY, block_size=16
     )
+    seen: set[int] = set()
     for prompt, output in zip(prompts, runner.generate(prompts, NUM_GREEDY, seed=2), strict=True):
-        ids = torch.tensor([prompt])
-        expected = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NUM_GREEDY,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        assert output == expected[0, len(prompt) :].tolist()
-        print(name, "distinct", len(set(output)))
+        # If each token is the model's first choice after those before it, then greedy decoding
+        # by the model gives these tokens: one pass tells.
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + output[:-1]])).logits[0]
+        assert output == logits[len(prompt) - 1 :].argmax(-1).tolist()
+        seen.update(output)
+    assert len(seen) > 12, "text that only repeats itself would prove little"
 
 
 @pytest.mark.parametrize(
@@ -100,7 +96,7 @@ def test_same_logits_and_greedy_tokens_as_transformers(
         ("gpt-neox", {"use_parallel_residual": False}),
         ("gpt-neox", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
         ("gpt2-scaled", {"scale_attn_by_inverse_layer_idx": False}),
-        ("gpt2-scaled", {"activation_function": "gelu_new"}),
+        ("gpt2-scaled", {"activation_function": "relu"}),
         ("llama", {"rope_parameters": {"rope_theta": 20000.0}}),
         ("llama", {"rms_norm_eps": 1e-2}),
         ("llama3.1", {"rope_parameters": {"factor": 2.0}}),
@@ -109,7 +105,7 @@ def test_same_logits_and_greedy_tokens_as_transformers(
         ("mpt-6-heads", {"attn_config": {"softmax_scale": None}}),
         ("mpt", {"attn_config": {"alibi_bias_max": 7}}),
         ("opt", {"activation_function": "gelu"}),
-        ("qwen2-window", {"max_window_layers": 2}),
+        ("qwen2-window", {"layer_types": ["full_attention"] * 2 + ["sliding_attention"]}),
     ],
     ids=str,
 )
@@ -142,7 +138,7 @@ def test_half_precision_stays_close(
         runner = PagedRunner(load(folder, dtype=each), KERNELS, num_seqs=2, max_len=40)
         made.append(torch.cat(runner.prefill(prompts, seed=0)))
     assert made[1].dtype == torch.float32
-    assert (made[0] - made[1]).std() < 0.05 * made[0].std()
+    assert (made[0] - made[1]).std() < 0.1 * made[0].std()
 
 
 def to_old_style(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,150 @@
+"""Checks of engine arguments: each takes a name and a value, and returns the value to keep."""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from quire.errors import ConfigError, NotSupportedError
+
+Check = Callable[[str, Any], Any]
+"""Takes an argument's name and value, returns the value as it is kept, or raises ConfigError."""
+
+_DTYPES = {
+    "auto": "auto",
+    "half": "float16",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "float": "float32",
+    "float32": "float32",
+}
+
+
+def refuse(name: str, value: object, right: str) -> ConfigError:
+    """Return the error for a value that is not what is right; to be raised by the caller."""
+    return ConfigError(f"{name} must be {right}, not {value!r}")
+
+
+def boolean(name: str, value: Any) -> bool:
+    """Take True or False."""
+    if not isinstance(value, bool):
+        raise refuse(name, value, "True or False")
+    return value
+
+
+def integer(low: int, high: float = math.inf) -> Check:
+    """Return a check that takes integers from ``low`` to ``high``; a bool is none."""
+
+    def check(name: str, value: Any) -> int:
+        right = f"an integer of at least {low}" if high == math.inf else f"from {low} to {high}"
+        try:
+            kept = operator.index(value)
+        except TypeError:
+            raise refuse(name, value, right) from None
+        if isinstance(value, bool) or not low <= kept <= high:
+            raise refuse(name, value, right)
+        return kept
+
+    return check
+
+
+def number(low: float, high: float, *, above_low: bool = False) -> Check:
+    """Return a check that takes numbers from ``low``, or above it, to ``high``."""
+    right = f"a number {'above' if above_low else 'of at least'} {low:g}"
+    if high != math.inf:
+        right += f" and at most {high:g}"
+
+    def check(name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise refuse(name, value, right)
+        if not low <= value <= high or (above_low and value == low):
+            raise refuse(name, value, right)
+        return float(value)
+
+    return check
+
+
+def text(name: str, value: Any) -> str:
+    """Take a string that is not empty, or a path as one."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str) or not value.strip():
+        raise refuse(name, value, "a string that is not empty, or a path")
+    return value
+
+
+def choice(*choices: str, later: Collection[str] = ()) -> Check:
+    """Return a check that takes one of ``choices``; those in ``later`` are not offered yet."""
+
+    def check(name: str, value: Any) -> str:
+        if isinstance(value, str) and value in choices:
+            return value
+        if isinstance(value, str) and value in later:
+            raise not_offered(name, value, choices[0])
+        raise refuse(name, value, "one of " + ", ".join(map(repr, choices)))
+
+    return check
+
+
+def dtype(name: str, value: Any) -> str:
+    """Take a dtype by name, or torch's own; return its full name."""
+    # A torch.dtype is told by its text: this module does not import torch.
+    kept = _DTYPES.get(str(value).removeprefix("torch."))
+    if kept is None:
+        raise refuse(name, value, "one of " + ", ".join(map(repr, _DTYPES)))
+    return kept
+
+
+def device(name: str, value: Any) -> str:
+    """Take a device by name, or torch's own; return its name."""
+    kept = str(value)
+    kind, colon, index = kept.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (
+        colon and not (kind == "cuda" and index.isdecimal())
+    ):
+        raise refuse(name, value, "'auto', 'cpu', 'cuda' or 'cuda:<number>'")
+    return kept
+
+
+def model_len(name: str, value: Any) -> int | None:
+    """Take a number of tokens; -1 is None, whatever fits."""
+    # vLLM is asked for the longest that fits by -1.
+    if value == -1 and not isinstance(value, bool):
+        return None
+    length: int = integer(1)(name, value)
+    return length
+
+
+def mapping(name: str, value: Any) -> dict[str, Any]:
+    """Take a mapping with strings for keys."""
+    if callable(value):
+        raise NotSupportedError(
+            f"{name}={value!r}: this version of quire takes a dict of config.json fields, "
+            "not a function"
+        )
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise refuse(name, value, "a dict whose keys are strings")
+    return dict(value)
+
+
+def token(name: str, value: Any) -> str | bool:
+    """Take an access token, or whether to use the stored one; the message does not repeat it."""
+    if isinstance(value, bool) or (isinstance(value, str) and value):
+        return value
+    raise ConfigError(f"{name} must be a string, True (the stored token) or False")
+
+
+def anything(name: str, value: Any) -> Any:
+    """Take whatever it is."""
+    return value
+
+
+def not_offered(name: str, value: object, off: object) -> NotSupportedError:
+    """Return the error for a value that only a later version takes; to be raised by the caller."""
+    return NotSupportedError(
+        f"{name}={value!r} is not offered by this version of quire; "
+        f"leave it out or set it to {off!r}"
+    )

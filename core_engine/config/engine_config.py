@@ -1,0 +1,271 @@
+"""EngineConfig and its parts; every default stands here once."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from quire.config import checks
+from quire.config.compatibility import NO_EFFECT, NOT_OFFERED, check_off
+from quire.errors import ConfigError
+from quire.utils.suggest import unexpected_argument
+
+
+def _arg(default: Any, check: checks.Check, *, repr: bool = True) -> Any:
+    return field(default=default, repr=repr, metadata={"check": check})
+
+
+class _Checked:
+    """A frozen dataclass that checks and normalises every field as it is made."""
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):  # type: ignore[arg-type]
+            check: checks.Check | None = spec.metadata.get("check")
+            value = getattr(self, spec.name)
+            # None stands for "not said" in every argument.
+            if value is None:
+                kept = None if spec.default is dataclasses.MISSING else spec.default
+            else:
+                kept = value if check is None else check(spec.name, value)
+            if kept is None and spec.default is dataclasses.MISSING:
+                raise checks.refuse(spec.name, value, "given")
+            object.__setattr__(self, spec.name, kept)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Checked):
+    """Which model, where it comes from, and how it is read.
+
+    Attributes
+    ----------
+    model : str
+        A folder in the layout of Hugging Face, a name or URL on its hub, or ``quire/demo``.
+    tokenizer : str or None
+        Where the tokenizer comes from, when not from the model.
+    tokenizer_mode : {"auto", "slow"}
+        ``"slow"`` reads it with transformers' Python implementation.
+    skip_tokenizer_init : bool
+        Load no tokenizer: prompts are token ids, and outputs have no text.
+    trust_remote_code : bool
+        Accepted for models that quire has its own code for; the checkpoint's code never runs.
+    dtype : {"auto", "float16", "bfloat16", "float32"}
+        What the weights are computed in. ``"auto"`` follows the checkpoint; float32 checkpoints
+        become float16 on a GPU and bfloat16 on a CPU that computes in it.
+    revision, tokenizer_revision : str or None
+        Branch, tag or commit on the hub; the tokenizer's is the model's unless said.
+    max_model_len : int or None
+        Most tokens of one request, prompt and output together. None: what the model was made
+        for, or less where the KV cache cannot hold so much.
+    download_dir : str or None
+        Where hub files are kept; None is the hub library's own cache.
+    hf_token : str, bool or None
+        Token for the hub; None looks in the environment.
+    hf_overrides : dict or None
+        Fields of config.json to replace.
+    generation_config : str
+        ``"auto"`` takes default sampling parameters from the checkpoint's generation_config.json,
+        ``"vllm"`` takes none, anything else is a folder to read that file from.
+    chat_template : str or None
+        Jinja template for ``chat`` instead of the tokenizer's own.
+    """
+
+    model: str = field(metadata={"check": checks.text})
+    tokenizer: str | None = _arg(None, checks.text)
+    tokenizer_mode: str = _arg("auto", checks.choice("auto", "slow", later=("mistral", "custom")))
+    skip_tokenizer_init: bool = _arg(False, checks.boolean)
+    trust_remote_code: bool = _arg(False, checks.boolean)
+    dtype: str = _arg("auto", checks.dtype)
+    revision: str | None = _arg(None, checks.text)
+    tokenizer_revision: str | None = _arg(None, checks.text)
+    max_model_len: int | None = _arg(None, checks.model_len)
+    download_dir: str | None = _arg(None, checks.text)
+    hf_token: str | bool | None = _arg(None, checks.token, repr=False)
+    hf_overrides: dict[str, Any] | None = field(default=None, metadata={"check": checks.mapping})
+    generation_config: str = _arg("auto", checks.text)
+    chat_template: str | None = _arg(None, checks.text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig(_Checked):
+    """How much KV cache there is, and how it is cut up.
+
+    Attributes
+    ----------
+    block_size : int
+        Tokens per block.
+    kv_cache_memory_bytes : int or None
+        Size of the whole cache in bytes. None: see :func:`quire.utils.memory.plan_kv_cache`.
+    num_gpu_blocks_override : int or None
+        Number of blocks, the null block included, on whichever device; it wins over
+        ``kv_cache_memory_bytes``.
+    enable_prefix_caching : bool
+        Keep the blocks of finished requests, for later requests that begin with the same tokens.
+    gpu_memory_utilization : float
+        Share of a GPU's memory that weights and KV cache may take. No effect on a CPU.
+    """
+
+    block_size: int = _arg(16, checks.integer(1, 1024))
+    kv_cache_memory_bytes: int | None = _arg(None, checks.integer(1))
+    num_gpu_blocks_override: int | None = _arg(None, checks.integer(2))
+    enable_prefix_caching: bool = _arg(True, checks.boolean)
+    gpu_memory_utilization: float = _arg(0.9, checks.number(0, 1, above_low=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig(_Checked):
+    """How much one step computes, and who goes first.
+
+    Attributes
+    ----------
+    max_num_seqs : int
+        Most sequences that run at once.
+    max_num_batched_tokens : int
+        Most tokens that one step computes.
+    enable_chunked_prefill : bool
+        Let a step compute a part of a prompt. Without it a prompt is computed whole, so that
+        ``max_num_batched_tokens`` must reach ``max_model_len``: see :meth:`token_budget`.
+    scheduling_policy : {"fcfs", "priority"}
+        First come first served, or by the requests' ``priority``, lower first.
+    """
+
+    max_num_seqs: int = _arg(256, checks.integer(1, 65536))
+    max_num_batched_tokens: int = _arg(2048, checks.integer(1))
+    enable_chunked_prefill: bool = _arg(True, checks.boolean)
+    scheduling_policy: str = _arg("fcfs", checks.choice("fcfs", "priority"))
+
+    def token_budget(self, max_model_len: int) -> int:
+        """Return the most tokens of one step for a model of this length.
+
+        It is ``max_num_batched_tokens``, or enough for the longest prompt where prompts are not
+        computed in chunks.
+        """
+        if self.enable_chunked_prefill:
+            return self.max_num_batched_tokens
+        return max(self.max_num_batched_tokens, max_model_len)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(_Checked):
+    """Everything that an engine is made with; made by :meth:`create` from flat arguments.
+
+    Attributes
+    ----------
+    model : ModelConfig
+    cache : CacheConfig
+    scheduler : SchedulerConfig
+    seed : int
+        What requests without a seed of their own draw from.
+    device : str
+        ``"auto"`` is a GPU where torch finds one, else the CPU; or ``"cpu"``, ``"cuda"``,
+        ``"cuda:1"``.
+    """
+
+    model: ModelConfig
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    seed: int = _arg(0, checks.integer(0, 2**64 - 1))
+    device: str = _arg("auto", checks.device)
+
+    @classmethod
+    def create(cls, model: str | os.PathLike[str], **kwargs: Any) -> EngineConfig:
+        """Sort the flat arguments of :class:`quire.LLM` into a configuration.
+
+        Parameters
+        ----------
+        model : str or path
+        **kwargs
+            The fields of :class:`ModelConfig`, :class:`CacheConfig`, :class:`SchedulerConfig`,
+            ``seed``, ``device``, and the names in :mod:`quire.config.compatibility`.
+            None is the default of any of them.
+
+        Raises
+        ------
+        TypeError
+            For a name that is none of these; the message has the nearest one.
+        ConfigError
+            For a value of the wrong type or out of range, or values that contradict each other.
+        NotSupportedError
+            For a value in use of an argument that this version does not offer.
+        """
+        kwargs["model"] = model
+        for name, value in kwargs.items():
+            if name not in _ARGUMENTS:
+                raise unexpected_argument("LLM", name, _ARGUMENTS)
+            if value is None:
+                continue
+            if name in NOT_OFFERED:
+                check_off(name, value)
+            elif name in NO_EFFECT:
+                NO_EFFECT[name](name, value)
+
+        parts = {
+            part: kind(**{name: kwargs.get(name) for name in _names(kind)})
+            for part, kind in _PARTS.items()
+        }
+        config = cls(seed=kwargs.get("seed"), device=kwargs.get("device"), **parts)  # type: ignore[arg-type]
+        return config._with_budget(asked=kwargs.get("max_num_batched_tokens") is not None)
+
+    def _with_budget(self, *, asked: bool) -> EngineConfig:
+        """Return the configuration with a token budget that holds the longest prompt it must."""
+        longest, budget = self.model.max_model_len, self.scheduler.max_num_batched_tokens
+        if longest is None or self.scheduler.token_budget(longest) == budget:
+            return self
+        if asked:
+            raise ConfigError(
+                f"max_num_batched_tokens={budget} is less than max_model_len={longest}, and with "
+                "enable_chunked_prefill=False a prompt is computed in one step; raise the first, "
+                "lower the second, or enable chunked prefill"
+            )
+        return replace(self, scheduler=replace(self.scheduler, max_num_batched_tokens=longest))
+
+    def to_kwargs(self) -> dict[str, Any]:
+        """Return the flat arguments that make an equal configuration, defaults included."""
+        flat = {"seed": self.seed, "device": self.device}
+        for part in _PARTS:
+            flat |= {
+                spec.name: getattr(getattr(self, part), spec.name)
+                for spec in dataclasses.fields(getattr(self, part))
+            }
+        return flat
+
+
+_PARTS: dict[str, type[Any]] = {
+    "model": ModelConfig,
+    "cache": CacheConfig,
+    "scheduler": SchedulerConfig,
+}
+
+
+def _names(kind: type[Any]) -> list[str]:
+    return [spec.name for spec in dataclasses.fields(kind)]
+
+
+_ARGUMENTS = frozenset(
+    [*NO_EFFECT, *NOT_OFFERED, "seed", "device", *(n for k in _PARTS.values() for n in _names(k))]
+)
+
+
+def argument_names() -> list[str]:
+    """Return the name of every engine argument, sorted."""
+    return sorted(_ARGUMENTS)
+
+
+def init_signature() -> inspect.Signature:
+    """Return the signature of a method ``(self, model, *, <every field>=<its default>)``.
+
+    Arguments that are not offered, or have no effect, are left out.
+    """
+    positional, keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter("self", positional)]
+    specs = [spec for part in (*_PARTS.values(), EngineConfig) for spec in dataclasses.fields(part)]
+    for spec in specs:
+        if spec.name == "model" and spec.type == "str":
+            parameters.append(inspect.Parameter("model", positional, annotation=spec.type))
+        elif spec.name not in _PARTS:
+            parameters.append(
+                inspect.Parameter(spec.name, keyword, default=spec.default, annotation=spec.type)
+            )
+    return inspect.Signature(parameters, return_annotation=None)

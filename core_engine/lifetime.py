@@ -1,0 +1,96 @@
+"""Lifetime: an engine from its making to its end, over forks of its process."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from quire.errors import EngineClosedError
+
+if TYPE_CHECKING:
+    from quire.config import EngineConfig
+    from quire.engine.loop import EngineLoop
+
+_is_fork = False
+
+
+def _note_fork() -> None:
+    global _is_fork
+    _is_fork = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def make_loop(config: EngineConfig) -> EngineLoop:
+    """Load a model and make its engine, with a loop that has not started."""
+    if not _is_fork:
+        return _make_loop(config)
+    # OpenMP waits for ever for the worker threads that the thread which forked had in the parent
+    # process; a new thread has none yet.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_make_loop, config).result()
+
+
+def _make_loop(config: EngineConfig) -> EngineLoop:
+    from quire.assembly import build_engine
+    from quire.engine.loop import EngineLoop
+
+    return EngineLoop(build_engine(config))
+
+
+class Lifetime:
+    """What of an LLM outlives it: enough to close the engine, and no way back to the LLM.
+
+    Parameters
+    ----------
+    loop : EngineLoop
+    name : str
+        The LLM, as error messages call it.
+    """
+
+    __slots__ = ("_loop", "_name", "_pid")
+
+    def __init__(self, loop: EngineLoop, name: str) -> None:
+        self._loop: EngineLoop | None = loop
+        self._name = name
+        self._pid: int | None = None  # the process whose thread steps the engine, once there is one
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._loop is None
+
+    def check(self) -> EngineLoop:
+        """Return the loop if it can serve a request.
+
+        Raises
+        ------
+        EngineClosedError
+            After :meth:`close`, and in a fork of the process that runs the engine.
+        """
+        loop = self._loop
+        if loop is None:
+            raise EngineClosedError(f"{self._name} was closed; make a new one")
+        if self._pid not in (None, os.getpid()):
+            raise EngineClosedError(
+                f"{self._name} runs in process {self._pid}, of which this process is a fork: fork "
+                "before the first request, or make the LLM in the child process"
+            )
+        return loop
+
+    def start(self) -> EngineLoop:
+        """Return the loop, from here on bound to this process."""
+        loop = self.check()
+        self._pid = os.getpid()
+        return loop
+
+    def close(self) -> None:
+        """Close the engine and let go of it. Idempotent."""
+        loop, self._loop = self._loop, None
+        # In a fork of the process that runs the engine there is no thread to stop, and its locks
+        # may have been held at the moment of the fork.
+        if loop is not None and self._pid in (None, os.getpid()):
+            loop.close()

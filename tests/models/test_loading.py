@@ -1,0 +1,482 @@
+"""Weights into parameters: formats, tying, damage; what is wrong is named."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import build_config, build_model, write_checkpoint
+from paged import PagedRunner
+from safetensors.torch import load_file, save_file
+
+from quire.errors import ModelLoadError
+from quire.kernels import get_backend
+from quire.models.decoder import Decoder
+
+Load = Callable[..., Decoder]
+Make = Callable[[str], Path]
+Tensors = dict[str, torch.Tensor]
+
+
+def copy_of(folder: Path, target: Path) -> Path:
+    return Path(shutil.copytree(folder, target / "model"))
+
+
+def rewrite(folder: Path, change: Callable[[Tensors], Any]) -> None:
+    """Change the tensors of a single-file checkpoint."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def configure(folder: Path, **values: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def assert_same_weights(one: Decoder, other: Decoder) -> None:
+    assert one.weights.names() == other.weights.names()
+    for name in one.weights.names():
+        assert torch.equal(one.weights[name], other.weights[name]), name
+
+
+# Formats
+
+
+def write_sharded(folder: Path, _tensors: Tensors) -> None:
+    build_model(build_config("llama")).save_pretrained(folder, max_shard_size="60KB")
+
+
+def write_sharded_without_index(folder: Path, tensors: Tensors) -> None:
+    write_sharded(folder, tensors)
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def write_bin(folder: Path, tensors: Tensors) -> None:
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
+def write_old_bin(folder: Path, tensors: Tensors) -> None:
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+
+def write_sharded_bin(folder: Path, tensors: Tensors) -> None:
+    weight_map = {}
+    for number, name in enumerate(tensors):
+        weight_map[name] = f"pytorch_model-{number % 3 + 1:05}-of-00003.bin"
+    for file in set(weight_map.values()):
+        torch.save({n: t for n, t in tensors.items() if weight_map[n] == file}, folder / file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [write_sharded, write_sharded_without_index, write_bin, write_old_bin, write_sharded_bin],
+)
+def test_every_format_gives_the_same_weights(
+    write: Callable[[Path, Tensors], None], tiny_llama: Path, tmp_path: Path, load: Load
+) -> None:
+    """Shards or one file, safetensors or .bin: the parameters are equal bit by bit."""
+    folder = copy_of(tiny_llama, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    write(folder, tensors)
+    assert len([each for each in folder.iterdir() if each.suffix in (".bin", ".safetensors")])
+    assert_same_weights(load(folder), load(tiny_llama))
+
+
+def test_safetensors_come_before_bin(tiny_llama: Path, tmp_path: Path, load: Load) -> None:
+    """Where both lie in a folder, the .bin file is not opened."""
+    folder = copy_of(tiny_llama, tmp_path)
+    (folder / "pytorch_model.bin").write_bytes(b"no tensors")
+    assert_same_weights(load(folder), load(tiny_llama))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "phi3"])
+def test_weights_are_converted_one_by_one(
+    name: str, dtype: torch.dtype, tiny_checkpoint: Make, load: Load
+) -> None:
+    """Each parameter is the float32 one, rounded."""
+    exact, rounded = load(tiny_checkpoint(name)), load(tiny_checkpoint(name), dtype=dtype)
+    for parameter in exact.weights.names():
+        assert torch.equal(rounded.weights[parameter], exact.weights[parameter].to(dtype))
+
+
+def test_weights_of_another_dtype_are_read(tiny_llama: Path, tmp_path: Path, load: Load) -> None:
+    """A bfloat16 checkpoint loads into float32 parameters of the same values."""
+    folder = copy_of(tiny_llama, tmp_path)
+    rewrite(folder, lambda ts: ts.update({n: t.bfloat16() for n, t in ts.items()}))
+    decoder, reference = load(folder), load(tiny_llama)
+    for name in decoder.weights.names():
+        assert torch.equal(decoder.weights[name], reference.weights[name].bfloat16().float())
+
+
+# Tying
+
+
+def logits_of(decoder: Decoder) -> torch.Tensor:
+    runner = PagedRunner(decoder, get_backend("cpu"), num_seqs=1, max_len=16)
+    return runner.step([(0, list(range(3, 14)))])[0]
+
+
+@pytest.mark.parametrize("name", ["llama-mha-bias-tied", "opt-350m", "gemma2", "gpt2"])
+def test_a_tied_embedding_is_in_memory_once(
+    name: str, tiny_checkpoint: Make, tmp_path: Path, load: Load
+) -> None:
+    """With tie_word_embeddings there is one matrix, whether or not the file repeats it."""
+    folder = copy_of(tiny_checkpoint(name), tmp_path)
+    absent = load(folder)
+    embedding = next(
+        key
+        for key in load_file(folder / "model.safetensors")
+        if key.endswith(("embed_tokens.weight", "wte.weight"))
+    )
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors[embedding].clone()}))
+    present = load(folder)
+    assert "lm_head.weight" not in present.weights
+    assert present.weight_bytes() == absent.weight_bytes()
+    assert torch.equal(logits_of(present), logits_of(absent))
+
+
+def test_a_tied_output_matrix_may_stand_for_the_embedding(
+    tiny_checkpoint: Make, tmp_path: Path, load: Load
+) -> None:
+    """A tied checkpoint may hold the matrix under the output's name only."""
+    folder = copy_of(tiny_checkpoint("qwen2-tied"), tmp_path)
+    expected = logits_of(load(folder))
+
+    def rename(tensors: Tensors) -> None:
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    rewrite(folder, rename)
+    assert torch.equal(logits_of(load(folder)), expected)
+
+
+def test_an_output_matrix_that_differs_is_used_and_reported(
+    tiny_llama: Path, tmp_path: Path, load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in transformers, a configuration that ties two different matrices is not followed."""
+    folder = copy_of(tiny_llama, tmp_path)
+    configure(folder, tie_word_embeddings=True)
+    decoder = load(folder)
+    assert "differs from the embedding" in caplog.text
+    assert torch.equal(logits_of(decoder), logits_of(load(tiny_llama)))
+
+
+def test_without_tying_the_output_matrix_is_required(
+    tiny_checkpoint: Make, tmp_path: Path, load: Load
+) -> None:
+    """tie_word_embeddings=false and no lm_head: its name is in the error."""
+    folder = copy_of(tiny_checkpoint("qwen2-tied"), tmp_path)
+    configure(folder, tie_word_embeddings=False)
+    with pytest.raises(ModelLoadError, match=r"1 missing: lm_head\.weight"):
+        load(folder)
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [
+        ("llama", "model."),
+        ("gpt2", "transformer."),
+        ("opt", "model."),
+        ("falcon-7b", "transformer."),
+    ],
+)
+def test_names_without_the_model_prefix_load(
+    name: str, prefix: str, tiny_checkpoint: Make, tmp_path: Path, load: Load
+) -> None:
+    """A checkpoint saved from the base model, as gpt2's own is, loads all the same."""
+    folder = copy_of(tiny_checkpoint(name), tmp_path)
+
+    def strip(tensors: Tensors) -> None:
+        for key in list(tensors):
+            tensors[key.removeprefix(prefix)] = tensors.pop(key)
+
+    rewrite(folder, strip)
+    assert_same_weights(load(folder), load(tiny_checkpoint(name)))
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+        ("gpt2", "transformer.h.1.attn.bias"),
+        ("gpt2", "h.1.attn.masked_bias"),
+        ("gpt-neox", "gpt_neox.layers.0.attention.bias"),
+        ("gpt-neox", "gpt_neox.layers.1.attention.masked_bias"),
+        ("gpt-neox-serial", "gpt_neox.layers.1.attention.rotary_emb.inv_freq"),
+    ],
+)
+def test_tensors_that_carry_nothing_are_left_out(
+    name: str, extra: str, tiny_checkpoint: Make, tmp_path: Path, load: Load
+) -> None:
+    """Masks and frequencies of old checkpoints are no error."""
+    folder = copy_of(tiny_checkpoint(name), tmp_path)
+    rewrite(folder, lambda tensors: tensors.update({extra: torch.ones(1, 1, 4, 4).bool()}))
+    assert_same_weights(load(folder), load(tiny_checkpoint(name)))
+
+
+# Damage
+
+
+def spoil_missing(tensors: Tensors) -> None:
+    del tensors["model.layers.1.self_attn.k_proj.weight"], tensors["model.norm.weight"]
+
+
+def spoil_extra(tensors: Tensors) -> None:
+    tensors["model.layers.2.self_attn.k_proj.weight"] = torch.ones(32, 64)
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(64)
+
+
+def spoil_shape(tensors: Tensors) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.ones(112, 63)
+
+
+def spoil_dtype(tensors: Tensors) -> None:
+    tensors["model.norm.weight"] = torch.ones(64, dtype=torch.int32)
+
+
+def spoil_float8(tensors: Tensors) -> None:
+    tensors["model.norm.weight"] = torch.ones(64).to(torch.float8_e4m3fn)
+
+
+def spoil_twice(tensors: Tensors) -> None:
+    tensors["norm.weight"] = torch.ones(64)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            spoil_missing,
+            r"2 missing: model\.layers\.1\.self_attn\.k_proj\.weight, model\.norm\.weight$",
+        ),
+        (
+            spoil_extra,
+            r"2 unexpected: model\.layers\.0\.self_attn\.q_proj\.bias, "
+            r"model\.layers\.2\.self_attn\.k_proj\.weight$",
+        ),
+        (spoil_shape, r"up_proj\.weight' has the shape \[112, 63\], .* needs \[112, 64\]"),
+        (spoil_dtype, r"'model\.norm\.weight' has the dtype int32"),
+        (spoil_float8, r"'model\.norm\.weight' has the dtype float8_e4m3fn"),
+        (spoil_twice, r"norm\.weight' comes twice"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(
+    spoil: Callable[[Tensors], None],
+    message: str,
+    tiny_llama: Path,
+    tmp_path: Path,
+    load: Load,
+) -> None:
+    """Missing, extra, mis-shaped, mistyped and doubled weights are errors that name them."""
+    folder = copy_of(tiny_llama, tmp_path)
+    rewrite(folder, spoil)
+    with pytest.raises(ModelLoadError, match=message):
+        load(folder)
+
+
+def test_missing_fused_weights_are_named_as_the_checkpoint_would(
+    tiny_checkpoint: Make, tmp_path: Path, load: Load
+) -> None:
+    """What is stored fused is missed once, under its own name."""
+    folder = copy_of(tiny_checkpoint("phi3"), tmp_path)
+    rewrite(folder, lambda tensors: tensors.pop("model.layers.0.self_attn.qkv_proj.weight"))
+    message = r"1 missing: model\.layers\.0\.self_attn\.qkv_proj\.weight$"
+    with pytest.raises(ModelLoadError, match=message):
+        load(folder)
+
+
+def test_a_folder_without_weights_lists_what_it_has(
+    tiny_llama: Path, tmp_path: Path, load: Load
+) -> None:
+    """No weight file of a known name: the error says which there would have to be."""
+    folder = copy_of(tiny_llama, tmp_path)
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    with pytest.raises(ModelLoadError, match=r"no model\.safetensors.*weights\.safetensors"):
+        load(folder)
+
+
+@pytest.mark.parametrize("size", [0, 3, 8, 100, -1, 0.5], ids=str)
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_truncated_file_is_named(
+    kind: str, size: float, tiny_llama: Path, tmp_path: Path, load: Load
+) -> None:
+    """Cut anywhere, a weight file is an error with its name, never garbage in the weights."""
+    folder = copy_of(tiny_llama, tmp_path)
+    file = folder / "model.safetensors"
+    if kind == "bin":
+        tensors = load_file(file)
+        file.unlink()
+        file = folder / "pytorch_model.bin"
+        torch.save(tensors, file)
+    content = file.read_bytes()
+    file.write_bytes(content[: int(size * len(content)) if 0 < size < 1 else int(size)])
+    with pytest.raises(ModelLoadError, match=rf"{file.name}.*(truncated|damaged|safetensors)"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]",
+        b"{",
+        b'{"a": 1}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}',
+        b'{"a": {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1]}}',
+        b"\xff\xfe",
+    ],
+    ids=repr,
+)
+def test_a_damaged_header_is_an_error(
+    header: bytes, tiny_llama: Path, tmp_path: Path, load: Load
+) -> None:
+    """No header, however wrong, gets past the reader as anything but a ModelLoadError."""
+    folder = copy_of(tiny_llama, tmp_path)
+    prefix = len(header).to_bytes(8, "little")
+    (folder / "model.safetensors").write_bytes(prefix + header + bytes(64))
+    with pytest.raises(ModelLoadError, match=r"model\.safetensors"):
+        load(folder)
+
+
+class Bomb:
+    """Unpickling it would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_is_not_executed(
+    zipped: bool, tiny_llama: Path, tmp_path: Path, load: Load
+) -> None:
+    """A .bin file with anything but tensors is refused, and nothing in it runs."""
+    folder = copy_of(tiny_llama, tmp_path)
+    (folder / "model.safetensors").unlink()
+    file, trace = folder / "pytorch_model.bin", tmp_path / "executed"
+    if zipped:
+        torch.save({"a": Bomb(trace)}, file)
+    else:
+        file.write_bytes(pickle.dumps({"a": Bomb(trace)}))
+    with pytest.raises(ModelLoadError, match=r"pytorch_model\.bin"):
+        load(folder)
+    assert not trace.exists()
+
+
+def test_a_bin_file_must_be_tensors_by_name(tiny_llama: Path, tmp_path: Path, load: Load) -> None:
+    """A training state, with the weights one level down, is not taken for a checkpoint."""
+    folder = copy_of(tiny_llama, tmp_path)
+    (folder / "model.safetensors").unlink()
+    torch.save({"model": {"a": torch.ones(1)}}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelLoadError, match="not a dictionary of tensors"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "is damaged"),
+        ('{"weight_map": []}', "is damaged"),
+        ('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}', "is missing"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', "no .safetensors file beside it"),
+        ('{"weight_map": {"a": "pytorch_model.bin"}}', "no .safetensors file beside it"),
+        ('{"weight_map": {"a": 1}}', "no .safetensors file beside it"),
+    ],
+)
+def test_an_index_is_not_trusted(
+    index: str, message: str, tiny_llama: Path, tmp_path: Path, load: Load
+) -> None:
+    """A damaged index, and one that names files elsewhere, are refused."""
+    folder = copy_of(tiny_llama, tmp_path)
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ModelLoadError, match=message):
+        load(folder)
+
+
+# Memory
+
+_MEASURE = """
+import sys
+from pathlib import Path
+import torch
+from quire.kernels import get_backend
+from quire.models.hf_config import read_config
+from quire.models.loader import load_model
+
+def status(key):
+    line = next(l for l in open("/proc/self/status") if l.startswith(key))
+    return int(line.split()[1]) * 1024
+
+folder, cpu = Path(sys.argv[1]), torch.device("cpu")
+dtype = getattr(torch, sys.argv[2])
+torch.ones(8).bfloat16()
+before = status("VmRSS")
+model = load_model(
+    folder, read_config(folder), device=cpu, dtype=dtype, kernels=get_backend(cpu)
+)
+print((status("VmHWM") - before) / model.weight_bytes(), model.weight_bytes())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_in_memory_once(dtype: str, tmp_path: Path) -> None:
+    """Peak memory while loading is the weights and one chunk of the file, not twice the weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).float()
+    save_file(
+        {name: torch.rand(each.shape) for name, each in model.state_dict().items()},
+        tmp_path / "model.safetensors",
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", _MEASURE, str(tmp_path), dtype],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    ratio, num_bytes = (float(each) for each in result.stdout.split())
+    assert num_bytes > 90e6
+    assert ratio < 1 + 60e6 / num_bytes, result.stdout
+
+
+def test_a_checkpoint_can_be_deleted_once_loaded(tmp_path: Path, load: Load) -> None:
+    """No parameter points into the file."""
+    folder = write_checkpoint(tmp_path / "m", "llama")
+    decoder = load(folder)
+    expected = logits_of(decoder)
+    file = folder / "model.safetensors"
+    file.write_bytes(bytes(file.stat().st_size))
+    shutil.rmtree(folder)
+    assert torch.equal(logits_of(decoder), expected)
