@@ -384,7 +384,9 @@ class LLM:
         """
         self._lifetime.check()
         every_params = one_per_prompt("sampling_params", params, len(prompts))
-        every_priority = one_per_prompt("priority", priority or 0, len(prompts))
+        every_priority = one_per_prompt(
+            "priority", 0 if priority is None else priority, len(prompts)
+        )
         final: dict[int, SamplingParams] = {}  # by identity: most often all prompts share one
         requests: list[Request | BaseException] = []
         for i, prompt in enumerate(prompts):

@@ -275,7 +275,11 @@ class Engine:
             outputs.append(self._fail(self._requests[request_id], error))
         for live in touched.values():
             if live.beam is not None and len(live.candidates) == len(live.beam_order):
-                self._advance_beams(live)
+                try:
+                    self._advance_beams(live)
+                except InvalidRequestError as error:  # no beam may go on
+                    outputs.append(self._fail(live, error))
+                    continue
             if live.finished:
                 live.metrics.finished_time = now
                 self._drop(live)

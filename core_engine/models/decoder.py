@@ -143,9 +143,8 @@ class Decoder:
         self._position_weight = weights.get("embed_positions.weight")
         self._into = self._bind_projection(self._project_in, dense)
         self._out_of = self._bind_projection(self._project_out, dense)
-        self._head_weight = weights.get("lm_head.weight")
-        if self._head_weight is None:
-            self._head_weight = self._embed_weight
+        has_head = "lm_head.weight" in weights
+        self._head_weight = weights["lm_head.weight"] if has_head else self._embed_weight
         # The scale is rounded to the weights' dtype, as it was in training.
         self._embedding_scale = None
         if spec.embedding_scale is not None:

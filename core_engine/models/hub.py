@@ -110,9 +110,9 @@ def resolve(
         except FileNotFoundError as error:
             raise ModelNotFoundError(str(error)) from error
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if model and folder.is_dir():
         return folder.resolve()
-    if folder.exists():
+    if model and folder.exists():
         raise ModelNotFoundError(
             f"model is {model!r}, which is a file; it must be a folder in Hugging Face's layout "
             "or a name on the hub"

@@ -47,7 +47,7 @@ def supported_architectures() -> list[str]:
 def family_of(config: Mapping[str, Any]) -> tuple[str, Family]:
     """Return the architecture name of a configuration and the family that knows it.
 
-    An installed package's family comes before a built-in one of the same architecture.
+    Installed packages are looked through only for an architecture that is not built in.
 
     Raises
     ------
@@ -62,14 +62,14 @@ def family_of(config: Mapping[str, Any]) -> tuple[str, Family]:
             f"architectures in config.json is {names!r}; it must name the model's class, "
             'such as ["LlamaForCausalLM"]'
         )
-    installed = _installed()
     for name in names:
-        if name in installed:
-            return name, installed[name]
         if name in _BUILT_IN:
             module = import_module(f"quire.models.families.{_BUILT_IN[name]}")
             family: Family = module.FAMILY
             return name, family
+    for name in names:
+        if name in _installed():
+            return name, _installed()[name]
     raise UnsupportedModelError(
         f"the architecture {', '.join(map(str, names))} is not supported; supported are: "
         + ", ".join(supported_architectures())

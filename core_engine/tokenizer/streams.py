@@ -76,15 +76,16 @@ class ByteStream:
 
     def rest(self) -> str:
         """Return U+FFFD where the text ends within a character."""
-        return REPLACEMENT if self._decoder.getstate()[0] and not self._borrowed else ""
+        return "" if self._borrowed else self._decoder.getstate()[0].decode("utf-8", "replace")
 
 
 def _continues(start: bytes, following: bytes) -> bool:
     """Whether ``following`` goes on with the UTF-8 character that ``start`` begins."""
     try:
-        codecs.getincrementaldecoder("utf-8")("strict").decode(start + following)
-    except UnicodeDecodeError:
-        return False
+        (start + following).decode("utf-8")
+    except UnicodeDecodeError as error:
+        # Not so an incremental decoder: it waits for the third byte of a surrogate.
+        return error.end > len(start)
     return True
 
 

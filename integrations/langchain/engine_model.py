@@ -379,11 +379,14 @@ class EngineModel(Serializable):
         """Return True: the constructor's arguments, secrets apart, are all there is to a model."""
         return True
 
-    @property
-    def lc_secrets(self) -> dict[str, str]:
-        """The hub token, by the environment variable that has it."""
-        token = self.vllm_kwargs.get("hf_token")
-        return {"vllm_kwargs.hf_token": "HF_TOKEN"} if isinstance(token, str) else {}
+    def to_json(self) -> Any:
+        """Return the form that ``dumps`` writes; the hub token is left to the environment."""
+        form = super().to_json()
+        kwargs: dict[str, Any] = form.get("kwargs", {})  # type: ignore[assignment]
+        if "vllm_kwargs" in kwargs:
+            engine = {k: v for k, v in kwargs["vllm_kwargs"].items() if k != "hf_token"}
+            kwargs["vllm_kwargs"] = engine
+        return form
 
     def __repr_args__(self) -> Any:
         for name, value in super().__repr_args__():

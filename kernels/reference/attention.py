@@ -12,7 +12,7 @@ _STACKED_QUERIES = 16
 """Up to so many query tokens, the query heads that share a KV head are stacked as the rows of
 one product, which then reads each key once for all of them."""
 
-_PAIRS_PER_TILE = 1 << 22
+_PAIRS_PER_TILE = 1 << 21
 """Scores, or elements of a mask, held at once."""
 
 
@@ -35,7 +35,7 @@ def paged_attention(
     keys, values = key_cache.view(-1, width), value_cache.view(-1, width)
     results = []
     for group, workspace in zip(
-        layout.groups, layout.workspaces(key_cache, query.dtype), strict=True
+        layout.groups, layout.workspaces(key_cache, query.dtype, softcap is not None), strict=True
     ):
         workspace.gather(keys, values, group.slots)
         rows = query
@@ -149,10 +149,22 @@ def _attend_capped(
     softcap: float,
 ) -> torch.Tensor:
     num_seqs, query_len, num_heads, head_dim = query.shape
-    rows = query.transpose(1, 2).reshape(num_seqs, key.shape[1], -1, head_dim)
-    scores = torch.matmul(rows, key.transpose(2, 3)).float()
-    scores = scores.mul_(scale / softcap).tanh_().mul_(softcap)
+    num_kv_heads, kv_len = key.shape[1:3]
+    shape = (num_kv_heads, num_seqs, num_heads // num_kv_heads, query_len)
+    rows = query.view(num_seqs, query_len, num_kv_heads, -1, head_dim).permute(2, 0, 3, 1, 4)
+    rows = rows.reshape(num_kv_heads, num_seqs, -1, head_dim)
+    # One product per KV head: over several, torch would copy the keys to bring them in line.
+    scores = rows.new_empty(num_kv_heads, num_seqs, rows.shape[2], kv_len)
+    for head in range(num_kv_heads):
+        torch.bmm(rows[head], key[:, head].transpose(1, 2), out=scores[head])
+    scores = scores.float().mul_(scale / softcap).tanh_().mul_(softcap)
     if bias is not None:
-        scores.view(num_seqs, num_heads, query_len, -1).add_(bias)
-    attended = torch.matmul(scores.softmax(-1).to(value.dtype), value)
-    return attended.view(num_seqs, num_heads, query_len, head_dim).transpose(1, 2)
+        if bias.shape[1] > 1:
+            bias = bias.view(num_seqs, num_kv_heads, -1, query_len, kv_len).transpose(0, 1)
+        scores.view(*shape, kv_len).add_(bias)
+    weights = scores.softmax(-1).to(value.dtype)
+    attended = torch.empty_like(rows)
+    for head in range(num_kv_heads):
+        torch.bmm(weights[head], value[:, head], out=attended[head])
+    attended = attended.view(*shape, head_dim).permute(1, 3, 0, 2, 4)
+    return attended.reshape(num_seqs, query_len, num_heads, head_dim)

@@ -23,8 +23,9 @@ _LEAST_KV_BUCKET = 64
 _MERGED_PAIRS = 1024
 """Padded (query token, key) pairs that cost about as much as one more group."""
 
-_KEYS_PER_GROUP = 1 << 14
-"""Keys gathered at once, padding included; a longer sequence is a group by itself."""
+_KEYS_PER_GROUP = 1 << 12
+"""Keys gathered at once, padding included, so that they are still in the cache when they are
+read; a longer sequence is a group by itself."""
 
 
 @dataclass(slots=True, eq=False)
@@ -43,19 +44,24 @@ class Layout:
     order: torch.Tensor | None
     _workspaces: dict[tuple[object, ...], list[Workspace]] = field(default_factory=dict)
 
-    def workspaces(self, key_cache: torch.Tensor, query_dtype: torch.dtype) -> list[Workspace]:
+    def workspaces(
+        self, key_cache: torch.Tensor, query_dtype: torch.dtype, has_softcap: bool
+    ) -> list[Workspace]:
         """Return where the groups gather keys and values from caches like `key_cache`."""
-        kind = (key_cache.shape[2:], key_cache.dtype, query_dtype)
+        kind = (key_cache.shape[2:], key_cache.dtype, query_dtype, has_softcap)
         workspaces = self._workspaces.get(kind)
         if workspaces is None:
-            workspaces = self._workspaces[kind] = self._allocate(key_cache, query_dtype)
+            workspaces = self._allocate(key_cache, query_dtype, has_softcap)
+            self._workspaces[kind] = workspaces
         return workspaces
 
-    def _allocate(self, key_cache: torch.Tensor, query_dtype: torch.dtype) -> list[Workspace]:
+    def _allocate(
+        self, key_cache: torch.Tensor, query_dtype: torch.dtype, has_softcap: bool
+    ) -> list[Workspace]:
         num_kv_heads, head_dim = key_cache.shape[2:]
         buffers: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = {}
         dtypes = [
-            _compute_dtype(query_dtype, key_cache.device, group.max_query_len)
+            _compute_dtype(query_dtype, key_cache.device, group.max_query_len, has_softcap)
             for group in self.groups
         ]
         for dtype in {key_cache.dtype, *dtypes}:
@@ -76,12 +82,14 @@ class Layout:
         ]
 
 
-def _compute_dtype(dtype: torch.dtype, device: torch.device, query_len: int) -> torch.dtype:
+def _compute_dtype(
+    dtype: torch.dtype, device: torch.device, query_len: int, has_softcap: bool
+) -> torch.dtype:
     # On a CPU, torch multiplies 16-bit matrices more slowly than it widens them; only for the
-    # few rows of a decode step is bfloat16 as good.
+    # few rows of a decode step is its fused kernel as good in bfloat16.
     if device.type != "cpu" or dtype is torch.float32:
         return dtype
-    if dtype is torch.bfloat16 and query_len == 1:
+    if dtype is torch.bfloat16 and query_len == 1 and not has_softcap:
         return torch.bfloat16
     return torch.float32
 
@@ -176,7 +184,8 @@ class AttentionPlan:
         if first_blocks is None:
             return tables[rows, :num_blocks]
         columns = first_blocks[rows][:, None] + np.arange(num_blocks)
-        return tables[rows[:, None], np.minimum(columns, tables.shape[1] - 1)]
+        columns = np.minimum(columns, tables.shape[1] - 1)
+        return np.take_along_axis(tables[rows], columns, axis=1)
 
     def _group(
         self,

@@ -9,9 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import quire.demo.train as script
 from quire.demo.card import Making, model_card
 from quire.demo.evaluate import Score, evaluate, score
+from quire.demo.muon import Muon, orthogonalize
 from quire.demo.packing import LONG_ROW_LEN, ROW_LEN, Packer
 from quire.demo.samples import Question, chat, plain
 from quire.demo.text import training_samples
@@ -34,6 +38,14 @@ def deterministic() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the script's model so small that a step takes no time."""
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    monkeypatch.setattr(script, "CONFIG", script.CONFIG | small)
 
 
 @pytest.fixture
@@ -87,6 +99,7 @@ def test_only_answers_are_learned(tokenizer: object) -> None:
         assert set(encoded.weights) == {1.0, 0.0}
 
 
+@pytest.mark.usefixtures("small_model")
 def test_samples_of_a_row_do_not_see_each_other(packer: Packer) -> None:
     """Changing one sample's tokens leaves the loss on another untouched."""
     model = build_model(0)
@@ -100,6 +113,32 @@ def test_samples_of_a_row_do_not_see_each_other(packer: Packer) -> None:
         assert not torch.equal(before, batch_loss(model, batch))
 
 
+@given(st.integers(1, 4), st.sampled_from([(8, 8), (8, 24), (24, 8), (1, 5)]), st.integers(0, 1000))
+@settings(deadline=None, max_examples=30)
+def test_muon_steps_have_singular_values_near_one(
+    count: int, shape: tuple[int, int], seed: int
+) -> None:
+    """Whatever the gradient's scale, every direction in it is followed about equally."""
+    generator = torch.Generator().manual_seed(seed)
+    matrices = torch.randn(count, *shape, generator=generator) * 10.0 ** (seed % 7 - 3)
+    values = torch.linalg.svdvals(orthogonalize(matrices))
+    assert values.max() < 1.3
+    # The iterations lift small singular values at most a few hundred times.
+    strong = torch.linalg.svdvals(matrices)
+    strong = strong / strong.norm(dim=1, keepdim=True) > 0.02
+    assert values[strong].min() > 0.5
+
+
+def test_muon_descends() -> None:
+    """A step of Muon moves against the gradient, by about the learning rate."""
+    matrix = torch.nn.Parameter(torch.eye(4))
+    matrix.grad = torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    Muon([matrix], weight_decay=0.0).step(0.1)
+    moved = torch.eye(4) - matrix.detach()
+    assert torch.linalg.svdvals(moved).max() < 0.13
+    assert (moved.diagonal() > 0.05).all()
+
+
 def test_the_learning_rate_rises_and_falls() -> None:
     """A warm-up, one peak, a fall to nearly nothing."""
     rates = [schedule(step, 200) for step in range(200)]
@@ -110,9 +149,11 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert rates[-1] < 0.02 * max(rates)
 
 
-@pytest.mark.usefixtures("deterministic")
-def test_training_repeats_bit_for_bit(tokenizer: object) -> None:
-    """The same seed gives the same weights; another seed gives others."""
+@pytest.mark.usefixtures("deterministic", "small_model")
+def test_training_repeats_bit_for_bit(tokenizer: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same seed gives the same weights, short and long rows alike; another gives others."""
+    monkeypatch.setattr(script, "ROWS_PER_STEP", 4)
+    monkeypatch.setattr(script, "LONG_EVERY", 2)
     first, second, other = (train(seed, 3, tokenizer=tokenizer).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
@@ -130,8 +171,6 @@ def test_the_shipped_tokenizer_is_what_the_script_makes(tokenizer: object) -> No
 def test_the_script_writes_a_whole_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few steps give a folder that transformers loads, with its card."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import quire.demo.train as script
 
     monkeypatch.setattr(script, "evaluate", lambda greedy, sampled: [Score("none", 0, 1)])
     assert script.main(["--out", str(tmp_path), "--steps", "2", "--seed", "5"]) == 0

@@ -13,7 +13,7 @@ import quire.llm
 from quire.engine.processor import ModelLimits, Processor
 from quire.errors import EngineClosedError, InvalidRequestError, RequestFailedError
 from quire.outputs import CompletionOutput, RequestOutput
-from quire.sampling_params import RequestOutputKind, SamplingParams
+from quire.sampling_params import RequestOutputKind
 
 WAIT = 20.0
 """Seconds after which a test that waits for another thread has failed."""
@@ -58,7 +58,7 @@ class EchoEngine:
         self.aborted = []
         self.batch_sizes = []
         self.closed = False
-        self.steps = 0
+        self.begun = self.steps = 0
         self.delay = 0.0
         self.gate = threading.Event()
         self.gate.set()
@@ -80,6 +80,7 @@ class EchoEngine:
     def step(self):
         if not self.requests:
             return []
+        self.begun += 1
         self.gate.wait(WAIT)
         time.sleep(self.delay)
         self.steps += 1
@@ -157,14 +158,6 @@ class EchoEngine:
             self.gate.set()
 
 
-def until(condition):
-    """Wait for `condition()` to hold."""
-    deadline = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.002)
-
-
 @pytest.fixture
 def make_llm(monkeypatch):
     """Make an LLM over an EchoEngine; `llm.llm_engine` is the latter."""
@@ -191,8 +184,3 @@ def llm(make_llm):
 @pytest.fixture
 def engine(llm):
     return llm.llm_engine
-
-
-def tokens(count, **kwargs):
-    """Parameters for `count` tokens."""
-    return SamplingParams(max_tokens=count, **kwargs)

@@ -170,7 +170,7 @@ def test_event_loops_come_and_go(async_llm):
     assert len(async_llm._mailboxes) == 0
 
 
-def test_several_event_loops_at_once_join_one_batch(async_llm, engine):
+def test_several_event_loops_at_once_join_one_batch(async_llm, llm, engine):
     def work(letter):
         return asyncio.run(collect(async_llm, letter, tokens(30, output_kind=FINAL)))
 
@@ -178,7 +178,7 @@ def test_several_event_loops_at_once_join_one_batch(async_llm, engine):
         with engine.held():
             futures = [pool.submit(work, letter) for letter in "abcdef"]
             deadline = time.monotonic() + 20
-            while len(async_llm._in_flight) < 6:
+            while len(llm.engine_loop._inbox) + len(engine.requests) < 6:
                 assert time.monotonic() < deadline
                 time.sleep(0.002)
         assert [texts(f.result())[-1] for f in futures] == [c * 30 for c in "abcdef"]

@@ -109,6 +109,8 @@ def test_priorities_are_one_for_all_or_one_each(make_llm):
         llm.generate("a", priority="high", use_tqdm=False)
     with pytest.raises(InvalidRequestError, match="priority has 1 entries for 2 prompts"):
         llm.generate(["a", "b"], priority=[1], use_tqdm=False)
+    with pytest.raises(InvalidRequestError, match="priority has 0 entries for 1 prompts"):
+        llm.generate("a", priority=[], use_tqdm=False)
 
 
 def test_a_request_that_fails_fails_alone(llm):
@@ -343,6 +345,7 @@ def test_threads_join_one_running_batch(llm):
     with ThreadPoolExecutor(8) as pool:
         with engine.held():
             first = llm.stream("z", tokens(2))
+            wait_until(lambda: engine.begun == 1)
             futures = [pool.submit(work, i) for i in range(8)]
             wait_until(lambda: len(llm.engine_loop._inbox) == 8)
         assert [future.result() for future in futures] == [c * 5 for c in "abcdefgh"]

@@ -240,3 +240,18 @@ def test_a_salt_keeps_prefixes_apart(llm):
     again = one(llm, {**prompt, "cache_salt": "a"}, max_tokens=1)
     cached = [output.num_cached_tokens for output in (first, other, again)]
     assert cached == [0, 0, 36]
+
+
+def test_a_beam_search_without_a_way_on_fails_alone(llm):
+    """When masks leave no beam a token, that request fails, and its neighbour does not."""
+
+    def nothing(token_ids, logits):
+        return logits.fill_(-math.inf) if token_ids else logits
+
+    dead_end = SamplingParams(n=2, use_beam_search=True, max_tokens=5, logits_processors=[nothing])
+    good = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    failed, output = llm._run([PROMPT, PROMPT], [dead_end, good])
+    assert isinstance(failed, RequestFailedError)
+    assert len(output.outputs[0].token_ids) == 5
+    llm.engine_loop.call(lambda engine: engine.check_integrity())
+    assert llm.get_metrics()["kv_cache_usage"] == 0

@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -46,8 +46,8 @@ class FakeLLM(LLM):
     sampling also answers with a request counter.
     """
 
-    made: list[weakref.ref[FakeLLM]] = []
-    calls: list[Call] = []
+    made: ClassVar[list[weakref.ref[FakeLLM]]] = []
+    calls: ClassVar[list[Call]] = []
     loading_seconds = 0.0
     _batches = itertools.count()
 

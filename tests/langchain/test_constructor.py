@@ -132,7 +132,7 @@ def test_refuses_unknown_and_doubled_arguments(
 )
 def test_refuses_bad_values_before_a_model_is_loaded(fake: Any, kwargs: dict[str, Any]) -> None:
     """A wrong sampling parameter is told at once, by the field's name."""
-    with pytest.raises(InvalidRequestError, match="n|temperature|top_p|stop|max_tokens|best_of"):
+    with pytest.raises(InvalidRequestError, match=r"n|temperature|top_p|stop|max_tokens|best_of"):
         VLLM(model="m", **kwargs)
     assert fake.num_made() == 0
 

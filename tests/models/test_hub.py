@@ -134,7 +134,7 @@ def test_other_urls_are_refused(url: str) -> None:
 
 def test_two_revisions_contradict_each_other() -> None:
     """A revision in the URL and another as argument: neither is silently dropped."""
-    with pytest.raises(ConfigError, match="'v1'.*'v2'"):
+    with pytest.raises(ConfigError, match=r"'v1'.*'v2'"):
         resolve("https://huggingface.co/org/name/tree/v2", revision="v1")
 
 

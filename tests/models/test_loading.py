@@ -439,7 +439,7 @@ print((status("VmHWM") - before) / model.weight_bytes(), model.weight_bytes())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_weights_are_in_memory_once(dtype: str, tmp_path: Path) -> None:
     """Peak memory while loading is the weights and one chunk of the file, not twice the weights."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -432,7 +432,8 @@ def test_a_sequence_is_the_same_alone_and_among_others(
             assert single.token_ids[0] == together.token_ids[i]
             asked = picks[i].get("logprobs")
             if asked is not None:
-                assert single.logprobs is not None and together.logprobs is not None
+                assert single.logprobs is not None
+                assert together.logprobs is not None
                 for name in ("token_ids", "logprobs"):
                     one = getattr(single.logprobs, name)[0, : asked + 1]
                     assert torch.equal(one, getattr(together.logprobs, name)[i, : asked + 1])

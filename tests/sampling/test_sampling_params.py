@@ -166,7 +166,7 @@ def test_an_unknown_keyword_names_the_nearest_valid_one() -> None:
         match="unexpected argument 'frequence_penalty': did you mean 'frequency_penalty'\\?",
     ):
         SamplingParams(frequence_penalty=1.0)
-    with pytest.raises(TypeError, match="unexpected argument 'zzz'$"):
+    with pytest.raises(TypeError, match=r"unexpected argument 'zzz'$"):
         SamplingParams(zzz=1)
     with pytest.raises(TypeError, match="did you mean 'beam_width'"):
         BeamSearchParams(beam_with=3, max_tokens=3)

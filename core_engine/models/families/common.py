@@ -187,8 +187,12 @@ def rotary(
     )
 
 
-def windows(config: Mapping[str, Any], layer_types: Sequence[str] | None) -> list[int | None]:
+def windows(
+    config: Mapping[str, Any], layer_types: Sequence[str] | None = None
+) -> list[int | None]:
     """Return each layer's sliding window, by the kinds of layers that a configuration lists.
+
+    `layer_types` is for a configuration that lists none; None: no layer has a window.
 
     Raises
     ------

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quire.models.families.common import LLAMA_WEIGHTS, ROTARY_TENSORS, flag, llama_like
+from quire.models.families.common import (
+    LLAMA_WEIGHTS,
+    ROTARY_TENSORS,
+    flag,
+    llama_like,
+    windows,
+)
 from quire.models.family import Family
 from quire.models.spec import DecoderSpec
 
@@ -16,6 +22,7 @@ def spec(config: Mapping[str, Any], max_model_len: int | None) -> DecoderSpec:
     return llama_like(
         config,
         max_model_len,
+        layer_windows=windows(config),
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=flag(config, "mlp_bias", False),
