@@ -15,7 +15,6 @@ from quire.kernels import get_backend
 from quire.models import hub
 from quire.models.hf_config import (
     eos_token_ids,
-    max_length,
     read_config,
     read_generation_config,
     resolve_dtype,
@@ -65,7 +64,7 @@ def build_engine(config: EngineConfig) -> Engine:
     plan = plan_kv_cache(
         config,
         bytes_per_block=kv_bytes_per_block(model, config.cache.block_size, dtype),
-        model_max_len=max_length(hf_config, asked_len),
+        model_max_len=model.spec.max_position,
         **_device_memory(device),
     )
     runner = ModelRunner(

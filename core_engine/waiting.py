@@ -87,6 +87,7 @@ def wait_for_all(
             ended[i] = entry
     if items:
         loop = start()
+        loop.check_may_wait()
         progress = ProgressBar(len(items), use_tqdm)
         try:
             loop.submit(items)
@@ -134,6 +135,7 @@ class OutputStream(Iterator[RequestOutput]):
         self.request_id = request.request_id
         self._keep_alive = keep_alive
         self._events: SimpleQueue[Event] = SimpleQueue()
+        self._check_may_wait = loop.check_may_wait
         self._abort = weakref.finalize(self, loop.abort, [request.request_id])
         self._abort.atexit = False  # the engine is closed at exit anyhow
         loop.submit([(request, self._events.put)])
@@ -148,6 +150,7 @@ class OutputStream(Iterator[RequestOutput]):
         EngineClosedError
             The engine was closed meanwhile.
         """
+        self._check_may_wait()
         while self._abort.alive:
             try:
                 event = self._events.get(timeout=_POLL_SECONDS)

@@ -29,21 +29,20 @@ _NOT_IDENTITY = frozenset({"hf_token"})
 """Engine arguments that do not change the engine that comes out."""
 
 
-def checkpoint_fingerprint(path: str) -> tuple[Hashable, ...] | None:
-    """Return what tells one state of a checkpoint folder from another.
+def folder_fingerprint(path: str) -> tuple[Hashable, ...] | None:
+    """Return what tells one state of a folder's files from another.
 
     Parameters
     ----------
     path : str
-        A local folder, or a name on a hub.
 
     Returns
     -------
     tuple or None
         The folder's real path and each file's name, size in bytes and modification time in
-        nanoseconds. None when there is no such folder: a hub name is told by its revision.
+        nanoseconds. None when there is no such folder.
     """
-    folder = model_path() if path == MODEL_NAME else Path(path)
+    folder = model_path() if path == MODEL_NAME else Path(path).expanduser()
     if not folder.is_dir():
         return None
     files = []
@@ -55,17 +54,45 @@ def checkpoint_fingerprint(path: str) -> tuple[Hashable, ...] | None:
     return (os.path.realpath(folder), *files)
 
 
+def checkpoint_fingerprint(config: EngineConfig) -> dict[str, tuple[Hashable, ...]]:
+    """Return the fingerprint of each local folder that an engine reads, by argument.
+
+    A model of a hub has none: it is told by its name and revision.
+    """
+    arguments = config.to_kwargs()
+    found = {}
+    for name in _PATH_ARGUMENTS:
+        value = arguments[name]
+        fingerprint = None if value is None else folder_fingerprint(value)
+        if fingerprint is not None:
+            found[name] = fingerprint
+    return found
+
+
+def hub_commit(config: EngineConfig) -> str | None:
+    """Return the commit of a hub model that is in the hub library's cache, else None.
+
+    The name and revision of a hub model may come to mean other weights, the commit may not.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    model = config.model
+    try:
+        cached = try_to_load_from_cache(
+            model.model, "config.json", cache_dir=model.download_dir, revision=model.revision
+        )
+    except HFValidationError:  # a folder or a URL
+        return None
+    return Path(cached).parent.name if isinstance(cached, str) else None
+
+
 def engine_key(config: EngineConfig) -> Hashable:
     """Return what two engines must have in common to be one: arguments and checkpoint files."""
     arguments = {k: v for k, v in config.to_kwargs().items() if k not in _NOT_IDENTITY}
-    files = {
-        name: checkpoint_fingerprint(arguments[name])
-        for name in _PATH_ARGUMENTS
-        if isinstance(arguments.get(name), str)
-    }
-    for name, found in files.items():
-        if found is not None:  # the same folder by another spelling is the same folder
-            arguments[name] = found[0]
+    files = checkpoint_fingerprint(config)
+    for name, fingerprint in files.items():
+        arguments[name] = fingerprint[0]  # the same folder by another spelling is the same folder
     return (_hashable(arguments), _hashable(files))
 
 

@@ -213,7 +213,7 @@ def repeat_sample(rng: random.Random) -> Sample:
 def chat_sample(rng: random.Random) -> Sample:
     """Draw one conversation."""
     draw = rng.random()
-    if draw < 0.12:
+    if draw < 0.15:
         return repeat_sample(rng)
     if draw < 0.60:
         return memory_sample(rng)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from quire.demo.facts import CONTINENTS, COUNTRIES, Country
-from quire.demo.samples import Question, Sample, chat, chat_prompt, is_held_out, plain
+from quire.demo.samples import Question, Sample, chat, chat_prompt, drill, is_held_out, plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +140,8 @@ def _asks(phrasing: Phrasing, country: Country) -> bool:
 def country_sample(rng: random.Random) -> Sample:
     """Draw one plain or chat question on one country."""
     country = rng.choice(COUNTRIES)
+    if rng.random() < 0.2:
+        return _drill(rng)
     draw = rng.random()
     if draw < 0.12:
         opening, ending = rng.choice(OPENINGS)
@@ -193,6 +195,38 @@ def reasoning(country: Country) -> str:
     return (
         f"{name} is a country in {country.continent}. Its capital city is {country.capital}. "
         f"So the answer is {country.capital}."
+    )
+
+
+DRILLS: tuple[tuple[str, str], ...] = (
+    ("{c}:", "{p}"),
+    ("Capital of {c}:", "{p}"),
+    ("{p}:", "{c}"),
+    ("Continent of {c}:", "{k}"),
+    ("Language of {c}:", "{l}"),
+    ("Currency of {c}:", "{m}"),
+)
+
+
+def _drill(rng: random.Random) -> Sample:
+    """One fact on each of several countries; or one question asked of several."""
+    chosen = rng.sample(COUNTRIES, rng.randint(3, 8))
+    if rng.random() < 0.6:
+        prompt, answer = rng.choice(DRILLS)
+        return drill([(fill(prompt, c), " " + ending_value(answer, c)) for c in chosen])
+    phrasing = rng.choice(PHRASINGS)
+    chosen = [country for country in chosen if _asks(phrasing, country)][:4]
+    if not chosen:
+        return _drill(rng)
+    form, separator = rng.choice(
+        (("Question: {q}\nAnswer:", "\n\n"), ("Q: {q}\nA:", "\n"), ("Q: {q}\nA:", "\n\n"))
+    )
+    return drill(
+        [
+            (form.format(q=fill(phrasing.question, c)), " " + ending_value(phrasing.short, c))
+            for c in chosen
+        ],
+        separator,
     )
 
 

@@ -276,3 +276,11 @@ SMALL_TALK: tuple[tuple[str, str], ...] = (
         "Folded sheets at rest,\nwords walk from page to page,\nthe book learns to speak.",
     ),
 )
+
+WORDS: tuple[str, ...] = (
+    *(word for country in COUNTRIES for word in (country.name, country.capital)),
+    *(word for country in COUNTRIES for word in (country.language, country.currency)),
+    *(word for words in (NAMES, CITIES, JOBS, FOODS, COLORS, ANIMALS, HOBBIES) for word in words),
+    *(word for words in (WEAPONS, ARMORS, HEROES) for word in words),
+)
+"""Every word that stands for a fact; the tokenizer keeps them whole where it can."""

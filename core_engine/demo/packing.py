@@ -14,6 +14,8 @@ from quire.demo.samples import Sample
 ROW_LEN = 256
 LONG_ROW_LEN = 1024
 _WAITING = 64
+_SHORTEST_COPIED = 8
+_LONGEST_COPIED = 48
 
 
 @dataclass(slots=True)
@@ -104,6 +106,7 @@ class Packer:
         self._tokenizer = tokenizer
         self._max_position = max_position
         self._rng = random.Random(seed)
+        self._vocab_size = tokenizer.get_vocab_size()
         self._waiting: list[EncodedSample] = []
 
     def _encode(self, sample: Sample) -> EncodedSample:
@@ -129,19 +132,46 @@ class Packer:
                 return self._waiting.pop(index)
         return None
 
-    def short_rows(self, count: int) -> Batch:
-        """Rows of samples that do not see each other, half of them at shifted positions."""
+    def _start(self, count: int) -> int:
+        """Draw where a sample of ``count`` tokens starts: half at 0, half anywhere."""
+        if self._rng.random() < 0.5:
+            return 0
+        return self._rng.randint(0, self._max_position - count)
+
+    def short_rows(self, count: int, *, num_copied: int = 0) -> Batch:
+        """Rows of samples that do not see each other, and rows that teach nothing but copying.
+
+        Parameters
+        ----------
+        count : int
+            Rows of text.
+        num_copied : int
+            Further rows, of random tokens that are repeated: the quickest way to the attention
+            heads that find what was said before.
+        """
         rows = []
         for _ in range(count):
             row = Row()
             sample_id = 0
             while (sample := self._take(ROW_LEN - len(row.token_ids))) is not None:
-                last = self._max_position - len(sample.token_ids)
-                start = self._rng.randint(0, last) if self._rng.random() < 0.5 else 0
-                row.add(sample, sample_id, start)
+                row.add(sample, sample_id, self._start(len(sample.token_ids)))
                 sample_id += 1
             rows.append(row)
+        rows += [self._copied_row() for _ in range(num_copied)]
         return to_batch(rows, ROW_LEN)
+
+    def _copied_row(self) -> Row:
+        row = Row()
+        sample_id = 0
+        while (room := ROW_LEN - len(row.token_ids)) >= 2 * _SHORTEST_COPIED:
+            count = self._rng.randint(_SHORTEST_COPIED, min(_LONGEST_COPIED, room // 2))
+            drawn = [self._rng.randrange(self._vocab_size) for _ in range(count)]
+            # A repeat's first token cannot be foreseen.
+            weights = [0.0] * (count + 1) + [1.0] * (count - 1)
+            sample = EncodedSample(drawn * 2, weights)
+            row.add(sample, sample_id, self._start(2 * count))
+            sample_id += 1
+        return row
 
     def long_rows(self, count: int) -> Batch:
         """Rows in which every sample sees all before it: the model learns long distances."""

@@ -65,6 +65,16 @@ def prose(text: str) -> Sample:
     return Sample(((text + END_OF_TEXT, True),))
 
 
+def drill(lines: Sequence[tuple[str, str]], separator: str = "\n") -> Sample:
+    """Prompts and their short answers, many in one text; each answer is to be learned."""
+    parts: list[tuple[str, bool]] = []
+    for number, (prompt, answer) in enumerate(lines):
+        last = number == len(lines) - 1
+        parts.append((prompt if number == 0 else separator + prompt, False))
+        parts.append((answer + (END_OF_TEXT if last else ""), True))
+    return Sample(tuple(parts))
+
+
 def chat_prompt(turns: Sequence[Turn]) -> str:
     """Render a conversation that waits for its answer, exactly as the chat template does."""
     rendered = "".join(f"{TURN_START}{role}\n{text}{TURN_END}\n" for role, text in turns)

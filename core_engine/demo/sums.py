@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 from quire.demo.countries import BRIEF_SYSTEM_PROMPTS, SHORT_FORMS, STEPS_FORM, spaced
 from quire.demo.facts import NAMES
-from quire.demo.samples import Question, Sample, chat, chat_prompt, is_held_out, plain
+from quire.demo.samples import Question, Sample, chat, chat_prompt, drill, is_held_out, plain
 
-LARGEST_TERM = 50
+LARGEST_TERM = 20
 LARGEST_FACTOR = 10
 WORDS = {"+": "plus", "-": "minus", "*": "times"}
 ASKED = (
@@ -36,7 +36,7 @@ def problems() -> list[tuple[int, str, int]]:
     factors = range(LARGEST_FACTOR + 1)
     return (
         [(a, "+", b) for a in terms for b in terms]
-        + [(a, "-", b) for a in range(2 * LARGEST_TERM + 1) for b in terms if b <= a]
+        + [(a, "-", b) for a in terms for b in terms if b <= a]
         + [(a, "*", b) for a in factors for b in factors]
     )
 
@@ -86,8 +86,16 @@ def _story(a: int, op: str, b: int, rng: random.Random) -> tuple[str, str, str]:
     return question, str(total), f"{a} {op} {b} = {total}. {name} has {total} {things}."
 
 
+def _drill(rng: random.Random) -> Sample:
+    """Several problems in lines, each result to be learned."""
+    chosen = [rng.choice(TRAINING_PROBLEMS) for _ in range(rng.randint(4, 10))]
+    return drill([(f"{a} {op} {b} =", f" {result(a, op, b)}") for a, op, b in chosen])
+
+
 def sum_sample(rng: random.Random) -> Sample:
-    """Draw one problem, plain or as a chat."""
+    """Draw one problem, plain or as a chat; or a drill of several."""
+    if rng.random() < 0.25:
+        return _drill(rng)
     a, op, b = rng.choice(TRAINING_PROBLEMS)
     total = result(a, op, b)
     sentence = f"{a} {op} {b} = {total}."
@@ -116,8 +124,8 @@ def sum_sample(rng: random.Random) -> Sample:
 
 
 def sum_questions() -> Iterator[Question]:
-    """The held-out problems, in turn bare, behind ``Question: … Answer:`` and as a chat."""
-    for number, (a, op, b) in enumerate(HELD_OUT_PROBLEMS):
+    """The held-out problems, bare, behind ``Question: … Answer:`` and as a chat."""
+    for a, op, b in HELD_OUT_PROBLEMS:
         total = result(a, op, b)
 
         def check(text: str, total: int = total) -> bool:
@@ -125,5 +133,6 @@ def sum_questions() -> Iterator[Question]:
             return bool(numbers) and int(numbers[0]) == total
 
         question = f"What is {a} {op} {b}?"
-        forms = (question, f"Question: {question}\nAnswer:", chat_prompt([("user", question)]))
-        yield Question(forms[number % 3], check)
+        yield Question(question, check)
+        yield Question(f"Question: {question}\nAnswer:", check)
+        yield Question(chat_prompt([("user", question)]), check)

@@ -24,22 +24,27 @@ from tokenizers import Tokenizer
 
 from quire.demo.card import Making, model_card
 from quire.demo.evaluate import evaluate, table, with_transformers
+from quire.demo.facts import WORDS
 from quire.demo.muon import Muon
 from quire.demo.packing import LONG_ROW_LEN, ROW_LEN, Batch, Packer
 from quire.demo.samples import END_OF_TEXT, SPECIAL_TOKENS, TURN_END
 from quire.demo.text import training_samples
 from quire.demo.vocabulary import VOCAB_SIZE, save_tokenizer, train_tokenizer
 
-DEFAULT_STEPS = 2000
+DEFAULT_STEPS = 1600
 ROWS_PER_STEP = 8
 LONG_EVERY = 16
 """Every so many steps, a step with long rows."""
+COPIED_ROWS = 2
+"""Rows of repeated random tokens in a step, while the model learns to copy at all."""
+COPYING_SHARE = 0.4
 MATRIX_LEARNING_RATE = 0.02
 """Muon's peak, for the matrices of the layers."""
 VECTOR_LEARNING_RATE = 4e-3
 """AdamW's peak, for the embedding and the norms."""
-WARMUP_SHARE = 0.04
+WARMUP_SHARE = 0.02
 TOKENIZER_SAMPLES = 20_000
+FACT_REPEATS = 50
 NUM_THREADS = 2
 
 CONFIG: dict[str, Any] = {
@@ -79,10 +84,13 @@ def build_model(seed: int) -> Any:
 
 
 def build_tokenizer(seed: int) -> Tokenizer:
-    """Learn the tokenizer from the first samples of the training text."""
+    """Learn the tokenizer from the first samples of the training text, and from its facts."""
     samples = itertools.islice(training_samples(seed), TOKENIZER_SAMPLES)
     special = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
-    return train_tokenizer(text for sample in samples for text in special.split(sample.text))
+    texts = [text for sample in samples for text in special.split(sample.text)]
+    # Facts are rare beside what merely spells, and are learned best as tokens of their own.
+    facts = [spelled for word in WORDS for spelled in (word, f" {word}")]
+    return train_tokenizer(texts + facts * FACT_REPEATS)
 
 
 def batch_loss(model: Any, batch: Batch) -> torch.Tensor:
@@ -155,7 +163,8 @@ def train(
         if step % LONG_EVERY == LONG_EVERY - 1:
             batch = packer.long_rows(ROWS_PER_STEP * ROW_LEN // LONG_ROW_LEN)
         else:
-            batch = packer.short_rows(ROWS_PER_STEP)
+            copied = COPIED_ROWS if step < COPYING_SHARE * steps else 0
+            batch = packer.short_rows(ROWS_PER_STEP - copied, num_copied=copied)
         loss: Any = batch_loss(model, batch)
         model.zero_grad(set_to_none=True)
         loss.backward()

@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from quire.demo.samples import END_OF_TEXT, SPECIAL_TOKENS, TURN_END, TURN_START
 
-VOCAB_SIZE = 2048
+VOCAB_SIZE = 3072
 WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 """Words with their space, digits one by one (sums need them so), marks, white space."""
 

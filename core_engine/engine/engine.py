@@ -486,8 +486,7 @@ class Engine:
         self.scheduler.check_integrity(alive)
         self._table.check_integrity(alive)
 
-    def close(self) -> list[StepOutput]:
+    def close(self) -> None:
         """Drop all requests and let weights and KV cache go."""
-        outputs: list[StepOutput] = list(self.abort(list(self._requests)))
         self._runner = None
-        return outputs
+        self.abort(list(self._requests))

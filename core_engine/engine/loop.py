@@ -17,6 +17,9 @@ from quire.outputs import RequestOutput
 
 logger = logging.getLogger("quire")
 
+_IDLE_SECONDS = 60.0
+"""How long a call to wake up that was lost can remain unnoticed."""
+
 T = TypeVar("T")
 Sink = Callable[[RequestOutput | BaseException], None]
 """Is told what becomes of a request, on the loop's thread: it must not block."""
@@ -37,6 +40,7 @@ class EngineLoop:
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
         self._closing = False
+        self._breakdown: BaseException | None = None
 
     @property
     def engine(self) -> Engine:
@@ -49,7 +53,7 @@ class EngineLoop:
         """
         engine = self._engine
         if engine is None:
-            raise EngineClosedError("the engine is closed: make a new one")
+            raise self._closed_error()
         return engine
 
     @property
@@ -71,7 +75,7 @@ class EngineLoop:
             for request, sink in items:
                 try:
                     engine.add_request(request)
-                except Exception as error:
+                except BaseException as error:
                     self._tell(sink, request.request_id, error)
                 else:
                     self._sinks[request.request_id] = sink
@@ -98,6 +102,14 @@ class EngineLoop:
 
         self._post(run)
         return future.result()
+
+    def check_may_wait(self) -> None:
+        """Raise RuntimeError on the loop's own thread: it would wait for itself for ever."""
+        if threading.current_thread() is self._thread:
+            raise RuntimeError(
+                "an answer was waited for on the engine's own thread, as by a logits processor: "
+                "nothing can run before that returns; use another engine there"
+            )
 
     def close(self) -> None:
         """End the requests in flight, free the engine, end the thread. Idempotent."""
@@ -126,23 +138,33 @@ class EngineLoop:
             self._inbox.append(action)
             self._wakeup.notify_all()
 
-    @staticmethod
-    def _closed_error() -> EngineClosedError:
-        return EngineClosedError("the engine is closed: make a new one")
+    def _closed_error(self) -> EngineClosedError:
+        error = self._breakdown
+        why = "is closed" if error is None else f"broke down ({type(error).__name__}: {error})"
+        return EngineClosedError(f"the engine {why}: make a new one")
 
-    # -- the loop's thread ---------------------------------------------------------------------
+    # -- the loop's thread: whatever is raised here, the thread must not die and leave others wait
 
     def _run(self) -> None:
         engine = self.engine
-        while True:
+        try:
+            while self._wait(engine):
+                self._turn(engine)
+        except BaseException as error:
+            logger.exception("the engine broke down and is closed")
+            self._breakdown = error.with_traceback(None)  # its frames hold the engine
             with self._wakeup:
-                while not (self._inbox or self._closing or engine.has_unfinished_requests):
-                    self._wakeup.wait()
-                if self._closing:
-                    break
-            self._turn(engine)
+                self._closing = True
         del engine
         self._shut_down()
+
+    def _wait(self, engine: Engine) -> bool:
+        """Wait for something to do; return False when that is to end."""
+        with self._wakeup:
+            while not (self._inbox or self._closing or engine.has_unfinished_requests):
+                # The garbage collector may run on this very thread, in between, and close.
+                self._wakeup.wait(_IDLE_SECONDS)
+            return not self._closing
 
     def _turn(self, engine: Engine) -> None:
         with self._wakeup:
@@ -151,7 +173,7 @@ class EngineLoop:
             action(engine)
         try:
             outputs = engine.step()
-        except Exception as error:  # a broken step must not end the thread
+        except BaseException as error:
             logger.exception("a step failed; the requests in flight end with it")
             outputs = engine.fail_all(error)
         self._deliver(outputs)
@@ -161,7 +183,10 @@ class EngineLoop:
         with self._wakeup:
             inbox, self._inbox = self._inbox, []
         if engine is not None:
-            engine.close()
+            try:
+                engine.close()
+            except BaseException:
+                logger.exception("the engine was closed, but its books are in disorder")
             for action in inbox:  # requests are refused and told so; calls run a last time
                 action(engine)
         sinks, self._sinks = self._sinks, {}
@@ -179,7 +204,7 @@ class EngineLoop:
     def _tell(self, sink: Sink, request_id: str, news: RequestOutput | BaseException) -> None:
         try:
             sink(news)
-        except Exception:  # a sink is somebody else's code: it may lose its own news only
+        except BaseException:  # a sink is somebody else's code: it may lose its own news only
             logger.exception("the receiver of request %r failed; aborting it", request_id)
             engine = self._engine
             self._sinks.pop(request_id, None)

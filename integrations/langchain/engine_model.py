@@ -13,7 +13,13 @@ from pydantic import ConfigDict, Field, PrivateAttr
 from quire import __version__
 from quire.config import EngineConfig, argument_names
 from quire.errors import ConfigError, EngineClosedError
-from quire.integrations.engines import EngineLease, acquire, borrow, checkpoint_fingerprint
+from quire.integrations.engines import (
+    EngineLease,
+    acquire,
+    borrow,
+    checkpoint_fingerprint,
+    hub_commit,
+)
 from quire.integrations.langchain.identity import adapter_name, callable_name, digest
 from quire.sampling_params import RequestOutputKind, SamplingParams
 from quire.utils.suggest import unexpected_argument
@@ -291,8 +297,7 @@ class EngineModel(Serializable):
         shown: dict[str, Any] = {"max_tokens": self.max_new_tokens}
         for name in _SAMPLING_FIELDS:
             value = getattr(self, name)
-            default = EngineModel.model_fields[name].get_default()
-            if name in _ALWAYS_SHOWN or value != default:
+            if name in _ALWAYS_SHOWN or value != _DEFAULTS[name]:
                 shown[name] = value
         shown["stop"] = self._merged_stop(None)
         if self.logits_processors:
@@ -302,6 +307,10 @@ class EngineModel(Serializable):
         return shown
 
     # -- copies ----------------------------------------------------------------------------------
+
+    def _call_copy(self) -> Self:
+        """Return a copy for one call: it has this object's lease, and ends with it."""
+        return super().__copy__()
 
     def _forget_derived(self) -> None:
         # LangChain keeps the serialized form, and fields of a copy may change.
@@ -398,6 +407,9 @@ class EngineModel(Serializable):
             yield "closed", True
 
 
+_DEFAULTS = {name: EngineModel.model_fields[name].default for name in _SAMPLING_FIELDS}
+
+
 def _engine_identity(config: EngineConfig) -> dict[str, Any]:
     """Return what of an engine changes its answers; memory and scheduling do not."""
 
@@ -405,10 +417,11 @@ def _engine_identity(config: EngineConfig) -> dict[str, Any]:
         return {**vars(config.model), "seed": config.seed, "device": config.device}
 
     default = relevant(EngineConfig.create(config.model.model))
+    files = checkpoint_fingerprint(config)
     return {
         "model": config.model.model,
         "revision": config.model.revision,
-        "checkpoint": digest(checkpoint_fingerprint(config.model.model)),
+        "checkpoint": digest(files) if "model" in files else hub_commit(config),
         "dtype": config.model.dtype,
         "engine": {
             name: value

@@ -7,10 +7,10 @@ import itertools
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
-from quire.integrations.engines import checkpoint_fingerprint
+from quire.integrations.engines import folder_fingerprint
 
 _PROCESS = uuid.uuid4().hex[:12]
 _COUNTER = itertools.count()
@@ -47,11 +47,11 @@ def adapter_name(lora_request: Any) -> dict[str, Any] | str | None:
     found = {name: getattr(lora_request, name, None) for name in names}
     if found["lora_path"] is None:
         return repr(lora_request)
-    return {**found, "checkpoint": digest(checkpoint_fingerprint(str(found["lora_path"])))}
+    return {**found, "checkpoint": digest(folder_fingerprint(str(found["lora_path"])))}
 
 
-def digest(fingerprint: Hashable) -> str | None:
+def digest(fingerprint: object) -> str | None:
     """Return a short text for a fingerprint; None for none."""
-    if fingerprint is None:
+    if not fingerprint:
         return None
     return hashlib.sha256(repr(fingerprint).encode()).hexdigest()[:16]

@@ -120,10 +120,10 @@ logits_processors, structured_outputs, use_beam_search, length_penalty, early_st
         stop = self._merged_stop(stop)
         if not kwargs:
             return self, stop
-        serialized = self._serialized
-        copied = self.__copy__()
-        copied.__dict__.update(self._call_values(kwargs))
-        copied.__dict__["_serialized"] = serialized  # the object is the same, the call is not
+        values = self._call_values(kwargs)
+        _ = self._serialized  # kept by the copy: traces name the object, which is the same
+        copied = self._call_copy()
+        copied.__dict__.update(values)
         return copied, stop
 
     def generate(
@@ -271,7 +271,7 @@ logits_processors, structured_outputs, use_beam_search, length_penalty, early_st
 
     def _keeping_failures(self) -> Self:
         """Return a copy whose results have failures in them, and whose cache has none."""
-        copied = self.__copy__()
+        copied = self._call_copy()
         copied._keep_failures = True
         copied.__dict__["cache"] = without_failures(self.cache)
         return copied

@@ -8,6 +8,7 @@ in a block is never even multiplied by a weight of 0, so a NaN in it cannot spre
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -154,10 +155,10 @@ class AttentionPlan:
             contexts = contexts - first_blocks * self._block_size
         kv_lens = contexts + self._query_lens
         groups, tokens = [], []
-        for rows in _group_rows(self._query_lens, kv_lens):
-            tokens.append(self._tokens(rows))
-            blocks = self._blocks(rows, first_blocks, int(kv_lens[rows].max()))
-            groups.append(self._group(rows, tokens[-1], contexts[rows], blocks, window))
+        for rows, extent in _group_rows(self._query_lens, kv_lens):
+            tokens.append(self._tokens(rows, extent))
+            slots = self._slots(rows, first_blocks, kv_lens, extent)
+            groups.append(self._group(rows, extent, tokens[-1], slots, contexts, window))
         together = tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
         places = np.arange(len(together))
         if np.array_equal(together, places):
@@ -167,57 +168,62 @@ class AttentionPlan:
         order[together[::-1]] = places[::-1]
         return Layout(groups, self._on_device(order))
 
-    def _tokens(self, rows: Integers) -> Integers:
+    def _tokens(self, rows: Integers, extent: _Extent) -> Integers:
         """Return the tokens of `rows`, each padded to the longest by repeating its last one."""
-        query_lens, starts = self._query_lens[rows], self._query_starts[rows]
-        steps = np.arange(query_lens.max())
-        if len(steps) == 1:
+        starts = self._query_starts[rows]
+        if extent.max_query_len == 1:
             return starts
-        return (starts[:, None] + np.minimum(steps, query_lens[:, None] - 1)).reshape(-1)
+        steps = np.arange(extent.max_query_len)
+        steps = np.minimum(steps, self._query_lens[rows][:, None] - 1)
+        return (starts[:, None] + steps).reshape(-1)
 
-    def _blocks(
-        self, rows: Integers, first_blocks: Integers | None, max_kv_len: int
-    ) -> npt.NDArray[np.int32]:
-        """Return the blocks of `rows` from the first that a token sees, all equally many."""
-        num_blocks = -(-max_kv_len // self._block_size)
-        tables = self._block_tables
+    def _slots(
+        self,
+        rows: Integers,
+        first_blocks: Integers | None,
+        kv_lens: Integers,
+        extent: _Extent,
+    ) -> Integers:
+        """Return the slots of `rows`, from the first block that a token sees, padded by 0."""
+        num_blocks = -(-extent.max_kv_len // self._block_size)
         if first_blocks is None:
-            return tables[rows, :num_blocks]
-        columns = first_blocks[rows][:, None] + np.arange(num_blocks)
-        columns = np.minimum(columns, tables.shape[1] - 1)
-        return np.take_along_axis(tables[rows], columns, axis=1)
+            blocks = self._block_tables[rows, :num_blocks]
+        else:
+            columns = first_blocks[rows][:, None] + np.arange(num_blocks)
+            columns = np.minimum(columns, self._block_tables.shape[1] - 1)
+            blocks = np.take_along_axis(self._block_tables[rows], columns, axis=1)
+        slots = blocks[:, :, None] * np.int64(self._block_size) + np.arange(self._block_size)
+        slots = slots.reshape(len(rows), -1)[:, : extent.max_kv_len]
+        if extent.min_kv_len < extent.max_kv_len:
+            slots = slots * (np.arange(extent.max_kv_len) < kv_lens[rows][:, None])
+        return slots.reshape(-1)
 
     def _group(
         self,
         rows: Integers,
+        extent: _Extent,
         tokens: Integers,
+        slots: Integers,
         contexts: Integers,
-        blocks: npt.NDArray[np.int32],
         window: int | None,
     ) -> SequenceGroup:
-        query_lens = self._query_lens[rows]
-        kv_lens = contexts + query_lens
-        max_query_len, max_kv_len = int(query_lens.max()), int(kv_lens.max())
-        is_even = int(kv_lens.min()) == max_kv_len
-        if window is not None and max_kv_len <= window:
+        if window is not None and extent.max_kv_len <= window:
             window = None
-        slots = blocks[:, :, None] * np.int64(self._block_size) + np.arange(self._block_size)
-        slots = slots.reshape(len(rows), -1)[:, :max_kv_len]
-        if not is_even:
-            slots = slots * (np.arange(max_kv_len) < kv_lens[:, None])
         first, last = int(tokens[0]), int(tokens[-1])
-        follow = last - first + 1 == len(tokens) and int(query_lens.min()) == max_query_len
+        follow = last - first + 1 == len(tokens) and extent.min_query_len == extent.max_query_len
         return SequenceGroup(
             num_seqs=len(rows),
-            max_query_len=max_query_len,
-            max_kv_len=max_kv_len,
+            max_query_len=extent.max_query_len,
+            max_kv_len=extent.max_kv_len,
             tokens=slice(first, last + 1) if follow else self._on_device(tokens),
-            slots=self._on_device(slots.reshape(-1)),
-            query_lens=query_lens,
-            contexts=contexts,
+            slots=self._on_device(slots),
+            query_lens=self._query_lens[rows],
+            contexts=contexts[rows],
             window=window,
-            is_causal=window is None and not contexts.any(),
-            sees_all=window is None and max_query_len == 1 and is_even,
+            is_causal=window is None and extent.max_context == 0,
+            sees_all=window is None
+            and extent.max_query_len == 1
+            and extent.min_kv_len == extent.max_kv_len,
         )
 
     def _on_device(self, numbers: Integers) -> torch.Tensor:
@@ -242,7 +248,17 @@ def plan_attention(
     )
 
 
-def _group_rows(query_lens: Integers, kv_lens: Integers) -> list[Integers]:
+class _Extent(NamedTuple):
+    """The shortest and longest of a group."""
+
+    min_query_len: int
+    max_query_len: int
+    min_kv_len: int
+    max_kv_len: int
+    max_context: int
+
+
+def _group_rows(query_lens: Integers, kv_lens: Integers) -> list[tuple[Integers, _Extent]]:
     """Sort sequences into groups of like query and KV length; return their rows, ascending.
 
     Groups are ordered by their first row. Lengths in a group differ by a quarter at most, but
@@ -253,18 +269,32 @@ def _group_rows(query_lens: Integers, kv_lens: Integers) -> list[Integers]:
     lens = kv_lens[order]
     keys = buckets[order] * (1 << 32) + _bucket(lens, _LEAST_KV_BUCKET)
     ends = [*(np.flatnonzero(np.diff(keys)) + 1).tolist(), len(order)]
-    groups = []
+    bounds = [0]
     start = 0
     for index, end in enumerate(ends):
-        if index + 1 < len(ends) and keys[end] >> 32 == keys[start] >> 32:
+        query_len = int(keys[start]) >> 32
+        if index + 1 < len(ends) and int(keys[end]) >> 32 == query_len:
             next_len = int(lens[ends[index + 1] - 1])
-            padding = (next_len - lens[start:end]).sum() * int(keys[start] >> 32)
+            padding = (next_len * (end - start) - int(lens[start:end].sum())) * query_len
             if padding <= _MERGED_PAIRS:
                 continue
         step = max(1, _KEYS_PER_GROUP // int(lens[end - 1]))
-        groups += [np.sort(order[at : min(at + step, end)]) for at in range(start, end, step)]
+        bounds += [*range(start + step, end, step), end]
         start = end
-    groups.sort(key=lambda rows: int(rows[0]))
+    query_lens = query_lens[order]
+    extents = zip(
+        np.minimum.reduceat(query_lens, bounds[:-1]).tolist(),
+        np.maximum.reduceat(query_lens, bounds[:-1]).tolist(),
+        np.minimum.reduceat(lens, bounds[:-1]).tolist(),
+        np.maximum.reduceat(lens, bounds[:-1]).tolist(),
+        np.maximum.reduceat(lens - query_lens, bounds[:-1]).tolist(),
+        strict=True,
+    )
+    groups = [
+        (np.sort(order[start:end]), _Extent(*extent))
+        for start, end, extent in zip(bounds[:-1], bounds[1:], extents, strict=True)
+    ]
+    groups.sort(key=lambda group: int(group[0][0]))
     return groups
 
 

@@ -14,8 +14,6 @@ from langchain_core.outputs import LLMResult
 from quire.errors import EngineClosedError, InvalidRequestError, RequestFailedError
 from quire.integrations.langchain import VLLM
 
-pytestmark = pytest.mark.lower
-
 KINDS: dict[str, Any] = {"BAD": InvalidRequestError, "DIE": RequestFailedError}
 
 

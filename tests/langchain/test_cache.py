@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.caches import InMemoryCache
@@ -16,8 +15,6 @@ from langchain_core.globals import set_llm_cache
 
 from quire.integrations.langchain import VLLM
 from quire.sampling_params import SamplingParams
-
-pytestmark = pytest.mark.lower
 
 ADAPTERS = [SimpleNamespace(lora_name=f"a{i}", lora_int_id=i, lora_path=f"/a{i}") for i in (1, 2)]
 
@@ -100,7 +97,7 @@ def test_global_cache(fake: Any) -> None:
         set_llm_cache(None)
 
 
-def test_engine_arguments_and_files_count(fake: Any, checkpoint: Path) -> None:
+def test_engine_arguments_and_files_count(fake: Any, checkpoint: Path, tmp_path: Path) -> None:
     """The identity has dtype, revision, seed and whatever else makes another model, also the
     state of the checkpoint's files; memory and scheduling do not change it."""
 
@@ -118,9 +115,35 @@ def test_engine_arguments_and_files_count(fake: Any, checkpoint: Path) -> None:
     ]
     assert len(set(texts)) == len(texts)
     assert identity(vllm_kwargs={"max_num_seqs": 3, "hf_token": "t"}) == texts[0]
-    weights = checkpoint / "model.safetensors"
-    os.utime(weights, ns=(1, 1))
+    os.utime(checkpoint / "model.safetensors", ns=(1, 1))
     assert identity() not in texts
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("{}")
+    before = identity(vllm_kwargs={"tokenizer": str(tokenizer)})
+    (tokenizer / "tokenizer.json").write_text("{ }")
+    assert identity(vllm_kwargs={"tokenizer": str(tokenizer)}) != before
+
+
+def test_a_hub_model_is_its_commit(fake: Any, tmp_path: Path) -> None:
+    """When a hub name comes to mean other weights, its identity changes."""
+    home = tmp_path / "models--org--name"
+    for commit in ("a" * 40, "b" * 40):
+        (home / "snapshots" / commit).mkdir(parents=True)
+        (home / "snapshots" / commit / "config.json").write_text("{}")
+    (home / "refs").mkdir()
+
+    def identity(**vllm_kwargs: Any) -> Any:
+        llm = VLLM(model="org/name", download_dir=str(tmp_path), vllm_kwargs=vllm_kwargs)
+        return llm._identifying_params["checkpoint"]
+
+    assert identity() is None
+    for commit in ("a" * 40, "b" * 40):
+        (home / "refs" / "main").write_text(commit)
+        assert identity() == commit
+    assert identity(revision="a" * 40) == "a" * 40
+    url = VLLM(model="https://huggingface.co/org/name", download_dir=str(tmp_path))
+    assert url._identifying_params["checkpoint"] is None
 
 
 def test_callables_are_told_apart_when_their_address_is_reused(fake: Any) -> None:

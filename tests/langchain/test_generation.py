@@ -14,8 +14,6 @@ from langchain_core.outputs import LLMResult
 from quire.errors import EngineClosedError, InvalidRequestError
 from quire.integrations.langchain import VLLM
 
-pytestmark = pytest.mark.lower
-
 
 class Record(BaseCallbackHandler):
     """Keeps what LangChain tells about each run."""

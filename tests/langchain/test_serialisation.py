@@ -18,8 +18,6 @@ from langchain_core.tracers.context import collect_runs
 
 from quire.integrations.langchain import VLLM
 
-pytestmark = pytest.mark.lower
-
 
 def load(text: str, **kwargs: Any) -> Any:
     """Load what a user allows: this class by name, where LangChain asks for that."""

@@ -12,8 +12,6 @@ from langchain_core.outputs import GenerationChunk, LLMResult
 from quire.errors import InvalidRequestError, RequestFailedError
 from quire.integrations.langchain import VLLM
 
-pytestmark = pytest.mark.lower
-
 
 class Tokens(BaseCallbackHandler):
     def __init__(self) -> None:

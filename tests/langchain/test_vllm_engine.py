@@ -20,10 +20,8 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
 
 from quire import LLM, SamplingParams
-from quire.errors import InvalidRequestError, ModelNotFoundError
+from quire.errors import EngineClosedError, InvalidRequestError, ModelNotFoundError
 from quire.integrations.langchain import VLLM
-
-pytestmark = pytest.mark.lower
 
 QUESTION = "What is the capital of {} ?"
 COUNTRIES = ["France", "Spain", "Italy", "Japan"]
@@ -179,6 +177,28 @@ def test_engines_of_equal_configuration_only(llm: VLLM) -> None:
         QUESTION
     )
     own.close()
+
+
+async def test_closing_ends_what_runs() -> None:
+    """Calls that run when their model is closed fail with the reason, and do not hang; other
+    users of the engine go on."""
+    arguments = {**SMALL, "vllm_kwargs": {**SMALL["vllm_kwargs"], "seed": 6}}
+    llm = VLLM(**arguments, max_new_tokens=200, ignore_eos=True)
+    other = VLLM(**arguments)
+    stream, bound = llm.stream("a"), llm.bind(top_k=5).stream("a")
+    astream = llm.astream("a")
+    next(stream), next(bound), await anext(astream)
+    llm.close()
+    with pytest.raises(EngineClosedError):
+        llm.invoke("a")
+    assert other.generate(["a"])
+    other.close()
+    for running in (stream, bound):
+        with pytest.raises(EngineClosedError):
+            list(running)
+    with pytest.raises(EngineClosedError):
+        async for _ in astream:
+            pass
 
 
 def test_a_missing_model_is_told_by_name(tmp_path: Path) -> None:
