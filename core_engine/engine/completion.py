@@ -34,7 +34,6 @@ class Completion:
         "_params",
         "_request",
         "_sent_finish",
-        "_sent_text",
         "_sent_tokens",
         "_stop_token_ids",
         "cumulative_logprob",
@@ -67,7 +66,6 @@ class Completion:
         self._eos = eos_token_ids
         self._stop_token_ids = frozenset(params.stop_token_ids or ())
         self._detokenizer = Detokenizer(tokenizer, params, request.prompt_token_ids)
-        self._sent_text = ""
         self._sent_tokens = 0
         self._sent_finish = False
 
@@ -96,15 +94,14 @@ class Completion:
 
     def delta(self) -> CompletionOutput:
         """Return what is new since the last call."""
-        text = self.text()
+        finished = self.finish_reason is not None
         first = self._sent_tokens
         output = self._output(
-            text[len(self._sent_text) :],
+            self._detokenizer.take(finished=finished),
             self.token_ids[first:],
             None if self.logprobs is None else self.logprobs[first:],
         )
-        self._sent_text, self._sent_tokens = text, len(self.token_ids)
-        self._sent_finish = self.finish_reason is not None
+        self._sent_tokens, self._sent_finish = len(self.token_ids), finished
         return output
 
     def text(self) -> str:

@@ -399,8 +399,10 @@ class EngineModel(Serializable):
 
     def __repr_args__(self) -> Any:
         for name, value in super().__repr_args__():
-            if name == "vllm_kwargs" and isinstance(value.get("hf_token"), str):
-                yield name, {**value, "hf_token": "***"}
+            if name == "vllm_kwargs":
+                if value:
+                    masked = {"hf_token": "***"} if isinstance(value.get("hf_token"), str) else {}
+                    yield name, {**value, **masked}
             elif name != "metadata" or set(value) != {"lc_versions"}:
                 yield name, value
         if self._lease is not None and self._lease.closed:

@@ -179,6 +179,7 @@ def test_repr_shows_what_was_set_and_no_secret(fake: Any) -> None:
     llm = VLLM(model="m", temperature=0.0, vllm_kwargs={"hf_token": "hf_secret"})
     assert repr(llm) == "VLLM(model='m', vllm_kwargs={'hf_token': '***'}, temperature=0.0)"
     assert "secret" not in str(llm)
+    assert repr(VLLM(model="m")) == "VLLM(model='m')"
     llm.close()
     assert "closed=True" in repr(llm)
     assert "'model': 'm'" in str(llm)
