@@ -85,16 +85,17 @@ test-slow: $(VENV)/.dev test-lower
 	HYPOTHESIS_PROFILE=slow $(BIN)/pytest -m slow --durations=10 $(ARGS) \
 		|| { status=$$?; [ $$status -eq 5 ] && echo "no slow tests selected" || exit $$status; }
 
-# The lowest versions that pyproject.toml allows, in an environment of their own. Left out are the
-# comparisons with transformers, which are with the pinned release, and what only reads the sources.
-# Warnings are no errors here: an old release may call what newer ones of others have deprecated.
+# The lowest versions that pyproject.toml allows, in an environment of their own, with the langchain
+# that still has `langchain.chains`. Left out are the comparisons with transformers, which are with
+# the pinned release, and what only reads the sources. Warnings are no errors here: an old release
+# may call what newer releases of others have deprecated.
 LOWER := .venv-lower
 $(LOWER)/.stamp: $(VENV)/.dev .ci/lower_bounds.py $(INPUTS)
 	rm -rf $(LOWER) && $(BIN)/python -m venv $(LOWER)
 	$(BIN)/python .ci/lower_bounds.py > $(LOWER)/constraints.txt
 	$(LOWER)/bin/python -m pip --disable-pip-version-check --no-input install --quiet \
 		-c $(LOWER)/constraints.txt -e ".[langchain]" \
-		hypothesis pytest pytest-asyncio sentencepiece
+		hypothesis "langchain<1" pytest pytest-asyncio sentencepiece
 	@touch $@
 
 .PHONY: test-lower

@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from tokenizers import Tokenizer
 
-from quire.demo.samples import Sample
+from quire.demo.samples import SPECIAL_TOKENS, Sample
 
 ROW_LEN = 256
 LONG_ROW_LEN = 1024
 _WAITING = 64
-_SHORTEST_COPIED = 8
-_LONGEST_COPIED = 48
+_SHORTEST_COPIED = 4
+_LONGEST_COPIED = 32
+_MOST_COPIES = 6
+_SMALLEST_POOL = 64
 
 
 @dataclass(slots=True)
@@ -138,7 +140,7 @@ class Packer:
             return 0
         return self._rng.randint(0, self._max_position - count)
 
-    def short_rows(self, count: int, *, num_copied: int = 0) -> Batch:
+    def short_rows(self, count: int, *, num_copied: int = 0, pool: float = 1.0) -> Batch:
         """Rows of samples that do not see each other, and rows that teach nothing but copying.
 
         Parameters
@@ -148,6 +150,9 @@ class Packer:
         num_copied : int
             Further rows, of random tokens that are repeated: the quickest way to the attention
             heads that find what was said before.
+        pool : float
+            The share of the vocabulary that these tokens are drawn from. Copying is learned
+            far sooner on a few tokens, and carries over when the pool grows.
         """
         rows = []
         for _ in range(count):
@@ -157,19 +162,22 @@ class Packer:
                 row.add(sample, sample_id, self._start(len(sample.token_ids)))
                 sample_id += 1
             rows.append(row)
-        rows += [self._copied_row() for _ in range(num_copied)]
+        rows += [self._copied_row(pool) for _ in range(num_copied)]
         return to_batch(rows, ROW_LEN)
 
-    def _copied_row(self) -> Row:
+    def _copied_row(self, pool: float) -> Row:
         row = Row()
         sample_id = 0
+        first = len(SPECIAL_TOKENS)
+        last = max(first + _SMALLEST_POOL, int(pool * self._vocab_size)) - 1
         while (room := ROW_LEN - len(row.token_ids)) >= 2 * _SHORTEST_COPIED:
             count = self._rng.randint(_SHORTEST_COPIED, min(_LONGEST_COPIED, room // 2))
-            drawn = [self._rng.randrange(self._vocab_size) for _ in range(count)]
-            # A repeat's first token cannot be foreseen.
-            weights = [0.0] * (count + 1) + [1.0] * (count - 1)
-            sample = EncodedSample(drawn * 2, weights)
-            row.add(sample, sample_id, self._start(2 * count))
+            times = self._rng.randint(2, min(_MOST_COPIES, room // count))
+            drawn = [self._rng.randint(first, last) for _ in range(count)]
+            # Nothing tells that the first repeat begins; all after its first token is told.
+            weights = [0.0] * (count + 1) + [1.0] * (count * (times - 1) - 1)
+            sample = EncodedSample(drawn * times, weights)
+            row.add(sample, sample_id, self._start(count * times))
             sample_id += 1
         return row
 

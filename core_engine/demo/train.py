@@ -163,8 +163,9 @@ def train(
         if step % LONG_EVERY == LONG_EVERY - 1:
             batch = packer.long_rows(ROWS_PER_STEP * ROW_LEN // LONG_ROW_LEN)
         else:
-            copied = COPIED_ROWS if step < COPYING_SHARE * steps else 0
-            batch = packer.short_rows(ROWS_PER_STEP - copied, num_copied=copied)
+            learned = step / (COPYING_SHARE * steps)
+            copied = COPIED_ROWS if learned < 1 else 0
+            batch = packer.short_rows(ROWS_PER_STEP - copied, num_copied=copied, pool=learned)
         loss: Any = batch_loss(model, batch)
         model.zero_grad(set_to_none=True)
         loss.backward()

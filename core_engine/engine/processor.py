@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 _PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 
+_MAX_SEQUENCES = 16384
+"""Most completions, or beams, of one request: each takes memory and time before anything runs."""
+
 _GENERATION_CONFIG_FIELDS = {
     "temperature": "temperature",
     "top_p": "top_p",
@@ -120,6 +123,11 @@ class Processor:
         else:
             params = params.clone()
         params.verify(self.limits.vocab_size)
+        if params.num_sequences > _MAX_SEQUENCES:
+            name = "n" if params.best_of is None else "best_of"
+            raise InvalidRequestError(
+                f"{name} must be at most {_MAX_SEQUENCES}, got {params.num_sequences}"
+            )
         self._check_text_params(params)
         text, token_ids, cache_salt = self._read_prompt(prompt, add_special_tokens)
         if params.truncate_prompt_tokens is not None:

@@ -72,7 +72,7 @@ def test_no_held_out_sum_is_in_the_training_text(texts: list[str]) -> None:
     pattern = re.compile(r"(?<!\d)(\d+) ?(\+|-|\*|plus|minus|times) ?(\d+)(?!\d)")
     held_out = set(HELD_OUT_PROBLEMS)
     seen = {(int(a), sign[op], int(b)) for text in texts for a, op, b in pattern.findall(text)}
-    assert len(seen) > 700
+    assert len(seen) > 600
     assert not seen & held_out
     assert {(b, op, a) for a, op, b in held_out if op == "+"} <= held_out
 

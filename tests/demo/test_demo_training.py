@@ -88,6 +88,18 @@ def test_long_rows_are_one_context(packer: Packer) -> None:
     assert set(np.unique(batch.sample_ids)) <= {-1, 0}
 
 
+@pytest.mark.parametrize("pool", [0.0, 0.3, 1.0])
+def test_copied_rows_repeat_what_is_learned(packer: Packer, pool: float) -> None:
+    """Every token that counts in a copied row stood in its sample before, after the same one."""
+    batch = packer.short_rows(0, num_copied=3, pool=pool)
+    assert (batch.weights > 0).mean() > 0.3
+    for ids, samples, weights in zip(batch.input_ids, batch.sample_ids, batch.weights, strict=True):
+        for i in np.flatnonzero(weights):
+            start = int(np.flatnonzero(samples == samples[i])[0])
+            pairs = itertools.pairwise(ids[start:i].tolist())
+            assert (ids[i - 1], ids[i]) in set(pairs)
+
+
 def test_only_answers_are_learned(tokenizer: object) -> None:
     """The weights follow the parts of a sample, chats and plain ones alike."""
     for sample in (plain("Hi?", " Yo."), chat([("user", "Hi?"), ("assistant", "Yo.")])):

@@ -8,6 +8,7 @@ from queue import Empty, SimpleQueue
 import pytest
 
 from quire import LLM, EngineClosedError, RequestFailedError, SamplingParams
+from quire.errors import InvalidRequestError
 
 PROMPT = [11, 42, 7, 99, 150]
 WAIT = 20.0
@@ -97,3 +98,12 @@ def test_a_processor_that_waits_for_its_own_engine_is_refused(llm):
         assert isinstance(error, RequestFailedError)
         assert "engine's own thread" in str(error)
     assert answer(llm)[0].finished
+
+
+@pytest.mark.parametrize("options", [{"n": 10**9}, {"best_of": 10**9}])
+@pytest.mark.parametrize("beams", [True, False])
+def test_a_request_for_endless_completions_is_refused_before_it_harms(llm, options, beams):
+    """Making a billion sequences would hold up the engine's thread for everybody."""
+    error = answer(llm, **options, use_beam_search=beams)
+    assert isinstance(error, InvalidRequestError)
+    assert "at most 16384" in str(error)
