@@ -153,7 +153,8 @@ def train(
     packer = Packer(
         training_samples(seed), tokenizer, max_position=CONFIG["max_position_embeddings"], seed=seed
     )
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         in_a_layer = parameter.dim() == 2 and "embed_tokens" not in name
         (matrices if in_a_layer else others).append(parameter)

@@ -22,6 +22,9 @@ _PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 _MAX_SEQUENCES = 16384
 """Most completions, or beams, of one request: each takes memory and time before anything runs."""
 
+_TEXT_LIKE = (str, bytes, bytearray, memoryview)
+"""Sequences of integers, some of them, that are not meant as token ids."""
+
 _GENERATION_CONFIG_FIELDS = {
     "temperature": "temperature",
     "top_p": "top_p",
@@ -140,6 +143,7 @@ class Processor:
         )
         params.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         params.min_tokens = min(params.min_tokens, params.max_tokens)
+        params.top_k = min(params.top_k, self.limits.vocab_size)
         bad_words_ids = [ids for word in params.bad_words or () for ids in self._spellings(word)]
         return Request(
             request_id=request_id,
@@ -296,9 +300,9 @@ class Processor:
         return self._check_ids(token_ids)
 
     def _check_ids(self, ids: Any) -> list[int]:
-        if hasattr(ids, "tolist"):
+        if hasattr(ids, "tolist") and not isinstance(ids, memoryview):
             ids = ids.tolist()
-        if isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence):
+        if isinstance(ids, _TEXT_LIKE) or not isinstance(ids, Sequence):
             raise InvalidRequestError(
                 "a prompt must be a str, a list of token ids, or a dict with 'prompt' or "
                 f"'prompt_token_ids', got {type(ids).__name__}"

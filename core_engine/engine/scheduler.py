@@ -78,6 +78,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # sorted by order
         self._waiting: list[Sequence] = []  # a heap by order; finished ones are skipped lazily
         self.num_waiting = 0
+        self._promised: dict[bytes, Sequence] = {}  # keys of blocks that a running one will compute
 
     @property
     def has_work(self) -> bool:
@@ -109,6 +110,7 @@ class Scheduler:
             self.num_waiting -= 1
         elif sequence.block_ids:
             self.running.remove(sequence)
+            self._withdraw_promises(sequence)
         sequence.status = SequenceStatus.FINISHED
         self._release_blocks(sequence)
 
@@ -152,36 +154,49 @@ class Scheduler:
         return budget
 
     def _schedule_waiting(self, plan: StepPlan, budget: int) -> None:
+        deferred: list[Sequence] = []
         while budget > 0 and (sequence := self._peek()) is not None:
             if plan.sequences and len(self.running) >= self.max_num_seqs:
-                return  # before the prefix is looked up in vain
+                break  # before the prefix is looked up in vain
             hits = self._match(sequence)
+            if self._is_promised(sequence, len(hits)):
+                deferred.append(heapq.heappop(self._waiting))
+                continue
             computed = len(hits) * self.pool.block_size
             count = sequence.num_tokens - computed
             if count > budget:
                 if not self.chunked_prefill:
-                    return
+                    break
                 count = budget
             wanted = self._ceil_blocks(computed + count) - len(hits)
             if not self._has_room(hits, wanted):
                 # What parked sequences hold is worth less than a step without work.
                 parked = [s for s in self.running if s.status is SequenceStatus.PARKED]
                 if plan.sequences or not parked:
-                    return
+                    break
                 self._preempt(parked[-1], plan)
                 continue
-            self._pop()
-            self.pool.share(hits)
-            sequence.block_ids = [*hits, *self.pool.allocate(wanted)]
-            sequence.num_computed_tokens = computed
-            if sequence.num_cached_tokens < 0:
-                sequence.num_cached_tokens = computed
-            sequence.status = SequenceStatus.RUNNING
-            insort(self.running, sequence)
+            self._admit(sequence, hits, wanted)
             plan.sequences.append(sequence)
             plan.num_new_tokens.append(count)
             plan.admitted.append(sequence)
             budget -= count
+        for sequence in deferred:
+            heapq.heappush(self._waiting, sequence)
+
+    def _admit(self, sequence: Sequence, hits: list[int], wanted: int) -> None:
+        heapq.heappop(self._waiting)
+        self.num_waiting -= 1
+        self.pool.share(hits)
+        sequence.block_ids = [*hits, *self.pool.allocate(wanted)]
+        sequence.num_computed_tokens = len(hits) * self.pool.block_size
+        if sequence.num_cached_tokens < 0:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+        sequence.status = SequenceStatus.RUNNING
+        insort(self.running, sequence)
+        if sequence.publish:
+            for key in sequence.block_keys[len(hits) :]:
+                self._promised.setdefault(key, sequence)
 
     def update(self, plan: StepPlan) -> None:
         """Record that a step has run: its tokens are computed, its full blocks can be found."""
@@ -201,6 +216,8 @@ class Scheduler:
         for i in range(first, last):
             tokens = sequence.tokens(i * size, (i + 1) * size)
             self.pool.publish(sequence.block_ids[i], sequence.block_keys[i], tokens)
+            if self._promised.get(sequence.block_keys[i]) is sequence:
+                del self._promised[sequence.block_keys[i]]
 
     def _extend_keys(self, sequence: Sequence, num_blocks: int) -> None:
         size = self.pool.block_size
@@ -223,6 +240,21 @@ class Scheduler:
         free = self.pool.num_free - self.pool.num_free_among(hits)
         return len(self.running) < self.max_num_seqs and wanted <= free
 
+    def _is_promised(self, sequence: Sequence, num_hits: int) -> bool:
+        """Whether a running sequence is about to compute the next block of a waiting one.
+
+        Prompts with a common beginning that come together would else compute it several times.
+        """
+        if not sequence.publish or sequence.skip_cached_prefix:
+            return False
+        last = (sequence.num_tokens - 1) // self.pool.block_size
+        return num_hits < last and sequence.block_keys[num_hits] in self._promised
+
+    def _withdraw_promises(self, sequence: Sequence) -> None:
+        for key in sequence.block_keys[sequence.num_computed_tokens // self.pool.block_size :]:
+            if self._promised.get(key) is sequence:
+                del self._promised[key]
+
     def _ceil_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.pool.block_size)
 
@@ -237,6 +269,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence, plan: StepPlan) -> None:
         self.running.remove(sequence)
+        self._withdraw_promises(sequence)
         sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
         self._release_blocks(sequence)
@@ -269,10 +302,6 @@ class Scheduler:
             heapq.heappop(self._waiting)
         return self._waiting[0] if self._waiting else None
 
-    def _pop(self) -> Sequence:
-        self.num_waiting -= 1
-        return heapq.heappop(self._waiting)
-
     def check_integrity(self, alive: Iterable[Sequence]) -> None:
         """Raise AssertionError unless blocks, lists and states agree with each other.
 
@@ -288,6 +317,10 @@ class Scheduler:
         waiting = [s for s in alive if s.status is SequenceStatus.WAITING]
         assert len(waiting) == self.num_waiting, "num_waiting is wrong"
         assert all(not s.block_ids for s in waiting), "a waiting sequence holds blocks"
+        for key, sequence in self._promised.items():
+            first = sequence.num_computed_tokens // self.pool.block_size
+            assert sequence in self.running, f"{sequence} promises blocks and does not run"
+            assert key in sequence.block_keys[first:], f"{sequence} promises what it has computed"
         for sequence in self.running:
             assert sequence.status in (SequenceStatus.RUNNING, SequenceStatus.PARKED)
             held = len(sequence.block_ids) * self.pool.block_size

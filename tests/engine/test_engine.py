@@ -255,3 +255,12 @@ def test_a_beam_search_without_a_way_on_fails_alone(llm):
     assert len(output.outputs[0].token_ids) == 5
     llm.engine_loop.call(lambda engine: engine.check_integrity())
     assert llm.get_metrics()["kv_cache_usage"] == 0
+
+
+def test_prompts_that_come_together_compute_their_common_beginning_once(tiny_llama):
+    """Of prompts in one call, one computes the shared blocks and the others wait for it."""
+    common = list(range(10, 10 + 64))
+    prompts = [[*common, 100 + i] for i in range(5)]
+    with LLM(tiny_llama, dtype="float32", block_size=4, max_num_batched_tokens=48) as llm:
+        llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+        assert llm.get_metrics()["num_computed_tokens"] == 64 + 5

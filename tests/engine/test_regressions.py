@@ -107,3 +107,19 @@ def test_a_request_for_endless_completions_is_refused_before_it_harms(llm, optio
     error = answer(llm, **options, use_beam_search=beams)
     assert isinstance(error, InvalidRequestError)
     assert "at most 16384" in str(error)
+
+
+def test_a_top_k_beyond_any_integer_type_is_that_of_the_whole_vocabulary(llm):
+    """A number too large for the sampler's arrays failed every request in flight."""
+    huge, all_of_it = (
+        answer(llm, top_k=top_k, seed=3)[0].outputs[0].token_ids for top_k in (2**70, 0)
+    )
+    assert list(huge) == list(all_of_it)
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_bytes_of_any_kind_are_no_token_ids(llm, kind):
+    """Text as bytes is refused and not read as one token id per byte."""
+    error = within(lambda: llm.generate([kind(b"ab")], use_tqdm=False))
+    assert isinstance(error, InvalidRequestError)
+    assert kind.__name__ in str(error)
