@@ -75,13 +75,23 @@ def build_engine(config: EngineConfig) -> Engine:
         dtype=dtype,
         device=device,
     )
-    recommended = _recommended(config.model, path)
+    if plan.max_model_len < 2:
+        raise ConfigError(
+            f"max_model_len comes to {plan.max_model_len}, and the shortest request has two "
+            "tokens, one given and one generated: raise max_model_len, or the KV cache's "
+            "num_gpu_blocks_override, kv_cache_memory_bytes or block_size"
+        )
     limits = ModelLimits(
         vocab_size=model.spec.vocab_size,
         max_model_len=plan.max_model_len,
         max_cache_tokens=(plan.num_blocks - 1) * config.cache.block_size,
-        eos_token_ids=eos_token_ids(hf_config, read_generation_config(path)),
-        default_params=recommended,
+        # An id that the model has no row for cannot be generated, nor masked by min_tokens.
+        eos_token_ids=tuple(
+            id_
+            for id_ in eos_token_ids(hf_config, read_generation_config(path))
+            if id_ < model.spec.vocab_size
+        ),
+        default_params=_recommended(config.model, path),
     )
     sampler = Sampler(
         vocab_size=model.spec.vocab_size,
@@ -156,5 +166,12 @@ def _load_tokenizer(config: ModelConfig, path: Path, hf_config: dict[str, Any]) 
 def _recommended(config: ModelConfig, path: Path) -> dict[str, Any]:
     if config.generation_config == "vllm":
         return {}
-    folder = path if config.generation_config == "auto" else Path(config.generation_config)
-    return read_generation_config(folder)
+    if config.generation_config == "auto":
+        return read_generation_config(path)
+    given = Path(config.generation_config).expanduser()
+    if not (given / "generation_config.json" if given.is_dir() else given).is_file():
+        raise ConfigError(
+            f"generation_config is {config.generation_config!r}, which has no "
+            "generation_config.json; it must be 'auto', 'vllm' or a folder with that file"
+        )
+    return read_generation_config(given)

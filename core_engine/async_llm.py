@@ -121,12 +121,12 @@ class AsyncLLM:
             lora_request=lora_request,
             priority=priority,
         )
-        # The engine knows requests by numbers of the LLM, which no caller's name can meet.
-        number = request.request_id
-        name = self._register(number if request_id is None else request_id, number)
         loop = llm._lifetime.start()
         events: asyncio.Queue[Event] = asyncio.Queue()
         mailbox = self._mailbox(asyncio.get_running_loop())
+        # The engine knows requests by numbers of the LLM, which no caller's name can meet.
+        number = request.request_id
+        name = self._register(number if request_id is None else request_id, number)
         ended = False
         try:
             loop.submit([(request, _Sink(mailbox, events, loop, number))])
@@ -267,11 +267,12 @@ class _Mailbox:
     """Carries outputs from the engine's thread into one event loop, many per wake-up.
 
     A wake-up costs a system call; a step brings an output to each of hundreds of requests.
+    There is no lock: garbage collected while it was held could close an engine, and wait for the
+    very thread that wants to put something in.
     """
 
     def __init__(self, event_loop: asyncio.AbstractEventLoop) -> None:
         self._event_loop = weakref.ref(event_loop)  # the loop is the key of its mailbox
-        self._lock = threading.Lock()
         self._items: deque[tuple[asyncio.Queue[Event], Event]] = deque()
         self._woken = False
 
@@ -280,10 +281,9 @@ class _Mailbox:
         event_loop = self._event_loop()
         if event_loop is None or event_loop.is_closed():
             return False
-        with self._lock:
-            self._items.append((events, event))
-            woken, self._woken = self._woken, True
-        if not woken:
+        self._items.append((events, event))
+        if not self._woken:
+            self._woken = True
             try:
                 event_loop.call_soon_threadsafe(self._deliver)
             except RuntimeError:  # closed since it was asked
@@ -291,10 +291,9 @@ class _Mailbox:
         return True
 
     def _deliver(self) -> None:
-        with self._lock:
-            items, self._items = self._items, deque()
-            self._woken = False
-        for events, event in items:
+        self._woken = False  # first: what is put in from here on wakes the loop anew
+        while self._items:
+            events, event = self._items.popleft()
             events.put_nowait(event)
 
 

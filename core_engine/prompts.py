@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, TypedDict, TypeVar
 
 from quire.errors import InvalidRequestError
@@ -56,7 +57,7 @@ def as_prompts(prompts: Any) -> list[Prompt]:
         )
     if not prompts:
         raise InvalidRequestError("prompts is empty: give at least one prompt")
-    if all(isinstance(item, int) for item in prompts):
+    if all(isinstance(item, Integral) for item in prompts):
         return [list(prompts)]
     return list(prompts)
 
@@ -70,7 +71,7 @@ def as_single_prompt(prompt: Any) -> Prompt:
         For a list of prompts, and for what is no prompt.
     """
     is_list = isinstance(prompt, (list, tuple))
-    if is_list and not all(isinstance(item, int) for item in prompt):
+    if is_list and not all(isinstance(item, Integral) for item in prompt):
         raise InvalidRequestError(
             "one prompt is taken here: a string, a dict or a list of token ids; "
             "LLM.generate takes several"

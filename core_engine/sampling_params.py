@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal, TypeVar
 
 from quire.errors import NotSupportedError
-from quire.utils.checks import flag, integer, number, refuse, strings, token_ids
+from quire.utils.checks import flag, integer, number, refuse, shown, strings, token_ids
 from quire.utils.suggest import unexpected_argument
 
 _UNSET_TEMPERATURE: Final = float("1.0")
@@ -36,7 +36,7 @@ class RequestOutputKind(enum.IntEnum):
 
 
 def _early_stopping(value: object) -> bool | Literal["never"]:
-    if value == "never" and isinstance(value, str):
+    if isinstance(value, str) and value == "never":
         return "never"
     if isinstance(value, bool):
         return value
@@ -276,8 +276,8 @@ class SamplingParams:
             self.logits_processors = list(self.logits_processors)
         if self.structured_outputs is not None:
             raise NotSupportedError(
-                f"structured_outputs must be None, got {self.structured_outputs!r}: constrained "
-                "output is not offered by this version of quire"
+                f"structured_outputs must be None, got {shown(self.structured_outputs)}: "
+                "constrained output is not offered by this version of quire"
             )
 
     def _check_output(self) -> None:
@@ -289,8 +289,10 @@ class SamplingParams:
         for name in ("detokenize", "skip_special_tokens", "spaces_between_special_tokens"):
             setattr(self, name, flag(name, getattr(self, name)))
         try:
+            if isinstance(self.output_kind, bool):
+                raise ValueError
             self.output_kind = RequestOutputKind(self.output_kind)
-        except ValueError:
+        except (ValueError, TypeError, ArithmeticError):
             valid = ", ".join(f"{kind.name} ({kind.value})" for kind in RequestOutputKind)
             raise refuse("output_kind", self.output_kind, f"one of {valid}") from None
         if self.stop and not self.detokenize:
@@ -461,8 +463,8 @@ class BeamSearchParams:
 
 
 def _show(params: SamplingParams | BeamSearchParams) -> str:
-    shown = ", ".join(f"{name}={value!r}" for name, value in _changed_fields(params).items())
-    return f"{type(params).__name__}({shown})"
+    values = ", ".join(f"{name}={value!r}" for name, value in _changed_fields(params).items())
+    return f"{type(params).__name__}({values})"
 
 
 def _rebuild(cls: type[SamplingParams], changed: dict[str, Any]) -> SamplingParams:

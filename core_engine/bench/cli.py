@@ -34,6 +34,8 @@ Json = Annotated[Path | None, typer.Option("--json", help="Write all figures to 
 def _checkpoint(model: str | None, random: str, dtype: str) -> tuple[str, int]:
     """Return the model's folder or name, and the size of its vocabulary."""
     if model is None:
+        if random not in DIMENSIONS:
+            raise typer.BadParameter(f"--random {random!r}: one of {', '.join(DIMENSIONS)}")
         return str(random_checkpoint(random, dtype)), int(DIMENSIONS[random]["vocab_size"])
     from quire.models.hf_config import read_config
     from quire.models.hub import resolve
@@ -109,7 +111,12 @@ def throughput(
     if workload == "uniform":
         work = uniform(num_prompts, input_len, output_len, vocab_size=vocab_size)
     elif workload == "mixed":
-        work = mixed(num_prompts, (16, input_len), (16, output_len), vocab_size=vocab_size)
+        work = mixed(
+            num_prompts,
+            (min(16, input_len), input_len),
+            (min(16, output_len), output_len),
+            vocab_size=vocab_size,
+        )
     elif workload == "prefix":
         work = shared_prefix(num_prompts, prefix_len, input_len, output_len, vocab_size=vocab_size)
         cold = {**options, "enable_prefix_caching": False}

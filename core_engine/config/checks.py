@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import operator
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from quire.errors import ConfigError, NotSupportedError
+from quire.utils.checks import shown
 
 Check = Callable[[str, Any], Any]
 """Takes an argument's name and value, returns the value as it is kept, or raises ConfigError."""
+
+_LARGEST = 2**63 - 1
 
 _DTYPES = {
     "auto": "auto",
@@ -25,7 +29,7 @@ _DTYPES = {
 
 def refuse(name: str, value: object, right: str) -> ConfigError:
     """Return the error for a value that is not what is right; to be raised by the caller."""
-    return ConfigError(f"{name} must be {right}, not {value!r}")
+    return ConfigError(f"{name} must be {right}, not {shown(value)}")
 
 
 def boolean(name: str, value: Any) -> bool:
@@ -46,6 +50,8 @@ def integer(low: int, high: float = math.inf) -> Check:
             raise refuse(name, value, right) from None
         if isinstance(value, bool) or not low <= kept <= high:
             raise refuse(name, value, right)
+        if high == math.inf and kept > _LARGEST:
+            raise refuse(name, value, f"from {low} to 2**63 - 1")
         return kept
 
     return check
@@ -62,7 +68,10 @@ def number(low: float, high: float, *, above_low: bool = False) -> Check:
             raise refuse(name, value, right)
         if not low <= value <= high or (above_low and value == low):
             raise refuse(name, value, right)
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise refuse(name, value, right) from None
 
     return check
 
@@ -89,10 +98,15 @@ def choice(*choices: str, later: Collection[str] = ()) -> Check:
     return check
 
 
+def _text_of(value: Any) -> str:
+    # An integer of thousands of digits has no text, and is neither a dtype nor a device.
+    return "" if isinstance(value, int) else str(value)
+
+
 def dtype(name: str, value: Any) -> str:
     """Take a dtype by name, or torch's own; return its full name."""
     # A torch.dtype is told by its text: this module does not import torch.
-    kept = _DTYPES.get(str(value).removeprefix("torch."))
+    kept = _DTYPES.get(_text_of(value).removeprefix("torch."))
     if kept is None:
         raise refuse(name, value, "one of " + ", ".join(map(repr, _DTYPES)))
     return kept
@@ -100,10 +114,10 @@ def dtype(name: str, value: Any) -> str:
 
 def device(name: str, value: Any) -> str:
     """Take a device by name, or torch's own; return its name."""
-    kept = str(value)
+    kept = _text_of(value)
     kind, colon, index = kept.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (
-        colon and not (kind == "cuda" and index.isdecimal())
+        colon and not (kind == "cuda" and re.fullmatch("[0-9]{1,3}", index))
     ):
         raise refuse(name, value, "'auto', 'cpu', 'cuda' or 'cuda:<number>'")
     return kept
@@ -112,7 +126,7 @@ def device(name: str, value: Any) -> str:
 def model_len(name: str, value: Any) -> int | None:
     """Take a number of tokens; -1 is None, whatever fits."""
     # vLLM is asked for the longest that fits by -1.
-    if value == -1 and not isinstance(value, bool):
+    if isinstance(value, int) and value == -1:
         return None
     length: int = integer(1)(name, value)
     return length
@@ -145,6 +159,6 @@ def anything(name: str, value: Any) -> Any:
 def not_offered(name: str, value: object, off: object) -> NotSupportedError:
     """Return the error for a value that only a later version takes; to be raised by the caller."""
     return NotSupportedError(
-        f"{name}={value!r} is not offered by this version of quire; "
+        f"{name}={shown(value)} is not offered by this version of quire; "
         f"leave it out or set it to {off!r}"
     )

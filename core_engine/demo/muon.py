@@ -2,8 +2,7 @@
 
 The method is that of K. Jordan and others, "Muon: An optimizer for hidden layers in neural
 networks" (2024): a step's direction is the momentum with all its singular values brought near
-one, by five Newton-Schulz iterations with the coefficients given there. It halves the steps
-that the demo model takes to a given loss.
+one, by five Newton-Schulz iterations with the coefficients given there.
 """
 
 from __future__ import annotations

@@ -90,7 +90,8 @@ class Completion:
 
     def output(self) -> CompletionOutput:
         """Return all of it."""
-        return self._output(self.text(), list(self.token_ids), self.logprobs)
+        text = self._detokenizer.text(finished=self.finish_reason is not None)
+        return self._output(text, list(self.token_ids), self.logprobs)
 
     def delta(self) -> CompletionOutput:
         """Return what is new since the last call."""

@@ -75,14 +75,13 @@ class Engine:
         self._sampler = sampler
         self._eos_token_ids = frozenset(limits.eos_token_ids)
         self._pool = BlockPool(num_blocks, config.cache.block_size)
-        by_priority = config.scheduler.scheduling_policy == "priority"
-        self._by_priority = by_priority
+        self._by_priority = config.scheduler.scheduling_policy == "priority"
         self.scheduler = Scheduler(
             self._pool,
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.token_budget(limits.max_model_len),
             chunked_prefill=config.scheduler.enable_chunked_prefill,
-            preempt_by_priority=by_priority,
+            preempt_by_priority=self._by_priority,
         )
         self._table = SequenceTable(
             config.scheduler.max_num_seqs,
@@ -316,9 +315,11 @@ class Engine:
         entries: TokenLogprobs = {}
         for token_id, value, rank in zip(ids, values, ranks, strict=True):
             if token_id not in entries:
-                text = None if self.tokenizer is None else self.tokenizer.decode_token(token_id)
-                entries[token_id] = Logprob(value, rank, text)
+                entries[token_id] = Logprob(value, rank, self._token_text(token_id))
         return entries
+
+    def _token_text(self, token_id: int) -> str | None:
+        return None if self.tokenizer is None else self.tokenizer.decode_token(token_id)
 
     def _collect_prompt_logprobs(
         self, plan: StepPlan, batch: ForwardBatch, hidden: torch.Tensor
@@ -417,7 +418,7 @@ class Engine:
             completion.stop_reason = hypothesis.stop_reason
             if completion.logprobs is not None:
                 completion.logprobs.extend(
-                    {token_id: Logprob(value, None, None)}
+                    {token_id: Logprob(value, None, self._token_text(token_id))}
                     for token_id, value in zip(
                         hypothesis.token_ids, hypothesis.logprobs, strict=True
                     )

@@ -156,7 +156,7 @@ class Scheduler:
     def _schedule_waiting(self, plan: StepPlan, budget: int) -> None:
         deferred: list[Sequence] = []
         while budget > 0 and (sequence := self._peek()) is not None:
-            if plan.sequences and len(self.running) >= self.max_num_seqs:
+            if plan.sequences and len(self.running) + len(deferred) >= self.max_num_seqs:
                 break  # before the prefix is looked up in vain
             hits = self._match(sequence)
             if self._is_promised(sequence, len(hits)):
@@ -244,11 +244,15 @@ class Scheduler:
         """Whether a running sequence is about to compute the next block of a waiting one.
 
         Prompts with a common beginning that come together would else compute it several times.
+        Nobody waits for a sequence behind it in order, which may be kept from running.
         """
         if not sequence.publish or sequence.skip_cached_prefix:
             return False
         last = (sequence.num_tokens - 1) // self.pool.block_size
-        return num_hits < last and sequence.block_keys[num_hits] in self._promised
+        if num_hits >= last:
+            return False
+        running = self._promised.get(sequence.block_keys[num_hits])
+        return running is not None and running < sequence
 
     def _withdraw_promises(self, sequence: Sequence) -> None:
         for key in sequence.block_keys[sequence.num_computed_tokens // self.pool.block_size :]:
@@ -283,6 +287,8 @@ class Scheduler:
         if first is None:
             return
         hits = self._match(first)
+        if self._is_promised(first, len(hits)):
+            return  # it would not enter yet
         computed = len(hits) * self.pool.block_size
         count = min(first.num_tokens - computed, self.max_num_batched_tokens)
         wanted = self._ceil_blocks(computed + count) - len(hits)

@@ -70,6 +70,9 @@ class TorchFile:
             for name, value in content.items()
         ):
             raise ModelLoadError(f"{path} is not a dictionary of tensors by name")
+        for name, value in content.items():
+            if value.layout != torch.strided or value.is_meta:
+                raise ModelLoadError(f"{path}: {name!r} is a sparse tensor, or one without values")
         self._tensors: dict[str, torch.Tensor] = content
 
     def _load(self, *, mmap: bool) -> object:
@@ -139,7 +142,7 @@ def weight_files(folder: Path) -> list[Path]:
 def _indexed(index: Path, suffix: str) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ModelLoadError(
             f"{index} is damaged: it must be a JSON object with a 'weight_map'"
         ) from error

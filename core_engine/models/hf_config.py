@@ -85,7 +85,7 @@ def _read_object(file: Path) -> Config | None:
         return None
     except OSError as error:
         raise ModelLoadError(f"{file} cannot be read: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelLoadError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ModelLoadError(f"{file} holds a JSON {type(content).__name__}, not an object")

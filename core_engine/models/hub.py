@@ -26,7 +26,7 @@ BESIDE_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 _HOSTS = {"huggingface.co", "www.huggingface.co", "hf.co"}
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 _IN_FOLDERS = ["*/*"]  # where repositories keep the same weights in other formats
-_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_NAME = re.compile(r"(?=.{1,96}$)\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 class ModelSource(Protocol):
@@ -109,19 +109,19 @@ def resolve(
             return Path(import_module("quire.demo").model_path())
         except FileNotFoundError as error:
             raise ModelNotFoundError(str(error)) from error
-    folder = Path(model).expanduser()
-    if model and folder.is_dir():
+    folder = _existing(model)
+    if folder is not None and folder.is_dir():
         return folder.resolve()
-    if model and folder.exists():
+    if folder is not None:
         raise ModelNotFoundError(
             f"model is {model!r}, which is a file; it must be a folder in Hugging Face's layout "
             "or a name on the hub"
         )
     if "://" in model:
         model, revision = _parse_url(model, revision)
-    elif not _NAME.fullmatch(model) or model.startswith("."):
+    if not _NAME.fullmatch(model):
         raise ModelNotFoundError(
-            f"model is {model!r}: there is no such folder, and a name on the hub has the form "
+            f"model is {model!r:.200}: there is no such folder, and a name on the hub has the form "
             "'organisation/name'"
         )
     if os.environ.get("VLLM_USE_MODELSCOPE", "").strip().lower() in ("1", "true", "yes", "on"):
@@ -129,8 +129,20 @@ def resolve(
     return _from_hugging_face(model, revision, download_dir, token, allow_patterns)
 
 
+def _existing(name: str) -> Path | None:
+    """Return the file or folder of that name, if there is one that can be looked at."""
+    try:
+        path = Path(name).expanduser()
+        return path if name and path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, nobody's home, a NUL character
+        return None
+
+
 def _parse_url(url: str, revision: str | None) -> tuple[str, str | None]:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise ModelNotFoundError(f"model is {url!r}, which is no URL: {error}") from error
     hosts = _HOSTS | {urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc}
     path = [unquote(each) for each in parts.path.split("/") if each]
     if parts.scheme not in ("http", "https") or parts.netloc not in hosts:

@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from quire.errors import ModelLoadError, UnsupportedModelError
+from quire.errors import ModelLoadError, QuireError, UnsupportedModelError
 from quire.models.family import Family
 from quire.models.spec import DecoderSpec
 
@@ -62,6 +62,7 @@ def family_of(config: Mapping[str, Any]) -> tuple[str, Family]:
             f"architectures in config.json is {names!r}; it must name the model's class, "
             'such as ["LlamaForCausalLM"]'
         )
+    names = [str(name) for name in names]
     for name in names:
         if name in _BUILT_IN:
             module = import_module(f"quire.models.families.{_BUILT_IN[name]}")
@@ -71,7 +72,7 @@ def family_of(config: Mapping[str, Any]) -> tuple[str, Family]:
         if name in _installed():
             return name, _installed()[name]
     raise UnsupportedModelError(
-        f"the architecture {', '.join(map(str, names))} is not supported; supported are: "
+        f"the architecture {', '.join(names)} is not supported; supported are: "
         + ", ".join(supported_architectures())
     )
 
@@ -101,7 +102,16 @@ def build_spec(config: Mapping[str, Any], max_model_len: int | None = None) -> D
                     f"{key} in config.json asks for {meaning}, which {architecture} "
                     "does not support in this version of quire"
                 )
-    return family.spec(config, max_model_len)
+    try:
+        return family.spec(config, max_model_len)
+    except QuireError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
+        # The file is outside data: whatever a family does not check itself ends here.
+        raise ModelLoadError(
+            f"config.json does not describe a {architecture}: a value there has the wrong type "
+            f"or makes no sense ({str(error)[:200] or type(error).__name__})"
+        ) from error
 
 
 @cache

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -83,7 +84,7 @@ class SafetensorsFile:
                 for name, value in header.items()
                 if name != "__metadata__"
             }
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise ModelLoadError(f"{self.path} is damaged: its header is no valid JSON") from error
         end = max((each.end for each in entries.values()), default=8 + length)
         if end > size:
@@ -91,7 +92,13 @@ class SafetensorsFile:
                 f"{self.path} is truncated: it has {size} bytes, its header promises {end}; "
                 "download it again"
             )
-        return dict(sorted(entries.items(), key=lambda item: item[1].begin))
+        ordered = sorted(entries.items(), key=lambda item: item[1][2:])
+        for (name, entry), (other, following) in pairwise(ordered):
+            if following.begin < entry.end:
+                raise ModelLoadError(
+                    f"{self.path} is damaged: {name!r} and {other!r} lie on the same bytes"
+                )
+        return dict(ordered)
 
     def _entry(self, name: str, value: Any, offset: int) -> _Entry:
         try:
@@ -101,6 +108,10 @@ class SafetensorsFile:
                 raise ModelLoadError(
                     f"{self.path}: {name!r} has the dtype {value['dtype']!r}, which is unknown"
                 )
+            if not {*map(type, (begin, end, *shape))} <= {int}:
+                raise ValueError("sizes and offsets must be integers")
+            if max((0, *shape)) >= 2**63:
+                raise ValueError("it has too many rows")
             if min((begin, *shape)) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
                 raise ValueError("the sizes contradict each other")
         except (KeyError, TypeError, ValueError) as error:

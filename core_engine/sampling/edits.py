@@ -133,10 +133,13 @@ def _penalize(logits: torch.Tensor, penalized: Sequence[tuple[int, Row]], kernel
             params.append(row.params)
     if not entries:
         return
-    per_row = np.array(
-        [[p.presence_penalty, p.frequency_penalty, p.repetition_penalty] for p in params],
-        dtype=np.float32,
+    penalties = np.array(
+        [[p.presence_penalty, p.frequency_penalty, p.repetition_penalty] for p in params]
     )
+    # What float32 cannot hold would turn a logit of 0 into NaN.
+    range_ = np.finfo(np.float32)
+    penalties[:, 2] = penalties[:, 2].clip(range_.tiny, range_.max)
+    per_row = penalties.astype(np.float32)
     device = logits.device
     kernels.apply_penalties(
         logits,

@@ -84,7 +84,7 @@ class LogitsProcessors:
             history = [list(self._prompt_token_ids)] if with_prompt else []
             try:
                 result = processor(*history, list(token_ids), logits)
-            except Exception as error:
+            except BaseException as error:  # also SystemExit: its request is to fail alone
                 raise InvalidRequestError(
                     f"logits processor {_name(processor)} raised {type(error).__name__}: {error}"
                 ) from error

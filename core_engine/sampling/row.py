@@ -11,6 +11,8 @@ from quire.sampling.penalties import TokenCounts
 from quire.sampling.processors import LogitsProcessors
 from quire.sampling_params import SamplingParams
 
+_LARGEST_BIAS = 1e30
+
 _NO_IDS: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
 
@@ -51,7 +53,10 @@ class Row:
         self.allowed = _ids(params.allowed_token_ids) if params.allowed_token_ids else None
         biases = params.logit_bias or {}
         self.bias_ids = _ids(biases)
-        self.bias_values = np.fromiter(biases.values(), dtype=np.float32)
+        values = np.fromiter(biases.values(), dtype=np.float64)
+        # A finite bias stays finite in float32, and leaves room for what is added to it.
+        finite = np.clip(values, -_LARGEST_BIAS, _LARGEST_BIAS)
+        self.bias_values = np.where(np.isneginf(values), values, finite).astype(np.float32)
         self._end_ids = _ids({*eos_token_ids, *(params.stop_token_ids or ())})
         self._bad_tokens = _ids({words[0] for words in bad_words_ids if len(words) == 1})
         self._bad_phrases = [tuple(words) for words in bad_words_ids if len(words) > 1]

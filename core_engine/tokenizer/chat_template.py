@@ -32,6 +32,10 @@ MAX_LOOP_ITERATIONS = 1_000_000
 MAX_REPEATED_SIZE = 1_000_000
 """Longest string or list that a template may make by ``*``, and bits of a power by ``**``."""
 
+MAX_RENDERED_SIZE = 10_000_000
+"""Longest text, in characters, that a template may write: tokenizing takes a hundredfold of
+memory, and the tokenizers library ends the process where there is none."""
+
 _CONTINUE_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
@@ -234,6 +238,11 @@ def _plain_messages(messages: Any) -> list[dict[str, Any]]:
             )
         # A key that holds None is a key left out: templates test for presence.
         data = {key: item for key, item in data.items() if item is not None}
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(content, (bytes, bytearray)):
+            raise InvalidRequestError(
+                f"the content of messages[{position}] is bytes; it must be a str or a list of parts"
+            )
         if "role" not in data:
             raise InvalidRequestError(
                 f"messages[{position}] has no 'role'; it has {sorted(map(str, data))}"
@@ -250,6 +259,8 @@ def _plain_messages(messages: Any) -> list[dict[str, Any]]:
 def _tool_schemas(tools: Sequence[Any] | None) -> list[Any] | None:
     if tools is None:
         return None
+    if not isinstance(tools, (list, tuple)):
+        raise InvalidRequestError(f"tools must be a list, got {type(tools).__name__}")
     schemas = []
     for position, tool in enumerate(tools):
         if isinstance(tool, Mapping) or callable(getattr(tool, "model_dump", None)):
@@ -432,4 +443,9 @@ def render(
         raise InvalidRequestError(f"the chat template failed: {reason}") from error
     finally:
         _iterations_left.reset(token)
+    if len(rendered) > MAX_RENDERED_SIZE:
+        raise InvalidRequestError(
+            f"the chat template wrote {len(rendered)} characters, more than the "
+            f"{MAX_RENDERED_SIZE} that are taken"
+        )
     return _cut_at_mark(rendered, open_text) if continue_final_message else rendered

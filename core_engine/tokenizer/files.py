@@ -90,7 +90,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is not a readable JSON file: {error}") from error
 
 
@@ -144,7 +144,10 @@ def read_files(folder: Path, model_config: Mapping[str, Any] | None) -> Tokenize
 
 def _added_tokens(value: Any, path: Path) -> dict[int, dict[str, Any]]:
     try:
-        return {int(id_): {**traits, "content": traits["content"]} for id_, traits in value.items()}
+        added = {int(id_): {**traits} for id_, traits in value.items()}
+        if not all(isinstance(traits["content"], str) for traits in added.values()):
+            raise TypeError("a content is no string")
+        return added
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise TokenizerError(
             f"added_tokens_decoder of {path} must map token ids to objects with a 'content'"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,7 +127,10 @@ def _load_native(files: TokenizerFiles) -> Tokenizer | None:
         chat_template=files.chat_template,
         clean_up_tokenization_spaces=bool(files.config.get("clean_up_tokenization_spaces", False)),
         name_or_path=str(files.folder),
-        model_max_length=int(length) if isinstance(length, (int, float)) else None,
+        # transformers writes a huge number, or Infinity, where there is no limit.
+        model_max_length=int(length)
+        if isinstance(length, (int, float)) and math.isfinite(length)
+        else None,
     )
 
 

@@ -9,17 +9,31 @@ from collections.abc import Callable, Iterable, Mapping
 
 from quire.errors import InvalidRequestError
 
+_MOST_SHOWN = 200
+
 
 def refuse(name: str, value: object, expected: str) -> InvalidRequestError:
     """Return the error for a value that is not what was expected; to be raised by the caller."""
-    return InvalidRequestError(f"{name} must be {expected}, got {value!r}")
+    return InvalidRequestError(f"{name} must be {expected}, got {shown(value)}")
+
+
+def shown(value: object) -> str:
+    """Return a value as a message shows it: its repr, cut where it is long."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of thousands of digits has none, other objects may fail too
+        text = f"an object of type {type(value).__name__}"
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def integer(name: str, value: object, expected: str, low: int, high: int | None = None) -> int:
     """Return ``value`` as an int in [low, high]; a bool or a float is not taken for one."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        whole = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:  # arrays and tensors have the method, and it is not for all of them
+        raise refuse(name, value, expected) from None
+    if isinstance(value, bool):
         raise refuse(name, value, expected)
-    whole = operator.index(value)
     if whole < low or (high is not None and whole > high):
         raise refuse(name, value, expected)
     return whole
@@ -67,6 +81,9 @@ def token_ids(name: str, value: object) -> list[int]:
 
 def _items(value: object) -> list[object] | None:
     """Return what a list, or something like it, has in it."""
-    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
+        return None
+    try:
         return list(value)
-    return None
+    except TypeError:  # an array of no dimension
+        return None

@@ -12,6 +12,7 @@ from langchain_core.prompt_values import PromptValue
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import get_config_list
 
+from quire.errors import InvalidRequestError
 from quire.integrations.langchain.results import failure_in
 
 
@@ -69,5 +70,7 @@ def batch_parts(
         return
     configs = get_config_list(config, len(inputs))
     width = configs[0].get("max_concurrency") or len(inputs)
+    if width < 0:
+        raise InvalidRequestError(f"max_concurrency must be at least 1, got {width}")
     for start in range(0, len(inputs), width):
         yield BatchPart(model, inputs[start : start + width], configs[start : start + width])

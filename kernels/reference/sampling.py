@@ -169,7 +169,8 @@ def _weights(
     weights = logits.new_empty(num_rows, num_blocks * _BLOCK)
     inside = weights[:, :vocab_size]
     torch.sub(logits, highest[:, None], out=inside)
-    inside /= torch.from_numpy(temperature.astype(np.float32)).to(logits.device)[:, None]
+    finite = np.minimum(temperature, np.finfo(np.float32).max).astype(np.float32)
+    inside /= torch.from_numpy(finite).to(logits.device)[:, None]
     weights[:, vocab_size:] = -torch.inf
     blocks = weights.exp_().view(num_rows, num_blocks, _BLOCK)
     return blocks, _host(blocks.sum(dim=2)).cumsum(axis=1, dtype=np.float64)

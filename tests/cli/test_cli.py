@@ -210,3 +210,12 @@ def test_what_is_no_assignment_is_refused(text: str) -> None:
 
     with pytest.raises(typer.BadParameter, match="NAME=VALUE"):
         parse_assignments("--x", [text])
+
+
+def test_bench_names_the_dimensions_that_there_are():
+    """A misspelt --random is a usage error, not a traceback."""
+    from quire.bench.cli import app as bench_app
+
+    result = CliRunner().invoke(bench_app, ["throughput", "--random", "zzz"])
+    assert result.exit_code == 2
+    assert "llama-small" in result.output

@@ -263,3 +263,22 @@ def test_light_modules_do_not_import_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]", done
+
+
+@pytest.mark.parametrize("name", argument_names())
+@pytest.mark.parametrize("value", [-(10**5000), 10**5000, torch.tensor([1, 2])], ids=type)
+def test_a_refusal_can_always_be_shown(name, value):
+    """Integers too long to print and tensors are refused as any other wrong value is."""
+    try:
+        EngineConfig.create(**{"model": "quire/demo", name: value})
+    except ConfigError as error:
+        message = str(error)
+    else:
+        message = name  # taken
+    assert name in message
+
+
+@pytest.mark.parametrize("device", ["cuda:99999999999999999999", "cuda:\u0663", "cuda:-1"])
+def test_a_device_number_that_torch_cannot_read_is_refused(device):
+    with pytest.raises(ConfigError, match="device"):
+        EngineConfig.create("quire/demo", device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from quire.errors import InvalidRequestError
@@ -65,3 +66,10 @@ def test_values_are_one_for_all_or_one_each():
     assert one_per_prompt("x", (1, 2), 2) == [1, 2]
     with pytest.raises(InvalidRequestError, match="x has 1 entries for 2 prompts"):
         one_per_prompt("x", [1], 2)
+
+
+def test_integers_of_numpy_are_token_ids():
+    """A list of them is one prompt, as a list of Python's is."""
+    ids = [np.int64(5), np.int32(6)]
+    assert as_prompts(ids) == [ids]
+    assert as_single_prompt(ids) == ids

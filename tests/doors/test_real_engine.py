@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import shutil
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -235,3 +236,19 @@ def test_final_outputs_only_are_asked_of_the_engine(llm):
     finally:
         del engine.add_request
     assert kinds == [RequestOutputKind.FINAL_ONLY] * 2
+
+
+@pytest.mark.parametrize("name", ["atuo", "no/such/folder"])
+def test_a_generation_config_that_is_not_there_is_refused(options, name):
+    """A misspelt "auto" is not taken for a folder that recommends nothing."""
+    with pytest.raises(ConfigError, match="generation_config"):
+        LLM(**options, generation_config=name)
+
+
+def test_an_end_token_past_the_vocabulary_does_no_harm(options, tmp_path):
+    """It can never be generated; min_tokens, which masks end tokens, works."""
+    folder = shutil.copytree(options["model"], tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 9999]}')
+    with LLM(**{**options, "model": folder}) as llm:
+        [output] = llm.generate("a", SamplingParams(min_tokens=3, max_tokens=3), use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 3

@@ -8,7 +8,11 @@ from queue import Empty, SimpleQueue
 import pytest
 
 from quire import LLM, EngineClosedError, RequestFailedError, SamplingParams
-from quire.errors import InvalidRequestError
+from quire.engine.block_pool import BlockPool, root_key
+from quire.engine.scheduler import Scheduler
+from quire.engine.sequence import Sequence
+from quire.errors import ConfigError, InvalidRequestError, ModelNotFoundError
+from quire.models.hub import resolve
 
 PROMPT = [11, 42, 7, 99, 150]
 WAIT = 20.0
@@ -123,3 +127,97 @@ def test_bytes_of_any_kind_are_no_token_ids(llm, kind):
     error = within(lambda: llm.generate([kind(b"ab")], use_tqdm=False))
     assert isinstance(error, InvalidRequestError)
     assert kind.__name__ in str(error)
+
+
+def make_scheduler(**options):
+    options = {"max_num_seqs": 4, "max_num_batched_tokens": 8, **options}
+    return Scheduler(BlockPool(100, 4), **options)
+
+
+def make_sequence(order, tokens):
+    return Sequence(str(order), 0, tokens, order=order, root_key=root_key())
+
+
+def test_a_sequence_does_not_wait_for_one_behind_it_to_compute_their_common_beginning():
+    """A worse sequence may be kept from running, and a better one with it, for ever."""
+    scheduler = make_scheduler()
+    common = list(range(40))
+    worse, better = make_sequence((5, 0, 0), common), make_sequence((1, 1, 0), [*common, 7])
+    scheduler.add(worse)
+    scheduler.update(scheduler.schedule())  # its first two blocks of ten
+    scheduler.add(better)
+    scheduler.max_num_batched_tokens = 40
+    assert scheduler.schedule().sequences == [worse, better]
+    assert better.num_computed_tokens == 8
+
+
+def test_no_more_sequences_are_looked_at_than_can_enter(monkeypatch):
+    """With thousands waiting for a common beginning, a step does not go through all of them."""
+    scheduler = make_scheduler()
+    for i in range(50):
+        scheduler.add(make_sequence((0, i, 0), [1, 2, 3, 4, 5, i]))
+    looked_at = []
+    match = scheduler._match
+    monkeypatch.setattr(scheduler, "_match", lambda s: looked_at.append(s) or match(s))
+    plan = scheduler.schedule()
+    assert len(plan.sequences) == 1
+    assert len(looked_at) <= 4
+    scheduler.update(plan)
+    assert len(scheduler.schedule().sequences) == 3
+
+
+def test_nobody_is_displaced_for_a_sequence_that_will_not_enter_yet():
+    """A better sequence that waits for a running one's blocks leaves the worse ones running."""
+    scheduler = make_scheduler(max_num_seqs=2, preempt_by_priority=True)
+    first, worse = make_sequence((0, 0, 0), list(range(40))), make_sequence((5, 1, 0), [9])
+    for sequence in (worse, first):
+        scheduler.add(sequence)
+        scheduler.update(scheduler.schedule())
+    assert scheduler.running == [first, worse]
+    scheduler.add(make_sequence((1, 2, 0), [*range(40), 7]))
+    plan = scheduler.schedule()
+    assert not plan.preempted
+    assert scheduler.running == [first, worse]
+
+
+def test_the_logprobs_of_a_beam_have_the_text_of_their_tokens(llm):
+    """As those of any other completion do."""
+    [output] = answer(llm, n=2, use_beam_search=True, logprobs=0)
+    for completion in output.outputs:
+        tokens = zip(completion.token_ids, completion.logprobs, strict=True)
+        assert all(
+            entry[token_id].decoded_token == llm.get_tokenizer().decode_token(token_id)
+            for token_id, entry in tokens
+        )
+
+
+def test_a_generation_config_that_is_not_there_is_refused(tiny_llama, tmp_path):
+    """A misspelled path must not silently leave the model's recommendations out."""
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(ConfigError, match="generation_config"):
+            LLM(tiny_llama, dtype="float32", generation_config=str(path))
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_model_len": 1}, {"block_size": 1, "num_gpu_blocks_override": 2}]
+)
+def test_an_engine_that_could_serve_nothing_is_refused(tiny_llama, options):
+    """One token given and one generated is the shortest request there is."""
+    with pytest.raises(ConfigError, match="max_model_len"):
+        LLM(tiny_llama, dtype="float32", **options)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a" * 5000,
+        "~nobody-of-this-name/model",
+        "http://[::1",
+        "https://huggingface.co/../..",
+        "o/..",
+    ],
+)
+def test_names_that_lead_nowhere_are_told_so_and_nothing_else(name):
+    """Neither the file system's errors nor the URL parser's come through."""
+    with pytest.raises(ModelNotFoundError, match="model is"):
+        resolve(name)

@@ -155,3 +155,10 @@ def test_cache_true_without_a_cache_is_langchains_error(fake: Any) -> None:
     assert isinstance(answer, ValueError)
     with pytest.raises(ValueError, match="cache"):
         llm.invoke("a")
+
+
+def test_a_negative_concurrency_is_refused_and_loses_no_prompt(fake: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="max_concurrency"):
+        VLLM(model="quire/demo").batch(
+            ["a", "b"], config={"max_concurrency": -1}, return_exceptions=True
+        )

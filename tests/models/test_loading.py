@@ -480,3 +480,65 @@ def test_a_checkpoint_can_be_deleted_once_loaded(tmp_path: Path, load: Load) -> 
     file.write_bytes(bytes(file.stat().st_size))
     shutil.rmtree(folder)
     assert torch.equal(logits_of(decoder), expected)
+
+
+def edit_header(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the header of a safetensors file, its bytes left as they are."""
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+
+HEADERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "float shape": lambda h: h[EMBEDDING].update(shape=[304.0, 64.0]),
+    "float offsets": lambda h: h[EMBEDDING].update(
+        data_offsets=[float(x) for x in h[EMBEDDING]["data_offsets"]]
+    ),
+    "empty and huge": lambda h: h[EMBEDDING].update(shape=[0, 10**30], data_offsets=[0, 0]),
+    "same bytes": lambda h: h["lm_head.weight"].update(h[EMBEDDING]),
+}
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_a_header_that_lies_is_refused(
+    load: Load, tiny_llama: Path, tmp_path: Path, kind: str
+) -> None:
+    """Sizes that are no integers or out of range, and tensors that share bytes."""
+    folder = copy_of(tiny_llama, tmp_path)
+    edit_header(folder, HEADERS[kind])
+    with pytest.raises(ModelLoadError, match="damaged"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors.index.json", "model.safetensors"]
+)
+def test_json_nested_without_end_is_refused(
+    load: Load, tiny_llama: Path, tmp_path: Path, name: str
+) -> None:
+    folder = copy_of(tiny_llama, tmp_path)
+    content = b"[" * 100_000
+    if name == "model.safetensors":
+        content = len(content).to_bytes(8, "little") + content
+    (folder / name).write_bytes(content)
+    with pytest.raises(ModelLoadError, match="JSON"):
+        load(folder)
+
+
+@pytest.mark.parametrize("kind", ["meta", "sparse"])
+def test_a_tensor_without_plain_values_is_refused(
+    load: Load, tiny_llama: Path, tmp_path: Path, kind: str
+) -> None:
+    folder = copy_of(tiny_llama, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    whole = tensors[EMBEDDING]
+    tensors[EMBEDDING] = whole.to("meta") if kind == "meta" else whole.to_sparse()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    with pytest.raises(ModelLoadError, match=EMBEDDING):
+        load(folder)

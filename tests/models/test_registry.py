@@ -149,3 +149,41 @@ def test_a_broken_package_is_named(
     install(value)
     with pytest.raises(ModelLoadError, match=f"'mine'.*{message}"):
         supported_architectures()
+
+
+_SIZES = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 304,
+}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *[{"head_dim": value} for value in ("x", 0, -1, 1.5, float("nan"), 10**12)],
+        *[{"num_hidden_layers": value} for value in (10**6, 10**12, 10**30)],
+        *[{"hidden_size": 10**30}, {"vocab_size": 10**30}, {"rms_norm_eps": float("nan")}],
+        *[{"layer_types": value} for value in (5, -1, True, 1.5)],
+        *[{"architectures": [value]} for value in ({}, [], 5)],
+        *[{"rope_parameters": {"rope_theta": value}} for value in ("x", [], 10**400)],
+        *[
+            {"rope_parameters": value}
+            for value in (
+                {"rope_type": []},
+                {"rope_type": "linear", "factor": "x"},
+                {"rope_type": "linear", "factor": float("nan")},
+                {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 0},
+                {"partial_rotary_factor": "x"},
+            )
+        ],
+    ],
+    ids=str,
+)
+def test_a_value_that_makes_no_sense_is_an_error_of_loading(values: dict[str, Any]) -> None:
+    """Wrong types and sizes in config.json never surface as an error of Python's or torch's."""
+    with pytest.raises(ModelLoadError):
+        build_spec({**_SIZES, **values})

@@ -562,3 +562,35 @@ def test_beam_rows_get_enough_continuations_among_other_rows() -> None:
     assert torch.allclose(result.logprobs.logprobs[1, 1 : width + 1], expected.values, atol=1e-5)
     assert result.token_ids[0] == logits[0].argmax()
     assert result.logprobs.logprobs[2, 1:].isinf().all()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 1e308},
+        {"repetition_penalty": 1e308},
+        {"repetition_penalty": 5e-324},
+        {"logit_bias": {3: 1e308, 4: 1e308}},
+        {"logit_bias": {3: 1e308, 4: 1e308}, "temperature": 0.01},
+    ],
+)
+def test_numbers_that_float32_cannot_hold_still_give_a_token(fields: dict[str, Any]) -> None:
+    """Without a warning, and without failing the row: a logit of 0 becomes no NaN."""
+    sampler = make()
+    add(sampler, 0, prompt=[1, 2], output=[3], **fields)
+    drawn = sampler.sample(torch.linspace(-3, 3, VOCAB)[None].round(), np.array([0]))
+    assert not drawn.failures
+    if "logit_bias" in fields:
+        assert drawn.token_ids[0] in (3, 4)
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_a_processor_that_wants_to_exit_fails_alone(kind: type[BaseException]) -> None:
+    def leave(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        raise kind
+
+    sampler = make()
+    add(sampler, 0, logits_processors=[leave])
+    add(sampler, 1)
+    drawn = sampler.sample(torch.zeros(2, VOCAB), np.array([0, 1]))
+    assert set(drawn.failures) == {0}

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -313,3 +314,27 @@ def test_the_module_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "value",
+    [np.array([1, 2]), np.array(0.5), torch.tensor([1, 2]), torch.tensor(0.5), int, -(10**5000)],
+    ids=["array", "scalar array", "tensor", "scalar tensor", "type", "huge"],
+)
+def test_whatever_object_is_given_a_refusal_names_the_field(name: str, value: Any) -> None:
+    """Arrays, types and integers too long to print are taken or refused, never half-read."""
+    try:
+        SamplingParams(**{name: value})
+    except (InvalidRequestError, NotSupportedError) as error:
+        message = str(error)
+    else:
+        message = name  # taken
+    assert name in message
+    assert len(message) < 500
+
+
+def test_a_flag_is_no_output_kind() -> None:
+    """True is equal to DELTA's number, and means something else."""
+    with pytest.raises(InvalidRequestError, match="output_kind"):
+        SamplingParams(output_kind=True)

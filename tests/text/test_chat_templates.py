@@ -339,3 +339,20 @@ class TestMessages:
     def test_wrong_options_are_refused(self, options, tokenizer):
         with pytest.raises(InvalidRequestError, match=next(iter(options))):
             tokenizer.apply_chat_template(CHAT, **{"chat_template": CHATML, **options})
+
+
+@pytest.mark.parametrize("template", ["{{ '%20000000d' % 1 }}", "{{ 'a'.center(20000000) }}"])
+def test_a_text_of_many_megabytes_is_refused(template):
+    """The tokenizers library would end the process where memory runs out."""
+    with pytest.raises(InvalidRequestError, match="20000000 characters"):
+        render(template, [{"role": "user", "content": "a"}], special_tokens={})
+
+
+def test_bytes_are_no_content():
+    with pytest.raises(InvalidRequestError, match="bytes"):
+        render(CHATML, [{"role": "user", "content": b"a"}], special_tokens={})
+
+
+def test_tools_are_a_list():
+    with pytest.raises(InvalidRequestError, match="tools"):
+        render(CHATML, [{"role": "user", "content": "a"}], special_tokens={}, tools=5)

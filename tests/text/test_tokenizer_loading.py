@@ -200,3 +200,26 @@ class TestUse:
         ids = tokenizer.encode("a<extra>b<pad>")
         assert ids == oracle.encode("a<extra>b<pad>")
         assert tokenizer.decode(ids, True) == oracle.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    ['{"added_tokens_decoder": {"5": {"content": 5}}}', "[" * 100_000],
+    ids=["content", "nested"],
+)
+def test_a_damaged_configuration_is_an_error_of_the_tokenizer(tmp_path, settings):
+    from checkpoints import write_tokenizer
+
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(settings)
+    with pytest.raises(TokenizerError, match="tokenizer_config"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("length", ["Infinity", "NaN"])
+def test_no_limit_of_length_is_none(tmp_path, length):
+    from checkpoints import write_tokenizer
+
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(f'{{"model_max_length": {length}}}')
+    load_tokenizer(tmp_path)

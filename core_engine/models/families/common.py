@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,10 @@ LLAMA_WEIGHTS = {
 }
 """Module names that Llama and its many relatives share."""
 
+_LARGEST = 2**31 - 1
+_MOST_LAYERS = 10_000
+_LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers")
+
 ROTARY_TENSORS = (r"\.rotary_emb\.inv_freq$",)
 """Frequencies that older checkpoints carry; they follow from the configuration."""
 
@@ -64,6 +69,9 @@ def integer(config: Mapping[str, Any], key: str, default: int | None = None) -> 
         value = default
     if type(value) is not int or value < 1:
         raise ModelLoadError(f"{key} in config.json is {value!r}; it must be a positive integer")
+    most = _MOST_LAYERS if key in _LAYER_KEYS else _LARGEST
+    if value > most:
+        raise ModelLoadError(f"{key} in config.json is {value}; at most {most} makes sense")
     return value
 
 
@@ -78,8 +86,8 @@ def number(config: Mapping[str, Any], key: str, default: float) -> float:
     value = config.get(key)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ModelLoadError(f"{key} in config.json is {value!r}; it must be a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ModelLoadError(f"{key} in config.json is {value!r}; it must be a finite number")
     return value
 
 
@@ -247,7 +255,9 @@ def llama_like(
         For a configuration that does not say.
     """
     num_heads = integer(config, "num_attention_heads")
-    head_dim = config.get("head_dim") or default_head_dim
+    head_dim = default_head_dim
+    if config.get("head_dim") is not None:
+        head_dim = integer(config, "head_dim")
     sizes = heads(config, num_heads, integer(config, "num_key_value_heads", num_heads), head_dim)
     norm = NormSpec("rms", number(config, "rms_norm_eps", default_eps))
     rope = rotary(config, sizes["head_dim"], max_model_len)
