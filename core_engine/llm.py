@@ -282,6 +282,8 @@ class LLM:
         list of BeamSearchOutput
             Per prompt its ``beam_width`` hypotheses, best first.
         """
+        if not isinstance(params, BeamSearchParams):
+            raise InvalidRequestError(f"params must be BeamSearchParams, not {params!r}")
         # logprobs, so that the outputs have the hypotheses' cumulative one.
         search = replace(params.to_sampling_params(), logprobs=0)
         outputs = self.generate(prompts, search, use_tqdm=use_tqdm, lora_request=lora_request)

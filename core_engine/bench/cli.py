@@ -11,7 +11,7 @@ import typer
 
 from quire.bench import report
 from quire.bench.checkpoint import DIMENSIONS, random_checkpoint
-from quire.bench.contest import Contestant, Measurement, alternate
+from quire.bench.contest import BenchError, Contestant, Measurement, alternate
 from quire.bench.startup import measure_startup
 from quire.bench.workload import Workload, mixed, shared_prefix, uniform
 
@@ -28,7 +28,19 @@ Random = Annotated[
 Dtype = Annotated[str, typer.Option(help="Of the weights: bfloat16, float32 or float16.")]
 Vs = Annotated[str, typer.Option(help="Peers to measure beside: transformers, or none.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Counted runs per side.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")]
+
+
+def _writable(path: Path | None) -> Path | None:
+    """Refuse a file that cannot be written before hours are spent on its content."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise typer.BadParameter(f"{path}: no file can be written there")
+    return path
+
+
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", callback=_writable, help="Write all figures to this file."),
+]
 
 
 def _checkpoint(model: str | None, random: str, dtype: str) -> tuple[str, int]:
@@ -165,7 +177,10 @@ def startup(
     """From nothing to the first token, in fresh processes."""
     measured = Measurement(model)
     for _ in range(repeats):
-        measured.add(measure_startup(model))
+        try:
+            measured.add(measure_startup(model))
+        except BenchError as error:
+            raise typer.BadParameter(str(error)) from error
     rows = [["phase", "seconds: median (range)"]]
     rows += [
         [name.replace("_", " "), report.spread(measured, name, 3)]

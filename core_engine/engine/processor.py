@@ -222,14 +222,15 @@ class Processor:
                 "a chat needs the tokenizer's template, and this engine has no tokenizer "
                 "(skip_tokenizer_init=True)"
             )
+        arguments: dict[str, Any] = {
+            "chat_template": chat_template,
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "tokenize": True,
+        }
         token_ids = self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=chat_template,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            tokenize=True,
-            **dict(chat_template_kwargs or {}),
+            messages, **arguments, **_template_variables(chat_template_kwargs, arguments)
         )
         assert isinstance(token_ids, list)
         if not token_ids:
@@ -385,3 +386,20 @@ def _token_id(value: Any, position: int) -> int:
             f"token ids must be integers, got {value!r} at position {position} of the prompt"
         )
     return operator.index(value)
+
+
+def _template_variables(given: Any, taken: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the further variables of a chat template, if they are any."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise InvalidRequestError(
+            f"chat_template_kwargs must be a dict of names and values, got {given!r}"
+        )
+    for name in given:
+        if name in taken or name == "messages":
+            raise InvalidRequestError(
+                f"chat_template_kwargs has {name!r}, which is an argument of its own or is set "
+                "already; leave it out"
+            )
+    return dict(given)

@@ -79,6 +79,8 @@ def read_generation_config(path: Path) -> Config:
 
 
 def _read_object(file: Path) -> Config | None:
+    if file.exists() and not file.is_file():
+        raise ModelLoadError(f"{file} is not a regular file")
     try:
         content = json.loads(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):

@@ -17,6 +17,7 @@ from langchain_core.outputs import GenerationChunk, LLMResult, RunInfo
 from langchain_core.runnables import RunnableConfig
 from pydantic import PrivateAttr
 
+from quire.errors import InvalidRequestError
 from quire.integrations.langchain.batch import batch_parts
 from quire.integrations.langchain.cache import without_failures
 from quire.integrations.langchain.engine_model import EngineModel
@@ -157,6 +158,7 @@ logits_processors, structured_outputs, use_beam_search, length_penalty, early_st
             ``token_usage`` and, where asked for, ``logprobs`` in its ``generation_info``;
             ``token_usage`` and ``model_name`` in ``llm_output``.
         """
+        _check_prompts(prompts)
         model, stop = self._for_call(stop, kwargs)
         return super(VLLM, model).generate(
             prompts,
@@ -181,6 +183,7 @@ logits_processors, structured_outputs, use_beam_search, length_penalty, early_st
         **kwargs: Any,
     ) -> LLMResult:
         """Complete prompts together with all others that run; see :meth:`generate`."""
+        _check_prompts(prompts)
         model, stop = self._for_call(stop, kwargs)
         return await super(VLLM, model).agenerate(
             prompts,
@@ -454,6 +457,14 @@ async def _final(
     # With FINAL_ONLY there is one output, or an exception.
     async with aclosing(engine.generate(prompt, params, lora_request=lora_request)) as outputs:
         return await anext(outputs)
+
+
+def _check_prompts(prompts: Any) -> None:
+    # A list of lists of ids, or of messages, would else be taken for something by somebody.
+    if isinstance(prompts, list):
+        for i, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise InvalidRequestError(f"prompts[{i}] must be a string, not {prompt!r}")
 
 
 def _whole(output: RequestOutput | BaseException) -> GenerationChunk:

@@ -252,3 +252,9 @@ def test_an_end_token_past_the_vocabulary_does_no_harm(options, tmp_path):
     with LLM(**{**options, "model": folder}) as llm:
         [output] = llm.generate("a", SamplingParams(min_tokens=3, max_tokens=3), use_tqdm=False)
     assert len(output.outputs[0].token_ids) == 3
+
+
+def test_beam_search_refuses_other_parameters(llm):
+    """SamplingParams are no BeamSearchParams, and the message says so."""
+    with pytest.raises(InvalidRequestError, match="must be BeamSearchParams"):
+        llm.beam_search([5, 6], SamplingParams())

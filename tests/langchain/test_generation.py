@@ -278,3 +278,13 @@ def test_closed_model_says_so(fake: Any) -> None:
     with VLLM(model="m") as other:
         assert other.invoke("p")
     assert fake.num_alive() == 0
+
+
+@pytest.mark.parametrize("prompt", [5, ["a"], None, b"a"])
+async def test_prompts_that_are_no_strings_are_refused(fake: Any, prompt: Any) -> None:
+    """What is not text is named and refused, and is never taken for a token id."""
+    llm = VLLM(model="m")
+    with pytest.raises(InvalidRequestError, match=r"prompts\[1\] must be a string"):
+        llm.generate(["a", prompt])
+    with pytest.raises(InvalidRequestError, match=r"prompts\[1\] must be a string"):
+        await llm.agenerate(["a", prompt])

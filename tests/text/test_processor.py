@@ -116,6 +116,13 @@ class TestPrompts:
         request = processor.process("The", None, request_id="r", add_special_tokens=False)
         assert request.prompt_token_ids == ids
 
+    @pytest.mark.parametrize("extra", [5, {5: 1}, {"tokenize": False}, {"messages": []}])
+    def test_variables_of_a_chat_template_are_checked(self, processor, extra):
+        """What is no dict of names, or takes an argument's place, is an error that says so."""
+        messages = [{"role": "user", "content": "Hi"}]
+        with pytest.raises(InvalidRequestError, match="chat_template_kwargs"):
+            processor.render_chat(messages, chat_template_kwargs=extra)
+
     def test_a_chat_has_the_bos_of_its_template_alone(self, processor):
         ids = processor.render_chat([{"role": "user", "content": "Hi"}])
         bos = processor.tokenizer.bos_token_id
