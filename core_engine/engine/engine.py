@@ -261,28 +261,32 @@ class Engine:
                 live.sequences[sample.index] = sample
                 self.scheduler.add(sample)
             live.deferred.clear()
-            if live.beam is not None:
-                assert sampled.logprobs is not None
-                self._report_candidates(live, sequence, sampled.logprobs, i)
-            else:
-                self._append(live, sequence, token_ids[i], sampled.logprobs, i)
+            try:
+                if live.beam is not None:
+                    assert sampled.logprobs is not None
+                    self._report_candidates(live, sequence, sampled.logprobs, i)
+                else:
+                    self._append(live, sequence, token_ids[i], sampled.logprobs, i)
+            except Exception as error:  # such as a tokenizer's: it concerns this request alone
+                failed.setdefault(sequence.request_id, error)
             self.metrics_data.num_generation_tokens += 1
 
         outputs: list[StepOutput] = []
-        for request_id, error in failed.items():
+        for request_id, cause in failed.items():
             touched.pop(request_id, None)
-            outputs.append(self._fail(self._requests[request_id], error))
+            outputs.append(self._fail(self._requests[request_id], cause))
         for live in touched.values():
-            if live.beam is not None and len(live.candidates) == len(live.beam_order):
-                try:
+            try:
+                if live.beam is not None and len(live.candidates) == len(live.beam_order):
                     self._advance_beams(live)
-                except InvalidRequestError as error:  # no beam may go on
-                    outputs.append(self._fail(live, error))
-                    continue
+                if live.finished:
+                    live.metrics.finished_time = now
+                output = live.output()
+            except Exception as error:
+                outputs.append(self._fail(live, error))
+                continue
             if live.finished:
-                live.metrics.finished_time = now
                 self._drop(live)
-            output = live.output()
             if output is not None:
                 outputs.append(output)
         return outputs

@@ -56,11 +56,6 @@ class EngineLoop:
             raise self._closed_error()
         return engine
 
-    @property
-    def closed(self) -> bool:
-        """Whether :meth:`close` was called."""
-        return self._closing
-
     # -- called from any thread ----------------------------------------------------------------
 
     def submit(self, items: Iterable[tuple[Request, Sink]]) -> None:

@@ -80,11 +80,6 @@ class Scheduler:
         self.num_waiting = 0
         self._promised: dict[bytes, Sequence] = {}  # keys of blocks that a running one will compute
 
-    @property
-    def has_work(self) -> bool:
-        """Whether a step would have something to compute."""
-        return self.num_waiting > 0 or any(s.status is SequenceStatus.RUNNING for s in self.running)
-
     # -- entering and leaving ------------------------------------------------------------------
 
     def add(self, sequence: Sequence) -> None:
@@ -275,7 +270,6 @@ class Scheduler:
         self.running.remove(sequence)
         self._withdraw_promises(sequence)
         sequence.num_computed_tokens = 0
-        sequence.num_preemptions += 1
         self._release_blocks(sequence)
         if sequence.status is SequenceStatus.RUNNING:
             self.add(sequence)

@@ -48,7 +48,6 @@ class Sequence:
         "index",
         "num_cached_tokens",
         "num_computed_tokens",
-        "num_preemptions",
         "order",
         "output_token_ids",
         "prompt_token_ids",
@@ -81,7 +80,6 @@ class Sequence:
         self.skip_cached_prefix = skip_cached_prefix
         self.num_computed_tokens = 0
         self.num_cached_tokens = -1
-        self.num_preemptions = 0
         self.block_ids: list[int] = []
         self.block_keys: list[bytes] = []
         self.row = -1

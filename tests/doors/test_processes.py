@@ -20,6 +20,8 @@ import faulthandler, json, os, signal, sys, tempfile, threading, time
 from quire import LLM, SamplingParams
 from quire.errors import EngineClosedError
 import quire.assembly, torch
+# A shell that starts the tests in the background has them ignore Ctrl-C, and children inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 model, scenarios = sys.argv[1], json.loads(sys.argv[2])
 results, code = {}, ""
 for name in scenarios:

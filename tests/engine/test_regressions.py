@@ -13,6 +13,7 @@ from quire.engine.scheduler import Scheduler
 from quire.engine.sequence import Sequence
 from quire.errors import ConfigError, InvalidRequestError, ModelNotFoundError
 from quire.models.hub import resolve
+from quire.tokenizer.detokenizer import Detokenizer
 
 PROMPT = [11, 42, 7, 99, 150]
 WAIT = 20.0
@@ -40,7 +41,7 @@ def answer(llm, **options):
     return within(lambda: llm.generate([PROMPT], params, use_tqdm=False))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def llm(tiny_llama):
     with LLM(tiny_llama, dtype="float32") as llm:
         yield llm
@@ -72,8 +73,9 @@ def test_an_exit_raised_in_a_receiver_of_outputs_loses_its_own_request_only(llm)
     assert llm.get_metrics()["num_unfinished_requests"] == 0
 
 
-def test_an_engine_beyond_repair_closes_and_tells_everybody_why(llm, monkeypatch):
+def test_an_engine_beyond_repair_closes_and_tells_everybody_why(tiny_llama, monkeypatch):
     """When not even the requests of a broken step can be ended, nobody is left waiting."""
+    llm = LLM(tiny_llama, dtype="float32")
     answer(llm)
     engine = llm.llm_engine
     monkeypatch.setattr(engine._sampler, "sample", lambda *args: 1 / 0)
@@ -102,6 +104,28 @@ def test_a_processor_that_waits_for_its_own_engine_is_refused(llm):
         assert isinstance(error, RequestFailedError)
         assert "engine's own thread" in str(error)
     assert answer(llm)[0].finished
+
+
+@pytest.mark.parametrize("method", ["append", "text"])
+@pytest.mark.parametrize("options", [{}, {"n": 2, "use_beam_search": True}])
+def test_a_tokenizer_that_fails_on_a_request_fails_no_other(llm, monkeypatch, method, options):
+    """Text is made for each request by itself."""
+    wanted = answer(llm, temperature=0)[0].outputs[0].token_ids
+    original = getattr(Detokenizer, method)
+
+    def fail(self, *args, **kwargs):
+        if self._includes_stop:
+            raise ValueError("no such piece")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Detokenizer, method, fail)
+    good = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    bad = SamplingParams(include_stop_str_in_output=True, stop="zzz", **options)
+    results = within(lambda: llm._run([PROMPT] * 3, [good, bad, good]))
+    assert isinstance(results[1], RequestFailedError)
+    assert "no such piece" in str(results[1])
+    assert results[0].outputs[0].token_ids == results[2].outputs[0].token_ids == wanted
+    llm.engine_loop.call(lambda engine: engine.check_integrity())
 
 
 @pytest.mark.parametrize("options", [{"n": 10**9}, {"best_of": 10**9}])

@@ -73,7 +73,7 @@ class SchedulerStates(RuleBasedStateMachine):
         self.alive.append(sequence)
         self.scheduler.add(sequence)
 
-    @precondition(lambda self: self.scheduler.has_work)
+    @precondition(lambda self: any(s.status is not SequenceStatus.PARKED for s in self.alive))
     @rule(token=st.integers(1, 3), park=st.booleans())
     def step(self, token, park):
         self.run_step(token, park)
