@@ -132,7 +132,8 @@ class SchedulerConfig(_Checked):
     """
 
     max_num_seqs: int = _arg(256, checks.integer(1, 65536))
-    max_num_batched_tokens: int = _arg(2048, checks.integer(1))
+    # Enough rows for matrix products at full speed on a CPU; activations grow with it.
+    max_num_batched_tokens: int = _arg(512, checks.integer(1))
     enable_chunked_prefill: bool = _arg(True, checks.boolean)
     scheduling_policy: str = _arg("fcfs", checks.choice("fcfs", "priority"))
 

@@ -237,7 +237,7 @@ def test_a_budget_below_the_longest_prompt_needs_chunks():
     scheduler = EngineConfig.create("m", enable_chunked_prefill=False).scheduler
     assert scheduler.token_budget(9000) == 9000
     assert scheduler.token_budget(9) == scheduler.max_num_batched_tokens
-    assert EngineConfig.create("m").scheduler.token_budget(9000) == 2048
+    assert EngineConfig.create("m").scheduler.token_budget(9000) == 512
 
 
 def test_a_token_is_not_shown():
