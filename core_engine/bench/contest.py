@@ -79,8 +79,12 @@ class Contestant:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self._send({"side": side, "model": model, "options": options or {}})
-        self.versions: dict[str, str] = self._receive()["versions"]
+        try:
+            self._send({"side": side, "model": model, "options": options or {}})
+            self.versions: dict[str, str] = self._receive()["versions"]
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, workload: Workload) -> dict[str, float]:
         """Run a workload once."""
