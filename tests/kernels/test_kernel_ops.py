@@ -213,11 +213,12 @@ def test_an_unknown_activation_is_named(backend):
 
 def assert_is_product(got, x, weight, bias):
     exact = x.double() @ weight.double().t()
+    sums = x.double().abs() @ weight.double().abs().t()
     if bias is not None:
         exact = exact + bias.double()
+        sums = sums + bias.double().abs()
     size = weight.shape[1]
     # float32 sums gather up to a rounding per term; a 16-bit result is rounded once or twice.
-    sums = x.double().abs() @ weight.double().abs().t()
     bound = torch.finfo(torch.float32).eps * math.sqrt(size) * 4 * sums
     if got.dtype is not torch.float32:
         bound = bound + torch.finfo(got.dtype).eps * (exact.abs() + 1)
