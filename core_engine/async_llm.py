@@ -190,7 +190,7 @@ class AsyncLLM:
         return await asyncio.to_thread(self._open_llm().get_metrics)
 
     async def reset_prefix_cache(self) -> bool:
-        """Forget all cached prefixes; return False if running requests prevent it."""
+        """Forget all cached prefixes, and return True; running requests keep what they use."""
         return await asyncio.to_thread(self._open_llm().reset_prefix_cache)
 
     @property

@@ -327,7 +327,7 @@ class LLM:
         return self._call(lambda engine: engine.metrics())
 
     def reset_prefix_cache(self) -> bool:
-        """Forget all cached prefixes; return False if running requests prevent it."""
+        """Forget all cached prefixes, and return True; running requests keep what they use."""
         return self._call(lambda engine: engine.reset_prefix_cache())
 
     @property

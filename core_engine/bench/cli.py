@@ -149,13 +149,17 @@ def latency(
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
     input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
     output_len: Annotated[int, typer.Option(min=2, help="Tokens generated.")] = 128,
+    detokenize: Annotated[
+        bool, typer.Option("--detokenize", help="With the outputs' text; needs a tokenizer.")
+    ] = False,
     repeats: Repeats = 3,
     json_file: Json = None,
 ) -> None:
     """Time to the first token, and what a step costs: the model's part, and all the rest."""
     path, vocab_size = _checkpoint(model, random, dtype)
     work = uniform(batch, input_len, output_len, vocab_size=vocab_size)
-    [measured] = _contest([("quire", "quire", {"dtype": dtype})], path, work, repeats, json_file)
+    options = {"dtype": dtype, "detokenize": detokenize}
+    [measured] = _contest([("quire", "quire", options)], path, work, repeats, json_file)
     rows = [["figure", "median (range)"]]
     for name, label, digits, scale in (
         ("first_token_seconds", "first token, ms", 1, 1e3),

@@ -24,14 +24,17 @@ class QuireSide:
     Parameters
     ----------
     model : str
+    detokenize : bool, default False
+        Whether outputs get their text, by the model's tokenizer.
     **options
         Engine arguments, such as ``enable_prefix_caching=False``.
     """
 
-    def __init__(self, model: str, **options: Any) -> None:
+    def __init__(self, model: str, *, detokenize: bool = False, **options: Any) -> None:
         from quire import LLM
 
-        self._llm = LLM(model, skip_tokenizer_init=True, **options)
+        self._detokenize = detokenize
+        self._llm = LLM(model, skip_tokenizer_init=not detokenize, **options)
 
     def run(self, workload: Workload) -> dict[str, float]:
         """Generate; the prefix cache starts empty."""
@@ -39,7 +42,9 @@ class QuireSide:
 
         self._llm.reset_prefix_cache()
         params = [
-            SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False)
+            SamplingParams(
+                temperature=0, max_tokens=n, ignore_eos=True, detokenize=self._detokenize
+            )
             for n in workload.output_lens
         ]
         before = self._llm.get_metrics()

@@ -93,7 +93,7 @@ class SamplingOptions:
         Raises
         ------
         typer.BadParameter
-            A field that :class:`quire.SamplingParams` does not have.
+            A field that :class:`quire.SamplingParams` does not have, or one given twice.
         InvalidRequestError
             A value that is out of range.
         """
@@ -105,9 +105,14 @@ class SamplingOptions:
             "stop": list(self.stop) if self.stop else None,
         }
         fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        others = parse_assignments("--sampling-arg", self.sampling_args)
+        for name in fields.keys() & others:
+            raise typer.BadParameter(
+                f"--sampling-arg {name} and --{name.replace('_', '-')} are one field; give one"
+            )
         # In the engine's own terms None is "the room left", so it is set, not left out.
         fields |= {"max_tokens": self.max_tokens, "n": self.n}
-        fields |= parse_assignments("--sampling-arg", self.sampling_args)
+        fields |= others
         defaults = llm.get_default_sampling_params()
         return _make("--sampling-arg", lambda: replace(defaults, **fields))
 

@@ -1,10 +1,13 @@
-"""start_beam_search: the search that a request asks for."""
+"""The search that a request asks for, and what its result says of each token."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from quire.sampling.beam_search import BeamSearch
+from quire.outputs import Logprob, TokenLogprobs
+from quire.sampling.beam_search import BeamSearch, Candidates
 from quire.tokenizer.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
@@ -45,3 +48,26 @@ def start_beam_search(
         min_tokens=params.min_tokens,
         is_stopped=stopped if params.stop or stop_token_ids else None,
     )
+
+
+def beam_logprobs(
+    source: tuple[int, Candidates], k: int, token_text: Callable[[int], str | None]
+) -> TokenLogprobs:
+    """Return the logprobs of one token of a hypothesis, and of the ``k`` best in its place.
+
+    Parameters
+    ----------
+    source : (int, Candidates)
+        As in :attr:`quire.sampling.beam_search.Beam.sources`.
+    k : int
+        -1 for all.
+    token_text : callable
+        Gives a token's text.
+    """
+    place, (ids, values) = source
+    shown = len(ids) if k < 0 else min(k, len(ids))
+    return {
+        ids[i]: Logprob(values[i], i + 1, token_text(ids[i]))
+        for i in dict.fromkeys((place, *range(shown)))
+        if values[i] > -math.inf
+    }

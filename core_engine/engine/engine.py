@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from quire.engine.batch import ForwardBatch
-from quire.engine.beams import start_beam_search
+from quire.engine.beams import beam_logprobs, start_beam_search
 from quire.engine.block_pool import BlockPool, root_key
 from quire.engine.live_request import LiveRequest
 from quire.engine.metrics import EngineMetrics
@@ -422,10 +422,8 @@ class Engine:
             completion.stop_reason = hypothesis.stop_reason
             if completion.logprobs is not None:
                 completion.logprobs.extend(
-                    {token_id: Logprob(value, None, self._token_text(token_id))}
-                    for token_id, value in zip(
-                        hypothesis.token_ids, hypothesis.logprobs, strict=True
-                    )
+                    beam_logprobs(source, live.request.params.logprobs or 0, self._token_text)
+                    for source in hypothesis.sources
                 )
 
     # -- endings -------------------------------------------------------------------------------

@@ -285,16 +285,7 @@ class Processor:
                 "a prompt of text needs a tokenizer, and this engine has none "
                 "(skip_tokenizer_init=True): give {'prompt_token_ids': [...]}"
             )
-        token_ids = tokenizer.encode(text, add_special_tokens)
-        bos = tokenizer.bos_token_id
-        if (
-            add_special_tokens
-            and bos is not None
-            and token_ids[:2] == [bos, bos]
-            and text.startswith(tokenizer.bos_token or "")
-            and tokenizer.encode(text, False)[:2] != [bos, bos]
-        ):
-            del token_ids[0]
+        token_ids = tokenizer.encode_prompt(text, add_special_tokens)
         if not token_ids:
             raise InvalidRequestError(f"the prompt {text!r} gives no tokens at all")
         # The tokenizer may know tokens that the model does not.

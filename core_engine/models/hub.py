@@ -66,6 +66,7 @@ def resolve_tokenizer(config: ModelSource) -> Path:
         download_dir=config.download_dir,
         token=config.hf_token,
         allow_patterns=BESIDE_WEIGHTS,
+        field="tokenizer",
     )
 
 
@@ -76,6 +77,7 @@ def resolve(
     download_dir: str | None = None,
     token: str | bool | None = None,
     allow_patterns: Sequence[str] | None = None,
+    field: str = "model",
 ) -> Path:
     """Return the folder with a model's files, downloading what is not there.
 
@@ -93,6 +95,8 @@ def resolve(
     allow_patterns
         Files wanted of a hub's model, as shell patterns. None: configuration, tokenizer and
         weights, these as safetensors where there are any.
+    field
+        The argument that errors name.
 
     Raises
     ------
@@ -114,15 +118,15 @@ def resolve(
         return folder.resolve()
     if folder is not None:
         raise ModelNotFoundError(
-            f"model is {model!r}, which is a file; it must be a folder in Hugging Face's layout "
+            f"{field} is {model!r}, which is a file; it must be a folder in Hugging Face's layout "
             "or a name on the hub"
         )
     if "://" in model:
-        model, revision = _parse_url(model, revision)
+        model, revision = _parse_url(model, revision, field)
     if not _NAME.fullmatch(model):
         raise ModelNotFoundError(
-            f"model is {model!r:.200}: there is no such folder, and a name on the hub has the form "
-            "'organisation/name'"
+            f"{field} is {model!r:.200}: there is no such folder, and a name on the hub has the "
+            "form 'organisation/name'"
         )
     if os.environ.get("VLLM_USE_MODELSCOPE", "").strip().lower() in ("1", "true", "yes", "on"):
         return _from_modelscope(model, revision, download_dir)
@@ -138,16 +142,16 @@ def _existing(name: str) -> Path | None:
         return None
 
 
-def _parse_url(url: str, revision: str | None) -> tuple[str, str | None]:
+def _parse_url(url: str, revision: str | None, field: str = "model") -> tuple[str, str | None]:
     try:
         parts = urlsplit(url)
     except ValueError as error:
-        raise ModelNotFoundError(f"model is {url!r}, which is no URL: {error}") from error
+        raise ModelNotFoundError(f"{field} is {url!r}, which is no URL: {error}") from error
     hosts = _HOSTS | {urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc}
     path = [unquote(each) for each in parts.path.split("/") if each]
     if parts.scheme not in ("http", "https") or parts.netloc not in hosts:
         raise ModelNotFoundError(
-            f"model is {url!r}; of URLs, only those of a model on huggingface.co are understood"
+            f"{field} is {url!r}; of URLs, only those of a model on huggingface.co are understood"
         )
     # A model's page, or the page of one of its revisions: org/name, org/name/tree/revision.
     name, rest = path, []
@@ -158,7 +162,7 @@ def _parse_url(url: str, revision: str | None) -> tuple[str, str | None]:
             break
     if len(name) not in (1, 2) or len(rest) > 1 or name[0] in ("datasets", "spaces"):
         raise ModelNotFoundError(
-            f"model is {url!r}; it must be a model's page, such as "
+            f"{field} is {url!r}; it must be a model's page, such as "
             "https://huggingface.co/org/name or https://huggingface.co/org/name/tree/main"
         )
     if rest and revision is not None and rest[0] != revision:

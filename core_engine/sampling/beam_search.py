@@ -34,6 +34,8 @@ class Beam:
         Sum of their log-probabilities.
     logprobs : list of float
         Of each of them.
+    sources : list of (int, Candidates)
+        For each token its place among the continuations it was chosen from, and these.
     finish_reason : {"stop", "length"} or None
         None while it may go on.
     stop_reason : int, str or None
@@ -43,6 +45,7 @@ class Beam:
     token_ids: list[int] = field(default_factory=list)
     cum_logprob: float = 0.0
     logprobs: list[float] = field(default_factory=list)
+    sources: list[tuple[int, Candidates]] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
@@ -50,10 +53,14 @@ class Beam:
         """Return what hypotheses of unequal length are compared by."""
         return _score(self.cum_logprob, len(self.token_ids), length_penalty)
 
-    def extended(self, token_id: int, logprob: float) -> Beam:
-        """Return the hypothesis with one more token."""
+    def extended(self, place: int, candidates: Candidates) -> Beam:
+        """Return the hypothesis continued by the candidate at ``place``."""
+        token_id, logprob = candidates[0][place], candidates[1][place]
         return Beam(
-            [*self.token_ids, token_id], self.cum_logprob + logprob, [*self.logprobs, logprob]
+            [*self.token_ids, token_id],
+            self.cum_logprob + logprob,
+            [*self.logprobs, logprob],
+            [*self.sources, (place, candidates)],
         )
 
 
@@ -137,26 +144,24 @@ class BeamSearch:
             No beam has a possible continuation and nothing was found before.
         """
         ranked = sorted(
-            (-beam.cum_logprob - logprob, parent, place, token_id, logprob)
-            for parent, (beam, (token_ids, logprobs)) in enumerate(
-                zip(self.live, candidates, strict=True)
-            )
-            for place, (token_id, logprob) in enumerate(zip(token_ids, logprobs, strict=True))
+            (-beam.cum_logprob - logprob, parent, place)
+            for parent, (beam, (_, logprobs)) in enumerate(zip(self.live, candidates, strict=True))
+            for place, logprob in enumerate(logprobs)
             if logprob > -math.inf
         )
         going: list[Beam] = []
         origins: list[tuple[int, int]] = []
         ended: list[Beam] = []
-        for rank, (_, parent, _, token_id, logprob) in enumerate(ranked):
+        for rank, (_, parent, place) in enumerate(ranked):
             if rank >= self._width and len(going) == self._width:
                 break
-            beam = self.live[parent].extended(token_id, logprob)
+            beam = self.live[parent].extended(place, candidates[parent])
             if self._ends(beam):
                 if rank < self._width:
                     ended.append(beam)
             elif len(going) < self._width:
                 going.append(beam)
-                origins.append((parent, token_id))
+                origins.append((parent, beam.token_ids[-1]))
         self._finished = sorted(
             [*self._finished, *ended], key=lambda beam: -beam.score(self._length_penalty)
         )[: self._width]

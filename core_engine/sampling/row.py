@@ -111,7 +111,9 @@ def _ids(token_ids: Collection[int]) -> npt.NDArray[np.int64]:
 def num_beam_candidates(params: SamplingParams, eos_token_ids: Collection[int]) -> int:
     """Return how many continuations of each beam a beam search has to see.
 
-    Those that end there go no further; as many as there are beams must be left to go on.
+    Those that end there go no further; as many as there are beams must be left to go on. The
+    ``logprobs`` asked for are among them; -1, for all, gives more than any vocabulary has.
     """
     ends = {*eos_token_ids, *(params.stop_token_ids or ())}
-    return params.beam_width + max(params.beam_width, len(ends))
+    shown = params.logprobs or 0
+    return max(params.beam_width + max(params.beam_width, len(ends)), shown % (1 << 31))

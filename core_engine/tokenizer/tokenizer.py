@@ -244,7 +244,8 @@ class Tokenizer:
         Raises
         ------
         InvalidRequestError
-            If it is no text, or holds lone surrogates, which no encoding has.
+            If it is no text, or holds lone surrogates, which no encoding has, or what the
+            vocabulary cannot spell.
         """
         if not isinstance(text, str):
             raise InvalidRequestError(f"text must be a str, got {type(text).__name__}")
@@ -259,6 +260,25 @@ class Tokenizer:
                 f"the text holds a lone surrogate, {text[surrogate]!r} at position {surrogate}, "
                 "which is no character"
             ) from None
+        except Exception as error:  # the library raises bare Exception
+            raise InvalidRequestError(f"the tokenizer cannot spell the text: {error}") from error
+
+    def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of a prompt: as :meth:`encode`, but with no second BOS token.
+
+        A text that was made by a template may begin with the BOS token's own text.
+        """
+        token_ids = self.encode(text, add_special_tokens)
+        bos = self.bos_token_id
+        if (
+            add_special_tokens
+            and bos is not None
+            and token_ids[:2] == [bos, bos]
+            and text.startswith(self.bos_token or "")
+            and self.encode(text, False)[:2] != [bos, bos]
+        ):
+            del token_ids[0]
+        return token_ids
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids

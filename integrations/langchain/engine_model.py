@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from langchain_core.load.serializable import Serializable
-from pydantic import ConfigDict, Field, PrivateAttr
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 
 from quire import __version__
 from quire.config import EngineConfig, argument_names
@@ -45,6 +45,27 @@ _SAMPLING_FIELDS = tuple(
     if field.name not in ("max_tokens", "output_kind")
 )
 """Fields that are handed to SamplingParams under their own names."""
+
+_NUMBERS = (
+    "tensor_parallel_size",
+    "n",
+    "best_of",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "max_new_tokens",
+    "min_tokens",
+    "logprobs",
+    "prompt_logprobs",
+    "truncate_prompt_tokens",
+    "length_penalty",
+)
+"""Fields in which True is no 1."""
 
 _ALWAYS_SHOWN = (
     "n",
@@ -134,6 +155,14 @@ class EngineModel(Serializable):
             add_version("quire", __version__)
 
     # -- arguments -------------------------------------------------------------------------------
+
+    @field_validator(*_NUMBERS, mode="before")
+    @classmethod
+    def _no_number(cls, value: Any) -> Any:
+        # Pydantic would take it for 0 or 1.
+        if isinstance(value, bool):
+            raise ValueError(f"it must be a number, not {value}")
+        return value
 
     @classmethod
     def _refuse_unknown(cls, kwargs: Mapping[str, Any]) -> None:

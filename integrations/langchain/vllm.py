@@ -444,7 +444,7 @@ logits_processors, structured_outputs, use_beam_search, length_penalty, early_st
         """Return the ids that the model would be given for this text as a prompt."""
         if self.custom_get_token_ids is not None:
             return self.custom_get_token_ids(text)
-        return self._open_lease().llm.get_tokenizer().encode(text)
+        return self._open_lease().llm.get_tokenizer().encode_prompt(text)
 
     def get_num_tokens(self, text: str) -> int:
         """Return how many tokens the model would be given for this text as a prompt."""

@@ -89,6 +89,13 @@ def test_engine_and_sampling_arguments_reach_their_place(model: list[str]) -> No
     assert len(json.loads(result.stdout)["token_ids"]) == 9
 
 
+def test_a_field_is_given_once(model: list[str]) -> None:
+    """The option that names a field and --sampling-arg must not contradict each other."""
+    result = invoke("complete", "hi", *model, *GREEDY, "--sampling-arg", "temperature=1")
+    assert result.exit_code == 2
+    assert "one field" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("option", "text"), [("--engine-arg", "blok_size=8"), ("--sampling-arg", "top_q=1")]
 )

@@ -215,6 +215,24 @@ def test_the_logprobs_of_a_beam_have_the_text_of_their_tokens(llm):
         )
 
 
+@pytest.mark.parametrize("k", [1, 9, -1])
+def test_beams_show_the_logprobs_that_were_asked_for(llm, k):
+    """They are those of the same tokens as a prompt's, the chosen one and the k best, by rank."""
+    [output] = answer(llm, n=2, use_beam_search=True, logprobs=k)
+    for completion in output.outputs:
+        ids = [*output.prompt_token_ids, *completion.token_ids]
+        [oracle] = llm.generate(
+            {"prompt_token_ids": ids}, SamplingParams(max_tokens=1, prompt_logprobs=k)
+        )
+        expected = oracle.prompt_logprobs[-len(completion.token_ids) :]
+        for entry, other in zip(completion.logprobs, expected, strict=True):
+            assert {i: (e.rank, e.decoded_token) for i, e in entry.items()} == {
+                i: (e.rank, e.decoded_token) for i, e in other.items()
+            }
+            for token_id, value in entry.items():
+                assert value.logprob == pytest.approx(other[token_id].logprob, abs=1e-4)
+
+
 def test_a_generation_config_that_is_not_there_is_refused(tiny_llama, tmp_path):
     """A misspelled path must not silently leave the model's recommendations out."""
     for path in (tmp_path / "nowhere", tmp_path):

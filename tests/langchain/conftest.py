@@ -35,7 +35,7 @@ class Call:
 
 
 class FakeTokenizer:
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [1] * add_special_tokens + list(text.encode())
 
 

@@ -137,6 +137,14 @@ def test_refuses_bad_values_before_a_model_is_loaded(fake: Any, kwargs: dict[str
     assert fake.num_made() == 0
 
 
+@pytest.mark.parametrize("name", ["n", "seed", "temperature", "max_new_tokens", "top_k"])
+def test_true_is_no_number(fake: Any, name: str) -> None:
+    """A switch set where a number belongs is a slip; it is not taken for 1."""
+    with pytest.raises(ValueError, match=rf"{name}\n.*must be a number, not True"):
+        VLLM(model="m", **{name: True})
+    assert fake.num_made() == 0
+
+
 def test_refuses_what_is_not_offered(fake: Any) -> None:
     """Features of later versions are refused, not passed over."""
     with pytest.raises(NotSupportedError, match="tensor_parallel_size"):

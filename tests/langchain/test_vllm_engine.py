@@ -57,7 +57,8 @@ def test_answers_as_the_engine_does(llm: VLLM) -> None:
 
 def test_token_count_is_what_the_engine_sees(llm: VLLM) -> None:
     """get_num_tokens is the length of the prompt as the model gets it."""
-    for prompt in ("What is 2 + 2 ?", "\u00e9\u00e8 \U0001f600", " a\n\nb "):
+    bos = llm.client.get_tokenizer().bos_token
+    for prompt in ("What is 2 + 2 ?", "\u00e9\u00e8 \U0001f600", " a\n\nb ", f"{bos}Hello"):
         [output] = llm.client.generate(prompt, SamplingParams(max_tokens=1), use_tqdm=False)
         assert llm.get_token_ids(prompt) == output.prompt_token_ids
 

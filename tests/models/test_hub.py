@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quire.config import ModelConfig
 from quire.errors import ConfigError, ModelNotFoundError
 from quire.models import hub
 from quire.models.hub import resolve
@@ -64,6 +65,12 @@ def test_a_file_is_not_a_model(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(ModelNotFoundError, match="which is a file"):
         resolve(str(file))
+
+
+def test_the_argument_that_is_wrong_is_named() -> None:
+    """A tokenizer that is not there is not called a model."""
+    with pytest.raises(ModelNotFoundError, match=r"^tokenizer is '\./none': there is no such"):
+        hub.resolve_tokenizer(ModelConfig(model="quire/demo", tokenizer="./none"))
 
 
 @pytest.mark.parametrize("name", ["./none", "/no/such/folder", "a/b/c", "", "a b", "../x", "a/"])

@@ -9,6 +9,7 @@ import sys
 import threading
 
 import pytest
+import tokenizers
 
 from quire.errors import ConfigError, InvalidRequestError, TokenizerError
 from quire.sampling_params import SamplingParams
@@ -223,3 +224,13 @@ def test_no_limit_of_length_is_none(tmp_path, length):
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(f'{{"model_max_length": {length}}}')
     load_tokenizer(tmp_path)
+
+
+def test_a_text_that_the_vocabulary_cannot_spell_is_an_invalid_request(tmp_path):
+    """A word-level vocabulary without an unknown token: the request is refused, by our error."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="[UNK]"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a") == [0]
+    with pytest.raises(InvalidRequestError, match="cannot spell"):
+        tokenizer.encode("b")
