@@ -81,17 +81,19 @@ def build_engine(config: EngineConfig) -> Engine:
             "tokens, one given and one generated: raise max_model_len, or the KV cache's "
             "num_gpu_blocks_override, kv_cache_memory_bytes or block_size"
         )
+    recommended = _recommended(config.model, path)
+    # A folder of the user's goes before the model's own file, where it says how a text ends.
+    has_ends = recommended.get("eos_token_id") is not None
+    ends = recommended if has_ends else read_generation_config(path)
     limits = ModelLimits(
         vocab_size=model.spec.vocab_size,
         max_model_len=plan.max_model_len,
         max_cache_tokens=(plan.num_blocks - 1) * config.cache.block_size,
         # An id that the model has no row for cannot be generated, nor masked by min_tokens.
         eos_token_ids=tuple(
-            id_
-            for id_ in eos_token_ids(hf_config, read_generation_config(path))
-            if id_ < model.spec.vocab_size
+            id_ for id_ in eos_token_ids(hf_config, ends) if id_ < model.spec.vocab_size
         ),
-        default_params=_recommended(config.model, path),
+        default_params=recommended,
     )
     sampler = Sampler(
         vocab_size=model.spec.vocab_size,
@@ -154,9 +156,9 @@ def _device_memory(device: torch.device) -> dict[str, Any]:
 
 
 def _load_tokenizer(config: ModelConfig, path: Path, hf_config: dict[str, Any]) -> Tokenizer:
-    folder = path if config.tokenizer is None else hub.resolve_tokenizer(config)
+    is_beside = config.tokenizer is None and config.tokenizer_revision is None
     return load_tokenizer(
-        folder,
+        path if is_beside else hub.resolve_tokenizer(config),
         mode=config.tokenizer_mode,
         trust_remote_code=config.trust_remote_code,
         model_config=hf_config,

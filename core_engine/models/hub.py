@@ -58,10 +58,11 @@ def resolve_model(config: ModelSource) -> Path:
 
 def resolve_tokenizer(config: ModelSource) -> Path:
     """Return the folder of an engine's tokenizer, the model's unless it has its own."""
-    if config.tokenizer is None or config.tokenizer == config.model:
+    name = config.model if config.tokenizer is None else config.tokenizer
+    if name == config.model and config.tokenizer_revision in (None, config.revision):
         return resolve_model(config)
     return resolve(
-        config.tokenizer,
+        name,
         revision=config.tokenizer_revision,
         download_dir=config.download_dir,
         token=config.hf_token,

@@ -44,8 +44,9 @@ class VLLM(EngineModel, BaseLLM):
     """A text completion model on quire's engine.
 
     A prompt goes to the model as it is written, also to an instruct model, for which it should
-    hold the model's own chat markup. Messages are written out by LangChain as ``Human: ...``; a
-    model's chat template is applied by :meth:`quire.LLM.chat`.
+    hold the model's own chat markup. Messages are written out by LangChain as ``Human: ...``. A
+    model's chat template is applied by :meth:`quire.LLM.chat`, and by ``ChatVLLM``, the chat model
+    of a later version.
 
     The engine is made with the object, or shared with every other object that asks for the same
     checkpoint and engine arguments. Prompts of ``batch`` run as one batch, and calls from several

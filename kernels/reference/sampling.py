@@ -85,11 +85,7 @@ def gather_logprobs(
         values, ids = top_logits(logits, k)
     else:
         values, ids = logits[:, :0], token_ids[:, None][:, :0]
-    ranks = (values > chosen).sum(dim=1) + 1
-    # Whatever is above the last of the k is among them; below it, only a count can tell.
-    unlisted = chosen[:, 0] < (values[:, -1] if k else logits.amax(dim=1))
-    for row in unlisted.nonzero()[:, 0].tolist():
-        ranks[row] = torch.count_nonzero(logits[row] > chosen[row]) + 1
+    ranks = torch.count_nonzero(logits > chosen, dim=1) + 1
     logprobs = torch.cat((chosen, values), dim=1) - _log_normalizer(logits)[:, None]
     return torch.cat((token_ids[:, None], ids), dim=1), logprobs, ranks
 

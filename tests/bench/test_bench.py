@@ -84,3 +84,25 @@ def test_throughput_beside_transformers(tmp_path, monkeypatch):
     document = json.loads(figures.read_text(encoding="utf-8"))
     assert {len(runs["seconds"]) for runs in document["runs"].values()} == {2}
     assert random_checkpoint("llama-small", "float32").parent == tmp_path
+
+
+@pytest.mark.slow
+def test_latency_and_startup_tell_their_phases(tmp_path, tiny_llama):
+    """Each phase of a step and of a start is a row and a figure of every run."""
+    for arguments, figures in (
+        (
+            ["latency", "--dtype", "float32", "--batch", "2", "--input-len", "8"],
+            {"seconds", "first_token_seconds", "forward_ms_per_step", "overhead_ms_per_step"},
+        ),
+        (["startup"], {"import_quire", "import_torch", "load", "first_token", "after_torch"}),
+    ):
+        file = tmp_path / f"{arguments[0]}.json"
+        run = CliRunner().invoke(
+            app, [*arguments, "--model", str(tiny_llama), "--repeats", "1", "--json", str(file)]
+        )
+        assert run.exit_code == 0, run.output
+        runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
+        measured = runs if arguments == ["startup"] else runs["quire"]
+        assert {*figures, "peak_bytes"} <= set(measured)
+        assert all(value > 0 for [value] in measured.values())
+        assert "first token" in run.output

@@ -282,3 +282,41 @@ def test_a_refusal_can_always_be_shown(name, value):
 def test_a_device_number_that_torch_cannot_read_is_refused(device):
     with pytest.raises(ConfigError, match="device"):
         EngineConfig.create("quire/demo", device=device)
+
+
+PROMISED = {
+    "tokenizer": None,
+    "tokenizer_mode": "auto",
+    "skip_tokenizer_init": False,
+    "trust_remote_code": False,
+    "tensor_parallel_size": 1,
+    "dtype": "auto",
+    "quantization": None,
+    "revision": None,
+    "tokenizer_revision": None,
+    "seed": 0,
+    "gpu_memory_utilization": 0.9,
+    "kv_cache_memory_bytes": None,
+    "swap_space": 4,
+    "num_gpu_blocks_override": None,
+    "max_model_len": None,
+    "enable_prefix_caching": True,
+    "enable_chunked_prefill": True,
+    "enforce_eager": False,
+    "enable_lora": False,
+    "device": "auto",
+    "download_dir": None,
+    "generation_config": "auto",
+}
+
+
+def test_arguments_and_defaults_are_those_that_users_of_vllm_know():
+    """Each may be written out with the default it has there, alone or with all others."""
+    plain = EngineConfig.create("m")
+    assert EngineConfig.create("m", **PROMISED) == plain
+    for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+        assert name in argument_names()
+    signature = inspect.signature(LLM).parameters
+    for name, value in PROMISED.items():
+        assert EngineConfig.create("m", **{name: value}) == plain, name
+        assert name not in signature or signature[name].default == value, name

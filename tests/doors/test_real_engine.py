@@ -258,3 +258,30 @@ def test_beam_search_refuses_other_parameters(llm):
     """SamplingParams are no BeamSearchParams, and the message says so."""
     with pytest.raises(InvalidRequestError, match="must be BeamSearchParams"):
         llm.beam_search([5, 6], SamplingParams())
+
+
+def test_a_tokenizer_may_lie_elsewhere(options, llm, tmp_path):
+    """The model's folder needs none then."""
+    model, tokenizer = tmp_path / "model", tmp_path / "tokenizer"
+    shutil.copytree(options["model"], model)
+    tokenizer.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.move(model / name, tokenizer / name)
+    with LLM(**{**options, "model": model}, tokenizer=tokenizer) as other:
+        [output] = other.generate("hello world", PARAMS[0], use_tqdm=False)
+    [expected] = llm.generate("hello world", PARAMS[0], use_tqdm=False)
+    assert output.prompt_token_ids == expected.prompt_token_ids
+    assert answer(output) == answer(expected)
+
+
+def test_overrides_reach_the_model_and_its_chats(options):
+    """hf_overrides change the model that runs, and chat_template what a chat is written by."""
+    messages = [{"role": "user", "content": "hello"}]
+    with LLM(
+        **options,
+        hf_overrides={"max_position_embeddings": 64},
+        chat_template="{{ messages[0]['content'] }} dog",
+    ) as llm:
+        assert llm.llm_engine.limits.max_model_len == 64
+        [output] = llm.chat(messages, PARAMS[0], use_tqdm=False)
+        assert output.prompt == "hello dog"

@@ -69,6 +69,21 @@ def test_answers_do_not_depend_on_how_requests_are_run(tiny_llama, plain_answers
             assert llm.get_metrics()["num_preemptions"] > 0, "nothing was preempted: no test"
 
 
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "mpt", "opt", "phi3-longrope"])
+def test_answers_of_other_kinds_of_models_do_not_depend_on_it_either(tiny_checkpoint, name):
+    """Windows, ALiBi and learned positions: in chunks, from a cache, and taken up again."""
+    folder = tiny_checkpoint(name)
+    with LLM(folder, dtype="float32", max_model_len=80, max_num_seqs=1) as llm:
+        plain = answers(llm)
+    options = {**WAYS["scarce blocks"], **WAYS["in chunks of 7"]}
+    with LLM(folder, dtype="float32", **options) as llm:
+        assert answers(llm) == plain
+        assert answers(llm) == plain
+        metrics = llm.get_metrics()
+        assert metrics["num_preemptions"] > 0
+        assert metrics["num_cached_tokens"] > 0
+
+
 def test_answers_do_not_depend_on_a_warm_cache(tiny_llama, plain_answers):
     """A second run, which finds its prompts in the prefix cache, gives the same."""
     with LLM(tiny_llama, dtype="float32", block_size=4) as llm:

@@ -17,6 +17,7 @@ from langchain_core.language_models.llms import BaseLLM
 
 from quire.errors import ConfigError, InvalidRequestError, NotSupportedError
 from quire.integrations.langchain import VLLM
+from quire.integrations.langchain.engine_model import EngineModel
 from quire.sampling_params import SamplingParams
 
 
@@ -202,6 +203,14 @@ def test_names_of_later_versions_say_what_there_is() -> None:
     with pytest.raises(AttributeError, match="no 'anything'"):
         _ = module.anything
     assert "VLLM" in dir(module)
+
+
+def test_the_docstring_says_that_prompts_go_as_written() -> None:
+    """And where chat templates are applied; every field is described there."""
+    text = " ".join((VLLM.__doc__ or "").split())
+    assert "A prompt goes to the model as it is written, also to an instruct model" in text
+    assert "ChatVLLM" in text
+    assert not {name for name in EngineModel.model_fields if name not in text}
 
 
 def test_import_brings_no_torch() -> None:

@@ -108,6 +108,33 @@ def test_concurrent_callers_join_one_batch(llm: VLLM) -> None:
     assert asyncio.run(gathered()) == expected  # a second event loop
 
 
+def test_a_batch_is_one_batch_of_the_engine(llm: VLLM) -> None:
+    """Eight prompts share steps: they take about as many as one of them."""
+
+    def steps_of(prompts: list[str]) -> float:
+        before = llm.client.get_metrics()["num_steps"]
+        llm.batch(prompts, ignore_eos=True)
+        return float(llm.client.get_metrics()["num_steps"] - before)
+
+    prompts = [QUESTION.format(country) for country in COUNTRIES] * 2
+    alone = steps_of(prompts[:1])
+    assert alone <= steps_of(prompts) < 2 * alone
+
+
+def test_stop_strings_of_constructor_and_call_end_the_text(llm: VLLM) -> None:
+    """Whichever comes first; and the generation says which it was."""
+    own = llm.model_copy(update={"stop": ["France"]})
+    question = QUESTION.format("France")
+    whole = llm.invoke(question)
+    assert whole.index("capital") < whole.index("France")
+    for call, first in ((None, "France"), (["capital"], "capital"), (["Paris"], "France")):
+        [[generation]] = own.generate([question], stop=call).generations
+        assert generation.text == whole[: whole.index(first)]
+        assert generation.generation_info is not None
+        assert generation.generation_info["stop_reason"] == first
+        assert generation.generation_info["finish_reason"] == "stop"
+
+
 def test_one_bad_prompt_fails_alone(llm: VLLM) -> None:
     """An empty and a too long prompt have their errors; their neighbours have their answers."""
     good = QUESTION.format("France")

@@ -270,3 +270,20 @@ def test_model_and_tokenizer_may_come_from_two_places(cache: Path, tmp_path: Pat
     assert hub.resolve_model(config) == hub.resolve_tokenizer(config) == tmp_path / "model"
     config.tokenizer = "org/name"
     assert hub.resolve_tokenizer(config).name == COMMIT
+
+
+def test_a_tokenizer_may_come_from_another_revision_of_the_model(cache: Path) -> None:
+    """tokenizer_revision is honoured without a tokenizer of another name."""
+    other = "f" * 40
+    folder = cache / "models--org--name"
+    (folder / "snapshots" / other).mkdir()
+    (folder / "snapshots" / other / "config.json").write_text("{}")
+    (folder / "refs" / "v2").write_text(other)
+    for tokenizer in (None, "org/name"):
+        config = ModelConfig(
+            model="org/name", tokenizer=tokenizer, tokenizer_revision="v2", download_dir=str(cache)
+        )
+        assert hub.resolve_model(config).name == COMMIT
+        assert hub.resolve_tokenizer(config).name == other
+    same = ModelConfig(model="org/name", revision="v2", download_dir=str(cache))
+    assert hub.resolve_tokenizer(same).name == other

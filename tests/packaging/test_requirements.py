@@ -68,5 +68,29 @@ def test_lower_bounds_cover_every_dependency(repo_root: Path, project: dict) -> 
     assert len(lines) == len(expected)
 
 
+def test_extras_bring_what_they_are_named_for(project: dict) -> None:
+    """And nobody but a developer gets the retired community package."""
+    extras = {
+        name: {requirements.Requirement(line).name for line in lines}
+        for name, lines in project["optional-dependencies"].items()
+    }
+    assert set(extras) == {"langchain", "outlines", "openai", "server", "gpu", "dev", "all"}
+    assert extras["langchain"] == {"langchain-core"}
+    assert "openai" in extras["openai"]
+    assert "triton" in extras["gpu"]
+    assert "langchain-community" in extras["dev"]
+    assert not any("langchain-community" in extras[name] for name in set(extras) - {"dev"})
+    (everything,) = map(requirements.Requirement, project["optional-dependencies"]["all"])
+    assert everything.extras == set(extras) - {"dev", "all"}
+
+
+def test_the_pythons_that_are_promised_are_those_that_are_let_in(project: dict) -> None:
+    specifiers = pytest.importorskip("packaging.specifiers")
+    allowed = specifiers.SpecifierSet(project["requires-python"])
+    versions = {f"3.{minor}" for minor in range(7, 16) if f"3.{minor}.0" in allowed}
+    assert versions == {"3.10", "3.11", "3.12", "3.13"}
+    assert versions < {c.rpartition(" ")[2] for c in project["classifiers"]}
+
+
 def test_the_changelog_knows_this_version(repo_root: Path) -> None:
     assert f"## {quire.__version__}" in (repo_root / "CHANGELOG.md").read_text(encoding="utf-8")

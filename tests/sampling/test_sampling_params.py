@@ -143,6 +143,38 @@ def test_fields_that_contradict_each_other_are_refused(values: dict[str, Any], n
         SamplingParams(**values)
 
 
+def test_fields_and_defaults_are_those_that_users_of_vllm_know() -> None:
+    """What is left out of a call means what it means there."""
+    nothing = ("best_of", "seed", "logprobs", "prompt_logprobs", "logit_bias", "allowed_token_ids")
+    nothing += ("truncate_prompt_tokens", "logits_processors", "structured_outputs")
+    expected: dict[str, Any] = {
+        "n": 1,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "stop": [],
+        "stop_token_ids": [],
+        "bad_words": [],
+        "include_stop_str_in_output": False,
+        "ignore_eos": False,
+        "max_tokens": 16,
+        "min_tokens": 0,
+        "detokenize": True,
+        "skip_special_tokens": True,
+        "spaces_between_special_tokens": True,
+        "output_kind": RequestOutputKind.CUMULATIVE,
+        "use_beam_search": False,
+        "length_penalty": 1.0,
+        "early_stopping": False,
+        **dict.fromkeys(nothing),
+    }
+    assert {name: getattr(SamplingParams(), name) for name in NAMES} == expected
+
+
 def test_an_unset_temperature_is_zero_in_a_beam_search_and_one_elsewhere() -> None:
     """Whichever way the object came about; a temperature that was written stays written."""
     assert SamplingParams().temperature == 1.0

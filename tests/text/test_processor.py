@@ -116,6 +116,20 @@ class TestPrompts:
         request = processor.process("The", None, request_id="r", add_special_tokens=False)
         assert request.prompt_token_ids == ids
 
+    @pytest.mark.parametrize("kind", ["llama3", "llama2", "spm_llama", "opt_files"])
+    def test_a_chat_written_out_as_text_is_the_same_prompt(self, kind, loaded, loaded_spm):
+        """Whatever kind of tokenizer puts a BOS before a text: a template's own is not doubled."""
+        tokenizer = {**loaded, **loaded_spm}[kind]
+        processor = make(tokenizer, vocab_size=len(tokenizer))
+        template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        messages = [{"role": "user", "content": "The capital"}]
+        chat = processor.render_chat(messages, chat_template=template)
+        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        assert text == tokenizer.bos_token + "The capital"
+        assert process(processor, text).prompt_token_ids == chat
+        assert chat.count(tokenizer.bos_token_id) == 1
+        assert process(processor, "The capital").prompt_token_ids[0] == tokenizer.bos_token_id
+
     @pytest.mark.parametrize("extra", [5, {5: 1}, {"tokenize": False}, {"messages": []}])
     def test_variables_of_a_chat_template_are_checked(self, processor, extra):
         """What is no dict of names, or takes an argument's place, is an error that says so."""

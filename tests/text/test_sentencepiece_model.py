@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -146,3 +148,31 @@ def test_a_file_that_is_no_model_is_named(tmp_path):
     path.write_bytes(b"this is no protocol buffer")
     with pytest.raises(TokenizerError, match=re.escape(str(path))):
         load_tokenizer(tmp_path)
+
+
+def test_a_model_with_a_lone_tokenizer_model_is_served(spm_folders, reference, tmp_path):
+    """From text to text: a prompt as sentencepiece has it, a stream without half characters."""
+    from checkpoints import build_config, build_model
+
+    from quire import LLM, SamplingParams
+
+    config = build_config("llama")
+    config.vocab_size = reference["spm_llama"].GetPieceSize()
+    build_model(config).save_pretrained(tmp_path)
+    shutil.copy(spm_folders["spm_llama"] / "tokenizer.model", tmp_path)
+    script = reference["spm_llama"].EncodeAsIds("Paris 東京 is 😀 STOP")
+
+    def say(token_ids, logits):
+        return logits.index_fill(0, torch.tensor(script[len(token_ids)]), 1e6)
+
+    params = {"temperature": 0, "logits_processors": [say], "max_tokens": len(script)}
+    with LLM(tmp_path, dtype="float32", max_model_len=128) as llm:
+        text = "The capital of 東京"
+        [output] = llm.generate(text, SamplingParams(**params), use_tqdm=False)
+        bos = reference["spm_llama"].bos_id()
+        assert output.prompt_token_ids == [bos, *reference["spm_llama"].EncodeAsIds(text)]
+        assert list(output.outputs[0].token_ids) == script
+        assert output.outputs[0].text == " Paris 東京 is 😀 STOP"
+        stream = llm.stream(text, SamplingParams(**params, stop=["😀 ST"]))
+        shown = "".join(delta.outputs[0].text for delta in stream)
+        assert shown == " Paris 東京 is "
