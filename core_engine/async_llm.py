@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from quire.config import EngineConfig, init_signature
 from quire.errors import EngineClosedError, InvalidRequestError
@@ -122,11 +123,13 @@ class AsyncLLM:
             priority=priority,
         )
         loop = llm._lifetime.start()
+        loop.check_may_wait()
         events: asyncio.Queue[Event] = asyncio.Queue()
         mailbox = self._mailbox(asyncio.get_running_loop())
-        # The engine knows requests by numbers of the LLM, which no caller's name can meet.
+        # The engine knows requests by numbers of the LLM; a name is for the caller alone, and one
+        # that the caller does not choose must not take what another caller may.
         number = request.request_id
-        name = self._register(number if request_id is None else request_id, number)
+        name = self._register(uuid4().hex if request_id is None else request_id, number)
         ended = False
         try:
             loop.submit([(request, _Sink(mailbox, events, loop, number))])
@@ -152,6 +155,8 @@ class AsyncLLM:
 
         Ids that are not in flight are passed over.
         """
+        if not isinstance(request_id, Iterable):
+            raise InvalidRequestError(f"request_id must be a string or several, not {request_id!r}")
         names = [request_id] if isinstance(request_id, str) else list(request_id)
         with self._lock:
             numbers = [self._in_flight[name] for name in names if name in self._in_flight]
@@ -187,11 +192,13 @@ class AsyncLLM:
 
     async def get_metrics(self) -> dict[str, float]:
         """Return the engine's counters and gauges by name."""
-        return await asyncio.to_thread(self._open_llm().get_metrics)
+        llm = self._may_wait()
+        return await asyncio.to_thread(llm.get_metrics)
 
     async def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes, and return True; running requests keep what they use."""
-        return await asyncio.to_thread(self._open_llm().reset_prefix_cache)
+        llm = self._may_wait()
+        return await asyncio.to_thread(llm.reset_prefix_cache)
 
     @property
     def config(self) -> EngineConfig:
@@ -229,6 +236,12 @@ class AsyncLLM:
             raise EngineClosedError(f"{self!r} was closed; make a new one")
         self._llm._lifetime.check()
         return self._llm
+
+    def _may_wait(self) -> LLM:
+        """Return the LLM, unless this is its engine's thread, which others wait for."""
+        llm = self._open_llm()
+        llm._lifetime.check().check_may_wait()
+        return llm
 
     def __enter__(self) -> Self:
         self._open_llm()

@@ -43,7 +43,8 @@ class LLM:
 
     Any number of threads may call ``generate``, ``chat`` and ``stream`` at once; their requests
     run in one batch. The engine's thread starts with the first request, so that a process may be
-    forked before. Closing or deleting the object frees weights and KV cache at once.
+    forked before. Closing the object frees weights and KV cache at once; so does deleting it, once
+    nothing refers to it any more, as the traceback of an exception that was kept does.
 
     Parameters
     ----------

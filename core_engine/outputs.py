@@ -17,7 +17,8 @@ class Logprob:
     Attributes
     ----------
     logprob : float
-        Natural logarithm of the probability, before penalties and temperature.
+        Natural logarithm of the probability, before penalties and temperature. In a beam search
+        it is what beams are ranked by: after masks, biases, penalties and processors.
     rank : int or None
         1 for the most likely token of the vocabulary, 2 for the next, and so on.
     decoded_token : str or None
@@ -49,7 +50,7 @@ class CompletionOutput:
         Sum of the chosen tokens' log-probabilities, when logprobs were asked for.
     logprobs : list of dict or None
         Per generated token, the asked-for candidates and the chosen token.
-    finish_reason : {"stop", "length", "abort", "error"} or None
+    finish_reason : {"stop", "length", "abort"} or None
         Why it ended; None while it runs.
     stop_reason : int, str or None
         The stop token id or stop string that ended it; None for EOS and for other reasons.

@@ -44,7 +44,6 @@ def start_beam_search(
         early_stopping=params.early_stopping,
         max_tokens=params.max_tokens,
         eos_token_ids=set(eos_token_ids),
-        prompt_len=len(request.prompt_token_ids),
         min_tokens=params.min_tokens,
         is_stopped=stopped if params.stop or stop_token_ids else None,
     )

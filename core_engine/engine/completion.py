@@ -105,10 +105,6 @@ class Completion:
         self._sent_tokens, self._sent_finish = len(self.token_ids), finished
         return output
 
-    def text(self) -> str:
-        """Return the text that can be shown."""
-        return self._detokenizer.text(finished=self.finish_reason is not None)
-
     def _output(
         self, text: str, token_ids: list[int], logprobs: list[TokenLogprobs] | None
     ) -> CompletionOutput:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from quire.engine.batch import ForwardBatch
 from quire.engine.beams import beam_logprobs, start_beam_search
 from quire.engine.block_pool import BlockPool, root_key
 from quire.engine.live_request import LiveRequest
@@ -186,8 +185,8 @@ class Engine:
         self._admit(plan)
         if not plan.sequences:
             raise RuntimeError(f"nothing can be scheduled: {self.scheduler.running}")
-        batch, caught_up = self._table.build(plan)
         try:
+            batch, caught_up = self._table.build(plan)
             forward_started = time.perf_counter()
             hidden = self._runner.forward(batch)
             logits = None
@@ -196,11 +195,15 @@ class Engine:
             self.metrics_data.forward_seconds += time.perf_counter() - forward_started
         except Exception as error:  # whatever a model raises, the engine goes on
             return self._fail_step(plan, error)
-        self._collect_prompt_logprobs(plan, batch, hidden)
+        failed = self._collect_prompt_logprobs(plan, hidden)
         self.scheduler.update(plan)
         outputs: list[StepOutput] = []
         if logits is not None:
-            outputs = self._sample(plan, caught_up, logits)
+            try:
+                outputs = self._sample(plan, caught_up, logits, failed)
+            except Exception as error:
+                return self._fail_step(plan, error)
+        outputs += [self._fail(self._requests[id_], error) for id_, error in failed.items()]
         self.metrics_data.num_steps += 1
         self.metrics_data.num_computed_tokens += plan.num_tokens
         self.metrics_data.step_seconds += time.perf_counter() - started
@@ -235,8 +238,13 @@ class Engine:
         )
 
     def _sample(
-        self, plan: StepPlan, caught_up: np.ndarray, logits: torch.Tensor
+        self,
+        plan: StepPlan,
+        caught_up: np.ndarray,
+        logits: torch.Tensor,
+        failed: dict[str, BaseException],
     ) -> list[StepOutput]:
+        """Choose tokens, and return what requests are to be told; add those that fail."""
         sequences = [plan.sequences[i] for i in np.flatnonzero(caught_up)]
         rows = np.array([s.row for s in sequences], dtype=np.int64)
         sampled = self._sampler.sample(logits, rows)
@@ -246,7 +254,6 @@ class Engine:
         self._table.append(rows[plain], sampled.token_ids[plain])
 
         touched: dict[str, LiveRequest] = {}
-        failed: dict[str, BaseException] = {}
         now = time.monotonic()
         token_ids = sampled.token_ids.tolist()
         for i, sequence in enumerate(sequences):
@@ -272,10 +279,9 @@ class Engine:
             self.metrics_data.num_generation_tokens += 1
 
         outputs: list[StepOutput] = []
-        for request_id, cause in failed.items():
-            touched.pop(request_id, None)
-            outputs.append(self._fail(self._requests[request_id], cause))
         for live in touched.values():
+            if live.request.request_id in failed:
+                continue
             try:
                 if live.beam is not None and len(live.candidates) == len(live.beam_order):
                     self._advance_beams(live)
@@ -283,7 +289,7 @@ class Engine:
                     live.metrics.finished_time = now
                 output = live.output()
             except Exception as error:
-                outputs.append(self._fail(live, error))
+                failed[live.request.request_id] = error
                 continue
             if live.finished:
                 self._drop(live)
@@ -326,37 +332,43 @@ class Engine:
         return None if self.tokenizer is None else self.tokenizer.decode_token(token_id)
 
     def _collect_prompt_logprobs(
-        self, plan: StepPlan, batch: ForwardBatch, hidden: torch.Tensor
-    ) -> None:
-        assert self._runner is not None
+        self, plan: StepPlan, hidden: torch.Tensor
+    ) -> dict[str, BaseException]:
+        """Add what this step tells of prompts; return the requests for which that failed."""
+        failed: dict[str, BaseException] = {}
         start = 0
         for sequence, count in zip(plan.sequences, plan.num_new_tokens, strict=True):
-            offset, start = start, start + count
-            if not sequence.skip_cached_prefix:
-                continue
-            live = self._requests[sequence.request_id]
-            entries = live.prompt_logprobs
-            assert entries is not None
-            first = sequence.num_computed_tokens
-            # Position p predicts prompt token p + 1; recomputation must not add it twice.
-            todo = range(
-                max(first, len(entries) - 1),
-                min(first + count, sequence.num_prompt_tokens - 1),
+            if sequence.skip_cached_prefix:
+                try:
+                    self._extend_prompt_logprobs(sequence, hidden[start : start + count])
+                except Exception as error:  # it concerns this request alone
+                    failed[sequence.request_id] = error
+            start += count
+        return failed
+
+    def _extend_prompt_logprobs(self, sequence: Sequence, hidden: torch.Tensor) -> None:
+        assert self._runner is not None
+        live = self._requests[sequence.request_id]
+        entries = live.prompt_logprobs
+        assert entries is not None
+        first = sequence.num_computed_tokens
+        # Position p predicts prompt token p + 1; recomputation must not add it twice.
+        todo = range(
+            max(first, len(entries) - 1),
+            min(first + len(hidden), sequence.num_prompt_tokens - 1),
+        )
+        k = live.request.params.prompt_logprobs or 0
+        for low in range(todo.start, todo.stop, _PROMPT_LOGPROBS_ROWS):
+            positions = range(low, min(low + _PROMPT_LOGPROBS_ROWS, todo.stop))
+            indices = torch.tensor([p - first for p in positions], device=hidden.device)
+            targets = torch.tensor(
+                [sequence.prompt_token_ids[p + 1] for p in positions], device=hidden.device
             )
-            k = live.request.params.prompt_logprobs or 0
-            for low in range(todo.start, todo.stop, _PROMPT_LOGPROBS_ROWS):
-                positions = range(low, min(low + _PROMPT_LOGPROBS_ROWS, todo.stop))
-                indices = torch.tensor(
-                    [offset + p - first for p in positions], device=hidden.device
-                )
-                targets = torch.tensor(
-                    [sequence.prompt_token_ids[p + 1] for p in positions], device=hidden.device
-                )
-                logits = self._runner.logits(hidden, indices)
-                tensors = self._sampler.logprobs_for(logits, targets, k)
-                entries.extend(self._token_logprobs(tensors, i, k) for i in range(len(positions)))
-            if len(entries) == sequence.num_prompt_tokens:
-                sequence.skip_cached_prefix = False
+            logits = self._runner.logits(hidden, indices)
+            tensors = self._sampler.logprobs_for(logits, targets, k)
+            entries.extend(self._token_logprobs(tensors, i, k) for i in range(len(positions)))
+        if len(entries) == sequence.num_prompt_tokens:
+            sequence.skip_cached_prefix = False
 
     # -- beam search ---------------------------------------------------------------------------
 
@@ -456,8 +468,8 @@ class Engine:
         return failure
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
-        lives = {s.request_id: self._requests[s.request_id] for s in plan.sequences}
-        return [self._fail(live, error) for live in lives.values()]
+        ids = dict.fromkeys(s.request_id for s in plan.sequences if s.request_id in self._requests)
+        return [self._fail(self._requests[id_], error) for id_ in ids]
 
     def fail_all(self, error: BaseException) -> list[StepOutput]:
         """End every request in flight with an error, for when a step broke down half-way."""

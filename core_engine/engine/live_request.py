@@ -93,8 +93,9 @@ class LiveRequest:
         return RequestOutput(
             request_id=self.request.request_id,
             prompt=self.request.prompt,
-            prompt_token_ids=self.request.prompt_token_ids,
-            prompt_logprobs=self.prompt_logprobs,
+            # Copies: what a caller does to its outputs must not reach what is being computed.
+            prompt_token_ids=list(self.request.prompt_token_ids),
+            prompt_logprobs=None if self.prompt_logprobs is None else list(self.prompt_logprobs),
             outputs=outputs,
             finished=finished,
             metrics=self.metrics,

@@ -31,7 +31,9 @@ class RotaryTable:
     def __init__(self, spec: RotarySpec, device: torch.device) -> None:
         self._inv_freq = torch.tensor(spec.inv_freq, dtype=torch.float32, device=device)
         self._magnitude = spec.magnitude
-        self._cos = self._sin = torch.empty(0, len(spec.inv_freq), device=device)
+        self._cos = self._sin = torch.empty(
+            0, len(spec.inv_freq), dtype=torch.float32, device=device
+        )
         self._grow(_FIRST_ROWS)
 
     def lookup(self, positions: torch.Tensor, max_length: int) -> tuple[torch.Tensor, torch.Tensor]:

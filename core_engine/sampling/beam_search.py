@@ -81,8 +81,6 @@ class BeamSearch:
         A hypothesis of this length ends.
     eos_token_ids : set of int
         Tokens that end a hypothesis; empty to ignore them.
-    prompt_len : int
-        Tokens of the prompt. Not part of any length here.
     min_tokens : int, default 0
         No hypothesis shorter than this ends, but by ``max_tokens``.
     is_stopped : callable, optional
@@ -105,11 +103,9 @@ class BeamSearch:
         early_stopping: bool | Literal["never"],
         max_tokens: int,
         eos_token_ids: Collection[int],
-        prompt_len: int,
         min_tokens: int = 0,
         is_stopped: Callable[[list[int]], str | int | None] | None = None,
     ) -> None:
-        self.prompt_len = prompt_len
         self.live = [Beam()]
         self.done = False
         self._width = width

@@ -282,7 +282,7 @@ class Sampler:
             return LogprobsTensors(*self._kernels.gather_logprobs(raw, token_ids, k))
         result = LogprobsTensors(
             torch.zeros(len(rows), k + 1, dtype=torch.int64, device=raw.device),
-            torch.full((len(rows), k + 1), -torch.inf, device=raw.device),
+            torch.full((len(rows), k + 1), -torch.inf, dtype=torch.float32, device=raw.device),
             torch.zeros(len(rows), dtype=torch.int64, device=raw.device),
         )
         if asks.any():

@@ -78,6 +78,6 @@ def _buffer(name: str, size: int) -> torch.Tensor:
     """Return a float32 buffer of this thread, `[size]`; its content is anything."""
     buffer: torch.Tensor | None = getattr(_scratch, name, None)
     if buffer is None or buffer.numel() < size:
-        buffer = torch.empty(size)
+        buffer = torch.empty(size, dtype=torch.float32)
         setattr(_scratch, name, buffer)
     return buffer[:size]

@@ -162,6 +162,21 @@ async def test_names_in_flight_are_unique_and_never_meet_numbers(async_llm, llm,
     await collect(async_llm, "b", tokens(1), number.request_id)
 
 
+async def test_a_request_without_a_name_takes_none_that_a_caller_may_choose(async_llm, engine):
+    """Whatever numbers others chose as names, a request that gives none is served."""
+    with engine.held():
+        named = [
+            asyncio.create_task(collect(async_llm, "a", tokens(1), str(number)))
+            for number in range(9)
+        ]
+        await until(lambda: len(async_llm._in_flight) == 9)
+        unnamed = asyncio.create_task(collect(async_llm, "b", tokens(1)))
+        await until(lambda: len(async_llm._in_flight) == 10)
+    await asyncio.gather(*named, unnamed)
+    with pytest.raises(InvalidRequestError, match="request_id must be"):
+        await async_llm.abort(5)
+
+
 def test_event_loops_come_and_go(async_llm):
     """Repeated asyncio.run over one engine, as in scripts and tests."""
     for _ in range(5):

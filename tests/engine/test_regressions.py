@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from queue import Empty, SimpleQueue
 
 import pytest
+import torch
 
-from quire import LLM, EngineClosedError, RequestFailedError, SamplingParams
+from quire import LLM, AsyncLLM, EngineClosedError, RequestFailedError, SamplingParams
 from quire.engine.block_pool import BlockPool, root_key
 from quire.engine.scheduler import Scheduler
 from quire.engine.sequence import Sequence
@@ -263,3 +265,90 @@ def test_names_that_lead_nowhere_are_told_so_and_nothing_else(name):
     """Neither the file system's errors nor the URL parser's come through."""
     with pytest.raises(ModelNotFoundError, match="model is"):
         resolve(name)
+
+
+def test_outputs_are_the_callers_own(llm):
+    """Changing the ids in an output reaches neither the request that runs nor the prefix cache."""
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    prompt = list(range(20, 60))
+    [expected] = llm.generate([prompt], params, use_tqdm=False)
+    llm.reset_prefix_cache()
+    token_ids = []
+    for output in llm.stream(prompt, params):
+        token_ids += output.outputs[0].token_ids
+        output.prompt_token_ids[-1] = 3
+        output.prompt_token_ids *= 400
+    assert token_ids == expected.outputs[0].token_ids
+    [again] = llm.generate([prompt], params, use_tqdm=False)
+    assert again.num_cached_tokens > 0
+    assert again.outputs[0].token_ids == expected.outputs[0].token_ids
+
+
+@pytest.mark.parametrize("door", ["generate", "get_metrics", "reset_prefix_cache"])
+def test_the_async_doors_do_not_wait_on_the_engines_own_thread(llm, door):
+    """A logits processor that asks the engine it runs in gets an error, not a hang."""
+
+    async def ask(async_llm):
+        if door == "generate":
+            async for _ in async_llm.generate(PROMPT, SamplingParams(max_tokens=1)):
+                pass
+        else:
+            await getattr(async_llm, door)()
+
+    def processor(token_ids, logits):
+        asyncio.run(ask(AsyncLLM.from_llm(llm)))
+        return logits
+
+    error = answer(llm, logits_processors=[processor])
+    assert isinstance(error, RequestFailedError)
+    assert "engine's own thread" in str(error)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_torchs_default_dtype_changes_nothing(tiny_llama, default, dtype):
+    """Programs set it for their own models; ours say what they need."""
+
+    def results():
+        with LLM(tiny_llama, dtype=dtype) as llm:
+            plain = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+            params = [
+                plain,
+                SamplingParams(max_tokens=4, logprobs=2, seed=1, ignore_eos=True),
+                SamplingParams(n=2, use_beam_search=True, max_tokens=4, ignore_eos=True),
+            ]
+            outputs = llm.generate([PROMPT * 4] * 3, params, use_tqdm=False)
+            return [[c.token_ids for c in output.outputs] for output in outputs]
+
+    expected = results()
+    torch.set_default_dtype(default)
+    try:
+        assert results() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("part", ["prompt_logprobs", "sample"])
+def test_what_breaks_in_one_step_ends_the_requests_of_that_step_only(llm, monkeypatch, part):
+    """Prompt logprobs that fail concern their request alone; a broken sampler, those it served."""
+    tokenizer, sampler = llm.llm_engine.tokenizer, llm.llm_engine._sampler
+
+    def broken(*args):
+        raise MemoryError("no room")
+
+    neighbour = llm.stream([5, 6, 7], SamplingParams(max_tokens=200, ignore_eos=True))
+    next(neighbour)
+    if part == "prompt_logprobs":
+        monkeypatch.setattr(tokenizer, "decode_token", broken)
+        error = answer(llm, prompt_logprobs=1)
+        assert isinstance(error, RequestFailedError)
+        assert "no room" in str(error)
+        monkeypatch.undo()
+        assert sum(len(output.outputs[0].token_ids) for output in neighbour) >= 150
+    else:
+        monkeypatch.setattr(sampler, "sample", broken)
+        with pytest.raises(RequestFailedError, match="no room"):
+            list(neighbour)
+        monkeypatch.undo()
+    assert answer(llm)[0].finished
+    assert llm.get_metrics()["num_unfinished_requests"] == 0

@@ -52,7 +52,6 @@ def run(
     search = BeamSearch(
         width=width,
         eos_token_ids=set(eos),
-        prompt_len=len(prompt),
         min_tokens=min_tokens,
         **options,
     )
@@ -137,7 +136,6 @@ def make(**options: Any) -> BeamSearch:
         "early_stopping": False,
         "max_tokens": 3,
         "eos_token_ids": {0},
-        "prompt_len": 5,
     }
     return BeamSearch(**(defaults | options))
 
