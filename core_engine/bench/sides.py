@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from quire.bench.workload import Workload
@@ -140,4 +141,4 @@ def _check(workload: Workload, generated: list[int]) -> None:
         raise RuntimeError(f"{generated} tokens were generated, not {workload.output_lens}")
 
 
-SIDES = {"quire": QuireSide, "transformers": TransformersSide}
+SIDES: dict[str, Callable[..., Side]] = {"quire": QuireSide, "transformers": TransformersSide}
