@@ -10,7 +10,7 @@ import torch
 from quire.engine.engine import Engine
 from quire.engine.processor import ModelLimits
 from quire.engine.runner import ModelRunner, kv_bytes_per_block
-from quire.errors import ConfigError
+from quire.errors import ConfigError, OutOfMemoryError
 from quire.kernels import get_backend
 from quire.models import hub
 from quire.models.hf_config import (
@@ -23,6 +23,7 @@ from quire.models.loader import load_model
 from quire.sampling.sampler import Sampler
 from quire.tokenizer import load_tokenizer
 from quire.utils import log
+from quire.utils.checks import shown
 from quire.utils.memory import plan_kv_cache, start_line
 from quire.utils.threads import apply_thread_count
 
@@ -112,14 +113,20 @@ def build_engine(config: EngineConfig) -> Engine:
             num_threads=num_threads if device.type == "cpu" else None,
         )
     )
-    return Engine(
-        config,
-        runner=runner,
-        tokenizer=tokenizer,
-        limits=limits,
-        num_blocks=plan.num_blocks,
-        sampler=sampler,
-    )
+    try:
+        return Engine(
+            config,
+            runner=runner,
+            tokenizer=tokenizer,
+            limits=limits,
+            num_blocks=plan.num_blocks,
+            sampler=sampler,
+        )
+    except MemoryError as error:
+        raise OutOfMemoryError(
+            f"no room for the tables of max_num_seqs={config.scheduler.max_num_seqs} requests of "
+            f"max_model_len={plan.max_model_len} tokens: lower one of them ({error})"
+        ) from error
 
 
 def choose_device(name: str) -> torch.device:
@@ -170,10 +177,13 @@ def _recommended(config: ModelConfig, path: Path) -> dict[str, Any]:
         return {}
     if config.generation_config == "auto":
         return read_generation_config(path)
-    given = Path(config.generation_config).expanduser()
-    if not (given / "generation_config.json" if given.is_dir() else given).is_file():
+    given = hub.existing_path(config.generation_config)
+    if (
+        given is None
+        or not (given / "generation_config.json" if given.is_dir() else given).is_file()
+    ):
         raise ConfigError(
-            f"generation_config is {config.generation_config!r}, which has no "
+            f"generation_config is {shown(config.generation_config)}, which has no "
             "generation_config.json; it must be 'auto', 'vllm' or a folder with that file"
         )
     return read_generation_config(given)

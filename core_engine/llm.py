@@ -23,6 +23,7 @@ from quire.prompts import (
     one_per_prompt,
 )
 from quire.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from quire.utils.checks import refuse, shown
 from quire.waiting import OutputStream, wait_for_all
 
 if TYPE_CHECKING:
@@ -231,7 +232,8 @@ class LLM:
         """Complete one prompt and yield what is new as it comes.
 
         The request is checked and starts at once. Closing or dropping the iterator before its
-        end aborts it.
+        end aborts it. Completions that must be compared first (``best_of``, ``use_beam_search``)
+        come in one piece, at the end.
 
         Parameters
         ----------
@@ -254,7 +256,7 @@ class LLM:
         """
         request = self._make_request(
             as_single_prompt(prompt),
-            self._with_kind(sampling_params, RequestOutputKind.DELTA),
+            self._for_stream(sampling_params),
             lora_request=lora_request,
             priority=priority,
         )
@@ -284,7 +286,7 @@ class LLM:
             Per prompt its ``beam_width`` hypotheses, best first.
         """
         if not isinstance(params, BeamSearchParams):
-            raise InvalidRequestError(f"params must be BeamSearchParams, not {params!r}")
+            raise refuse("params", params, "BeamSearchParams")
         # logprobs, so that the outputs have the hypotheses' cumulative one.
         search = replace(params.to_sampling_params(), logprobs=0)
         outputs = self.generate(prompts, search, use_tqdm=use_tqdm, lora_request=lora_request)
@@ -423,16 +425,17 @@ class LLM:
         processor = self._open_processor()
         if lora_request is not None:
             raise InvalidRequestError(
-                f"lora_request={lora_request!r}: this engine has no adapters (enable_lora=False)"
+                f"lora_request={shown(lora_request)}: this engine has no adapters "
+                "(enable_lora=False)"
             )
         if isinstance(priority, bool) or not isinstance(priority, int):
-            raise InvalidRequestError(f"priority must be an integer, not {priority!r}")
+            raise InvalidRequestError(f"priority must be an integer, not {shown(priority)}")
         if priority != 0 and self.config.scheduler.scheduling_policy != "priority":
             raise InvalidRequestError(
-                f"priority={priority} needs an engine made with scheduling_policy='priority'"
+                f"priority={shown(priority)} needs an engine made with scheduling_policy='priority'"
             )
         if params is not None and not isinstance(params, SamplingParams):
-            raise InvalidRequestError(f"sampling_params must be a SamplingParams, not {params!r}")
+            raise refuse("sampling_params", params, "a SamplingParams")
         return processor.process(
             prompt,
             params,
@@ -445,8 +448,15 @@ class LLM:
         if params is None:
             params = self.get_default_sampling_params()
         elif not isinstance(params, SamplingParams):
-            raise InvalidRequestError(f"sampling_params must be a SamplingParams, not {params!r}")
+            raise refuse("sampling_params", params, "a SamplingParams")
         return params if params.output_kind is kind else replace(params, output_kind=kind)
+
+    def _for_stream(self, params: SamplingParams | None) -> SamplingParams:
+        """Return the parameters of a stream: of deltas, unless completions are compared first."""
+        whole = self._with_kind(params, RequestOutputKind.FINAL_ONLY)
+        if whole.use_beam_search or whole.num_sequences != whole.n:
+            return whole
+        return self._with_kind(whole, RequestOutputKind.DELTA)
 
     def _call(self, function: Callable[[Engine], T]) -> T:
         return self._lifetime.start().call(function)

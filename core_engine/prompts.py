@@ -7,6 +7,7 @@ from numbers import Integral
 from typing import Any, TypedDict, TypeVar
 
 from quire.errors import InvalidRequestError
+from quire.utils.checks import shown
 
 T = TypeVar("T")
 
@@ -89,7 +90,7 @@ def as_conversations(messages: Any) -> list[list[Message]]:
     """
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
         raise InvalidRequestError(
-            f"messages must be a list of messages or a list of such lists, not {messages!r}"
+            f"messages must be a list of messages or a list of such lists, not {shown(messages)}"
         )
     if not messages:
         raise InvalidRequestError("messages is empty: give at least one message")
@@ -102,7 +103,7 @@ def as_conversations(messages: Any) -> list[list[Message]]:
         for message in conversation:
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 raise InvalidRequestError(
-                    f"{where}: each message must be a dict with a 'role', not {message!r}"
+                    f"{where}: each message must be a dict with a 'role', not {shown(message)}"
                 )
     return [list(conversation) for conversation in conversations]
 

@@ -79,8 +79,9 @@ class SamplingParams:
     """How the tokens of a completion are chosen, and when it ends.
 
     Fields are given by keyword and checked when the object is made; the engine never changes
-    an object it was handed. Log-probabilities are always those of the model's own
-    distribution, before every penalty, mask and temperature.
+    an object it was handed. Log-probabilities are those of the model's own distribution,
+    before every penalty, mask and temperature; those of a beam search, what beams are ranked by,
+    come after all but the temperature.
 
     Parameters
     ----------
@@ -414,6 +415,8 @@ class BeamSearchParams:
         As in :class:`SamplingParams`.
     include_stop_str_in_output : bool, default False
         Keep the stop string that ended a completion in its text.
+    stop : str or list of str, optional
+        Strings that end a completion; kept as a list.
 
     Raises
     ------
@@ -430,6 +433,7 @@ class BeamSearchParams:
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
     include_stop_str_in_output: bool = False
+    stop: str | list[str] | None = None
 
     def __post_init__(self) -> None:
         self.beam_width = integer("beam_width", self.beam_width, "an integer >= 2", 2)
@@ -445,6 +449,7 @@ class BeamSearchParams:
         self.include_stop_str_in_output = flag(
             "include_stop_str_in_output", self.include_stop_str_in_output
         )
+        self.stop = strings("stop", self.stop)
 
     def to_sampling_params(self) -> SamplingParams:
         """Return the same search as the parameters of a request."""
@@ -456,6 +461,7 @@ class BeamSearchParams:
             length_penalty=self.length_penalty,
             early_stopping=self.early_stopping,
             include_stop_str_in_output=self.include_stop_str_in_output,
+            stop=self.stop,
         )
 
     def __repr__(self) -> str:
@@ -478,11 +484,13 @@ def _biases(value: object) -> dict[int, float]:
         raise refuse("logit_bias", value, expected)
     biases = {}
     for key, bias in value.items():
-        digits = isinstance(key, str) and key.isascii() and key.isdigit()
+        # More digits than a token id has would be for Python to refuse, without the field's name.
+        digits = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20
         token_id = integer(
             "each token id of logit_bias", int(key) if digits else key, "an integer >= 0", 0
         )
-        if bias == -math.inf and isinstance(bias, numbers.Real):
+        # The type first: comparing arrays, and some numbers, raises.
+        if isinstance(bias, numbers.Real) and bias == -math.inf:
             biases[token_id] = -math.inf
         else:
             finite = "a finite number or -inf"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from quire.demo import MODEL_NAME, model_path
 from quire.errors import EngineClosedError
+from quire.models.hub import existing_path
 
 if TYPE_CHECKING:
     from quire.async_llm import AsyncLLM
@@ -42,8 +43,8 @@ def folder_fingerprint(path: str) -> tuple[Hashable, ...] | None:
         The folder's real path and each file's name, size in bytes and modification time in
         nanoseconds. None when there is no such folder.
     """
-    folder = model_path() if path == MODEL_NAME else Path(path).expanduser()
-    if not folder.is_dir():
+    folder = model_path() if path == MODEL_NAME else existing_path(path)
+    if folder is None or not folder.is_dir():
         return None
     files = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):

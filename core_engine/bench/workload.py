@@ -23,11 +23,6 @@ class Workload:
     output_lens: list[int]
 
     @property
-    def num_input_tokens(self) -> int:
-        """Tokens of all prompts."""
-        return sum(map(len, self.prompts))
-
-    @property
     def num_output_tokens(self) -> int:
         """Tokens that are generated."""
         return sum(self.output_lens)

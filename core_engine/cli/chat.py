@@ -41,7 +41,7 @@ class Conversation:
     llm : LLM
         Must have a chat template.
     params : SamplingParams
-        For every answer.
+        For every answer, of which there is one: ``n`` must be 1.
     system : str, optional
         The system message that every conversation begins with.
     """
@@ -88,9 +88,9 @@ class Conversation:
 
 
 def chat(
-    model: Model = "quire/demo",
+    model: Model = None,
     system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
-    dtype: Dtype = "auto",
+    dtype: Dtype = None,
     max_model_len: MaxModelLen = None,
     engine_arg: EngineArgs = None,
     max_tokens: MaxTokens = None,
@@ -115,7 +115,13 @@ def chat(
         sampling_args=sampling_arg,
     )
     with engine.make_llm() as llm:
-        conversation = Conversation(llm, sampling.make_params(llm), system)
+        params = sampling.make_params(llm)
+        if params.n > 1:
+            raise typer.BadParameter(
+                f"n must be 1 in a chat, which goes on from one answer, got {params.n}",
+                param_hint="--sampling-arg",
+            )
+        conversation = Conversation(llm, params, system)
         for line in _turns():
             if line == "/exit":
                 break

@@ -13,7 +13,6 @@ from quire.cli.options import (
     EngineArgs,
     EngineOptions,
     MaxModelLen,
-    MaxTokens,
     Model,
     SamplingArgs,
     SamplingOptions,
@@ -33,17 +32,24 @@ if TYPE_CHECKING:
 def complete(
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="PROMPT...", help="Texts to complete; none reads standard input."),
+        typer.Argument(
+            metavar="PROMPT...",
+            help="Texts to complete; none reads standard input, less a final newline.",
+        ),
     ] = None,
-    model: Model = "quire/demo",
-    dtype: Dtype = "auto",
+    model: Model = None,
+    dtype: Dtype = None,
     max_model_len: MaxModelLen = None,
     engine_arg: EngineArgs = None,
-    max_tokens: MaxTokens = 128,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens to generate.", show_default="128")
+    ] = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
-    n: Annotated[int, typer.Option(min=1, help="Completions per prompt.")] = 1,
+    n: Annotated[
+        int | None, typer.Option(min=1, help="Completions per prompt.", show_default="1")
+    ] = None,
     seed: Seed = None,
     stop: Stop = None,
     sampling_arg: SamplingArgs = None,
@@ -65,10 +71,11 @@ def complete(
         stop=stop,
         sampling_args=sampling_arg,
         n=n,
+        default_max_tokens=128,
     )
     with engine.make_llm() as llm:
         params = sampling.make_params(llm)
-        if len(texts) == 1 and params.n == 1 and not as_json and not params.use_beam_search:
+        if len(texts) == 1 and params.num_sequences == 1 and not as_json:
             _stream(llm, texts[0], params)
             return
         for output in llm.generate(texts, params, use_tqdm=False):
@@ -78,7 +85,8 @@ def complete(
 def _read_standard_input() -> str:
     if sys.stdin.isatty():
         raise typer.BadParameter("give a prompt, or pipe one in", param_hint="PROMPT")
-    return sys.stdin.read()
+    # `echo` ends what it writes with a newline, after which a model would say something else.
+    return sys.stdin.read().removesuffix("\n")
 
 
 def _stream(llm: LLM, text: str, params: SamplingParams) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -15,10 +15,21 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+DEFAULT_MODEL = "quire/demo"
+
+# None is an option that was not given, for its general one may be; help tells the default.
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="A folder, a name on the hub, or quire/demo.")
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A folder, a name on the hub, or quire/demo.",
+        show_default=DEFAULT_MODEL,
+    ),
 ]
-Dtype = Annotated[str, typer.Option(help="auto, float16, bfloat16 or float32.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="auto, float16, bfloat16 or float32.", show_default="auto")
+]
 MaxModelLen = Annotated[
     int | None, typer.Option(min=1, help="Most tokens of one request, prompt and answer.")
 ]
@@ -44,10 +55,10 @@ SamplingArgs = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What the command line says of the engine."""
+    """What the command line says of the engine; None leaves the default."""
 
-    model: str
-    dtype: str
+    model: str | None
+    dtype: str | None
     max_model_len: int | None
     engine_args: Sequence[str] | None
 
@@ -57,21 +68,18 @@ class EngineOptions:
         Raises
         ------
         typer.BadParameter
-            An argument that :class:`quire.LLM` does not have.
+            An argument that :class:`quire.LLM` does not have, or one given twice.
         QuireError
             What making an :class:`quire.LLM` raises.
         """
         from quire.config import EngineConfig
         from quire.llm import LLM
 
-        arguments: dict[str, Any] = {
-            "dtype": self.dtype,
-            "max_model_len": self.max_model_len,
-            **parse_assignments("--engine-arg", self.engine_args),
-        }
+        named = {"model": self.model, "dtype": self.dtype, "max_model_len": self.max_model_len}
+        arguments = {"model": DEFAULT_MODEL, **_given("--engine-arg", named, self.engine_args)}
         # Made ahead of the model's loading, in which a TypeError would be a defect.
-        _make("--engine-arg", lambda: EngineConfig.create(self.model, **arguments))
-        return LLM(self.model, **arguments)
+        _make("--engine-arg", lambda: EngineConfig.create(**arguments))
+        return LLM(**arguments)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +93,8 @@ class SamplingOptions:
     seed: int | None
     stop: Sequence[str] | None
     sampling_args: Sequence[str] | None
-    n: int = 1
+    n: int | None = None
+    default_max_tokens: int | None = None  # in the engine's own terms, None is the room left
 
     def make_params(self, llm: LLM) -> SamplingParams:
         """Return the model's default parameters with the given ones put in.
@@ -97,22 +106,19 @@ class SamplingOptions:
         InvalidRequestError
             A value that is out of range.
         """
-        given = {
+        named = {
+            "n": self.n,
+            "max_tokens": self.max_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
             "seed": self.seed,
             "stop": list(self.stop) if self.stop else None,
         }
-        fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        others = parse_assignments("--sampling-arg", self.sampling_args)
-        for name in fields.keys() & others:
-            raise typer.BadParameter(
-                f"--sampling-arg {name} and --{name.replace('_', '-')} are one field; give one"
-            )
-        # In the engine's own terms None is "the room left", so it is set, not left out.
-        fields |= {"max_tokens": self.max_tokens, "n": self.n}
-        fields |= others
+        fields = {
+            "max_tokens": self.default_max_tokens,
+            **_given("--sampling-arg", named, self.sampling_args),
+        }
         defaults = llm.get_default_sampling_params()
         return _make("--sampling-arg", lambda: replace(defaults, **fields))
 
@@ -147,6 +153,19 @@ def parse_assignments(option: str, assignments: Sequence[str] | None) -> dict[st
             value = {"True": True, "False": False, "None": None}.get(text, text)
         values[name.strip().replace("-", "_")] = value
     return values
+
+
+def _given(
+    option: str, named: Mapping[str, Any], assignments: Sequence[str] | None
+) -> dict[str, Any]:
+    """Return what was given, by the fields' own options and by the general one."""
+    fields = {name: value for name, value in named.items() if value is not None}
+    others = parse_assignments(option, assignments)
+    for name in fields.keys() & others:
+        raise typer.BadParameter(
+            f"{option} {name} and --{name.replace('_', '-')} are one field; give one"
+        )
+    return fields | others
 
 
 def _make(option: str, make: Callable[[], T]) -> T:

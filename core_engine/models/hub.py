@@ -114,7 +114,7 @@ def resolve(
             return Path(import_module("quire.demo").model_path())
         except FileNotFoundError as error:
             raise ModelNotFoundError(str(error)) from error
-    folder = _existing(model)
+    folder = existing_path(model)
     if folder is not None and folder.is_dir():
         return folder.resolve()
     if folder is not None:
@@ -134,7 +134,7 @@ def resolve(
     return _from_hugging_face(model, revision, download_dir, token, allow_patterns)
 
 
-def _existing(name: str) -> Path | None:
+def existing_path(name: str) -> Path | None:
     """Return the file or folder of that name, if there is one that can be looked at."""
     try:
         path = Path(name).expanduser()

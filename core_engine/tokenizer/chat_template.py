@@ -25,6 +25,7 @@ import jinja2.sandbox
 from jinja2 import nodes
 
 from quire.errors import InvalidRequestError
+from quire.utils.checks import flag, refuse, shown
 
 MAX_LOOP_ITERATIONS = 1_000_000
 """Loop iterations that one rendering may take: a thousand times what a long chat needs."""
@@ -180,6 +181,17 @@ def _compiled(source: str) -> jinja2.Template:
             raise InvalidRequestError(
                 f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
             ) from error
+        except Exception as error:
+            # Jinja writes Python, whose compiler has bounds of its own on what is nested or long.
+            raise InvalidRequestError(
+                f"the chat template cannot be compiled, so it must be simpler: {_reason(error)}"
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return str(error) or type(error).__name__
 
 
 def plain_data(value: Any) -> Any:
@@ -221,6 +233,19 @@ def plain_data(value: Any) -> Any:
     return f"<{type(value).__name__}>"
 
 
+def _plain(name: str, value: Any) -> Any:
+    """Return :func:`plain_data` of a value; an error calls it by this name."""
+    try:
+        return plain_data(value)
+    except RecursionError as error:
+        raise InvalidRequestError(
+            f"{name} is nested too deeply for a template: it holds itself, or hundreds of values "
+            "in each other"
+        ) from error
+    except Exception as error:  # of an object's own methods
+        raise InvalidRequestError(f"{name} cannot be read: {_reason(error)}") from error
+
+
 def _plain_messages(messages: Any) -> list[dict[str, Any]]:
     messages = getattr(messages, "messages", messages)
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
@@ -230,11 +255,11 @@ def _plain_messages(messages: Any) -> list[dict[str, Any]]:
         )
     plain = []
     for position, message in enumerate(messages):
-        data = plain_data(message)
+        data = _plain(f"messages[{position}]", message)
         if not isinstance(data, dict):
             raise InvalidRequestError(
                 f"messages[{position}] must be a dict such as "
-                f"{{'role': 'user', 'content': 'Hello'}}, got {message!r}"
+                f"{{'role': 'user', 'content': 'Hello'}}, got {shown(message)}"
             )
         # A key that holds None is a key left out: templates test for presence.
         data = {key: item for key, item in data.items() if item is not None}
@@ -245,7 +270,7 @@ def _plain_messages(messages: Any) -> list[dict[str, Any]]:
             )
         if "role" not in data:
             raise InvalidRequestError(
-                f"messages[{position}] has no 'role'; it has {sorted(map(str, data))}"
+                f"messages[{position}] has no 'role'; it has {shown(list(data))}"
             )
         reasoning = next((data[key] for key in _REASONING_FIELDS if key in data), None)
         if reasoning is not None:
@@ -263,17 +288,22 @@ def _tool_schemas(tools: Sequence[Any] | None) -> list[Any] | None:
         raise InvalidRequestError(f"tools must be a list, got {type(tools).__name__}")
     schemas = []
     for position, tool in enumerate(tools):
+        name = f"tools[{position}]"
         if isinstance(tool, Mapping) or callable(getattr(tool, "model_dump", None)):
-            schemas.append(plain_data(tool))
+            schemas.append(_plain(name, tool))
         elif inspect.isfunction(tool) or inspect.ismethod(tool):
             from transformers.utils.chat_template_utils import get_json_schema
 
-            schemas.append(plain_data(get_json_schema(tool)))
+            try:
+                schemas.append(get_json_schema(tool))
+            except Exception as error:  # of several kinds, all for the function's author
+                raise InvalidRequestError(
+                    f"{name} must have type hints and a docstring that describe its arguments: "
+                    f"{error}"
+                ) from error
         else:
-            raise InvalidRequestError(
-                f"tools[{position}] must be a JSON schema (a dict) or a function with type hints "
-                f"and a docstring, got {tool!r}"
-            )
+            expected = "a JSON schema (a dict) or a function with type hints and a docstring"
+            raise refuse(name, tool, expected)
     return schemas
 
 
@@ -295,7 +325,7 @@ def _mark_end(message: dict[str, Any], field: str, template: str) -> str:
         for name in fields:
             message[name] = text + _CONTINUE_MARK
         return text
-    for part in reversed(text):
+    for part in reversed(text if isinstance(text, (list, tuple)) else []):
         if isinstance(part, dict) and isinstance(part.get("text"), str):
             last: str = part["text"]
             part["text"] = last + _CONTINUE_MARK
@@ -338,9 +368,7 @@ def choose_template(
         If there is none, or none of several is the default.
     """
     if asked is not None and not isinstance(asked, str):
-        raise InvalidRequestError(
-            f"chat_template must be a Jinja template or the name of one, got {asked!r}"
-        )
+        raise refuse("chat_template", asked, "a Jinja template or the name of one")
     if isinstance(own, Mapping):
         if asked is not None:
             return own.get(asked, asked)
@@ -405,6 +433,10 @@ def render(
         If the messages are malformed, or the template is, or it refuses them; the message holds
         the template's own.
     """
+    flag("add_generation_prompt", add_generation_prompt)
+    if not isinstance(continue_final_message, (bool, str)):
+        expected = "True, False or the name of a message's field"
+        raise refuse("continue_final_message", continue_final_message, expected)
     if continue_final_message and add_generation_prompt:
         raise InvalidRequestError(
             "continue_final_message and add_generation_prompt exclude each other: the first goes "
@@ -412,12 +444,11 @@ def render(
         )
     plain = _plain_messages(messages)
     if documents is not None:
+        if not isinstance(documents, (list, tuple)):
+            raise refuse("documents", documents, "a list of dicts with 'title' and 'text'")
         for position, document in enumerate(documents):
             if not isinstance(document, Mapping):
-                raise InvalidRequestError(
-                    f"documents[{position}] must be a dict with 'title' and 'text', "
-                    f"got {document!r}"
-                )
+                raise refuse(f"documents[{position}]", document, "a dict with 'title' and 'text'")
     compiled = _compiled(template)
     open_text = ""
     if continue_final_message:
@@ -425,10 +456,13 @@ def render(
         open_text = _mark_end(plain[-1], field, template)
     values = {
         **special_tokens,
-        **plain_data(dict(variables or {})),
+        **{
+            name: _plain(f"the template's variable {name!r}", value)
+            for name, value in (variables or {}).items()
+        },
         "messages": plain,
         "tools": _tool_schemas(tools),
-        "documents": plain_data(documents),
+        "documents": _plain("documents", documents),
         "add_generation_prompt": add_generation_prompt,
     }
     token = _iterations_left.set([MAX_LOOP_ITERATIONS])
@@ -439,8 +473,7 @@ def render(
             "the chat template failed: it calls itself without end"
         ) from error
     except Exception as error:
-        reason = str(error) or type(error).__name__
-        raise InvalidRequestError(f"the chat template failed: {reason}") from error
+        raise InvalidRequestError(f"the chat template failed: {_reason(error)}") from error
     finally:
         _iterations_left.reset(token)
     if len(rendered) > MAX_RENDERED_SIZE:

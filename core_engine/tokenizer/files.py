@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from quire.errors import TokenizerError
+from quire.tokenizer.special_tokens import UNNAMED, token_content
+from quire.utils.checks import shown
 
 CONVERTIBLE_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 """What quire reads by itself; the last two belong together."""
@@ -119,11 +121,11 @@ def read_files(folder: Path, model_config: Mapping[str, Any] | None) -> Tokenize
     """
     if not folder.is_dir():
         raise TokenizerError(f"there is no tokenizer folder {str(folder)!r}")
-    config = _read_object(folder / "tokenizer_config.json")
+    config = _read_named_tokens(folder / "tokenizer_config.json")
     if "added_tokens_decoder" in config:
         added = _added_tokens(config["added_tokens_decoder"], folder / "tokenizer_config.json")
     else:
-        config.update(_read_object(folder / "special_tokens_map.json"))
+        config.update(_read_named_tokens(folder / "special_tokens_map.json"))
         added = _legacy_added_tokens(folder, config)
     if model_config is None:
         model_config = _read_object(folder / "config.json")
@@ -142,34 +144,68 @@ def read_files(folder: Path, model_config: Mapping[str, Any] | None) -> Tokenize
     )
 
 
+def _read_named_tokens(path: Path) -> dict[str, Any]:
+    """Read a file that names special tokens, and check what it says of them."""
+    config = _read_object(path)
+    for name, value in config.items():
+        contents = [value] if name.endswith("_token") else []
+        if name in UNNAMED and value:
+            if not isinstance(value, (list, dict)):
+                raise TokenizerError(
+                    f"{name} of {path} must be a list of tokens, or an object of tokens by name, "
+                    f"got {shown(value)}"
+                )
+            contents = list(value.values()) if isinstance(value, dict) else value
+        for content in map(token_content, contents):
+            if content is not None:
+                _check_encodable(content, f"{name} of {path}")
+    return config
+
+
+def _check_encodable(content: str, where: str) -> None:
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"{where} must be text that UTF-8 can write, got {shown(content)}, which has half of "
+            "a surrogate pair"
+        ) from error
+
+
 def _added_tokens(value: Any, path: Path) -> dict[int, dict[str, Any]]:
     try:
         added = {int(id_): {**traits} for id_, traits in value.items()}
         if not all(isinstance(traits["content"], str) for traits in added.values()):
             raise TypeError("a content is no string")
-        return added
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise TokenizerError(
             f"added_tokens_decoder of {path} must map token ids to objects with a 'content'"
         ) from error
+    for traits in added.values():
+        _check_encodable(traits["content"], f"added_tokens_decoder of {path}")
+    return added
 
 
 def _legacy_added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     """Read ``added_tokens.json``, where checkpoints of before 2023 list them."""
-    special: set[Any] = set()
+    special: set[str | None] = set()
     for name, value in config.items():
-        for item in value if isinstance(value, list) else [value]:
-            if name.endswith(("_token", "_special_tokens")):
-                special.add(item.get("content") if isinstance(item, dict) else item)
-    added = _read_object(folder / "added_tokens.json")
-    return {
-        int(id_): {
+        if name.endswith(("_token", "_special_tokens")):
+            special.update(map(token_content, value if isinstance(value, list) else [value]))
+    path = folder / "added_tokens.json"
+    added = {}
+    for token, id_ in _read_object(path).items():
+        _check_encodable(token, f"a token of {path}")
+        if isinstance(id_, bool) or not isinstance(id_, int):
+            raise TokenizerError(
+                f"{path} must map tokens to their ids, got {shown(id_)} for {shown(token)}"
+            )
+        added[id_] = {
             "content": token,
             "special": token in special,
             "normalized": token not in special,
         }
-        for token, id_ in added.items()
-    }
+    return added
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | dict[str, str] | None:

@@ -26,22 +26,20 @@ _ALL = 1 << 20
 
 
 class PieceType(IntEnum):
-    """``SentencePiece.Type`` of the format."""
+    """``SentencePiece.Type`` of the format, as far as types differ here."""
 
     NORMAL = 1
     UNKNOWN = 2
     CONTROL = 3
     USER_DEFINED = 4
     UNUSED = 5
-    BYTE = 6
 
 
 class Algorithm(IntEnum):
-    """``TrainerSpec.ModelType`` of the format."""
+    """``TrainerSpec.ModelType`` of the format, as far as it is read here."""
 
     UNIGRAM = 1
     BPE = 2
-    WORD = 3
     CHAR = 4
 
 

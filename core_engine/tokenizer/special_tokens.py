@@ -15,6 +15,8 @@ STANDARD_NAMES = (
     "cls_token",
     "mask_token",
 )
+UNNAMED = ("extra_special_tokens", "additional_special_tokens")
+"""What the files call a list of special tokens; the first goes before the second."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def read_special_tokens(config: Mapping[str, Any], defaults: Mapping[str, str]) 
         content = token_content(config[name])
         if content is not None:
             named[name] = content
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
+    extra = next((config[name] for name in UNNAMED if config.get(name)), ())
     if isinstance(extra, Mapping):
         for name, value in extra.items():
             content = token_content(value)

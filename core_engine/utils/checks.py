@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from quire.errors import InvalidRequestError
 
 _MOST_SHOWN = 200
+_LARGEST = 2**63 - 1
+"""Most that an integer without a bound of its own may be: messages and arrays can hold it."""
 
 
 def refuse(name: str, value: object, expected: str) -> InvalidRequestError:
@@ -27,7 +29,10 @@ def shown(value: object) -> str:
 
 
 def integer(name: str, value: object, expected: str, low: int, high: int | None = None) -> int:
-    """Return ``value`` as an int in [low, high]; a bool or a float is not taken for one."""
+    """Return ``value`` as an int in [low, high]; a bool or a float is not taken for one.
+
+    Without ``high``, it may be as large as 64 bits hold.
+    """
     try:
         whole = operator.index(value)  # type: ignore[arg-type]
     except TypeError:  # arrays and tensors have the method, and it is not for all of them
@@ -36,6 +41,8 @@ def integer(name: str, value: object, expected: str, low: int, high: int | None 
         raise refuse(name, value, expected)
     if whole < low or (high is not None and whole > high):
         raise refuse(name, value, expected)
+    if whole > _LARGEST and high is None:
+        raise refuse(name, value, f"{expected}, and at most 2**63 - 1")
     return whole
 
 

@@ -12,8 +12,8 @@ from langchain_core.prompt_values import PromptValue
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import get_config_list
 
-from quire.errors import InvalidRequestError
 from quire.integrations.langchain.results import failure_in
+from quire.utils.checks import integer
 
 
 class BatchPart:
@@ -60,6 +60,26 @@ class BatchPart:
         return [o if isinstance(o, Exception) else error for o in self._outcomes]
 
 
+def batch_configs(
+    config: RunnableConfig | list[RunnableConfig] | None, num_inputs: int
+) -> list[RunnableConfig]:
+    """Return a configuration per input, with a ``max_concurrency`` of None or at least 1.
+
+    Raises
+    ------
+    InvalidRequestError
+        For any other, but 0, which is None: LangChain would lose prompts over it.
+    """
+    if not num_inputs:
+        return []
+    configs = get_config_list(config, num_inputs)
+    width = configs[0].get("max_concurrency")
+    if width is not None:
+        expected = "an integer >= 1, or 0 or None for all prompts at once"
+        width = integer("max_concurrency", width, expected, 0) or None
+    return [{**each, "max_concurrency": width} for each in configs]
+
+
 def batch_parts(
     model: BaseLLM,
     inputs: list[LanguageModelInput],
@@ -68,9 +88,7 @@ def batch_parts(
     """Cut a batch into parts of ``max_concurrency`` inputs; without one it is one part."""
     if not inputs:
         return
-    configs = get_config_list(config, len(inputs))
-    width = configs[0].get("max_concurrency") or len(inputs)
-    if width < 0:
-        raise InvalidRequestError(f"max_concurrency must be at least 1, got {width}")
+    configs = batch_configs(config, len(inputs))
+    width = configs[0]["max_concurrency"] or len(inputs)
     for start in range(0, len(inputs), width):
         yield BatchPart(model, inputs[start : start + width], configs[start : start + width])

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from langchain_core.load.serializable import Serializable
-from pydantic import ConfigDict, Field, PrivateAttr, field_validator
+from pydantic import ConfigDict, Field, PrivateAttr, field_serializer, field_validator
 
 from quire import __version__
 from quire.config import EngineConfig, argument_names
@@ -174,7 +174,7 @@ class EngineModel(Serializable):
             if name in argument_names():
                 raise TypeError(
                     f"{cls.__name__}() got an unexpected argument {name!r}: an engine argument "
-                    f"goes into vllm_kwargs={{{name!r}: {kwargs[name]!r}}}"
+                    f"goes into vllm_kwargs={_masked({name: kwargs[name]})!r}"
                 )
             raise unexpected_argument(cls.__name__, name, valid)
 
@@ -208,7 +208,10 @@ class EngineModel(Serializable):
                 merged.extend(strings)
             elif strings is not None:  # one string; anything else is for SamplingParams to refuse
                 merged.append(strings)
-        return list(dict.fromkeys(merged)) or None
+        try:
+            return list(dict.fromkeys(merged)) or None
+        except TypeError:  # not hashable, so no string, which SamplingParams refuses
+            return merged
 
     def _sampling_params(
         self, stop: Any, output_kind: RequestOutputKind = RequestOutputKind.FINAL_ONLY
@@ -286,7 +289,12 @@ class EngineModel(Serializable):
         return EngineConfig.create(**own, **self.vllm_kwargs)
 
     def _open_lease(self) -> EngineLease:
-        if self._lease is None or self._lease.closed:
+        if self._lease is None:
+            raise EngineClosedError(
+                f"{self!r} was made without its engine, as by model_construct; make it by "
+                f"{type(self).__name__}(...)"
+            )
+        if self._lease.closed:
             raise EngineClosedError(f"{self!r} was closed; make a new one")
         return self._lease
 
@@ -422,16 +430,18 @@ class EngineModel(Serializable):
         form = super().to_json()
         kwargs: dict[str, Any] = form.get("kwargs", {})  # type: ignore[assignment]
         if "vllm_kwargs" in kwargs:
-            engine = {k: v for k, v in kwargs["vllm_kwargs"].items() if k != "hf_token"}
-            kwargs["vllm_kwargs"] = engine
+            kwargs["vllm_kwargs"] = self._without_token(kwargs["vllm_kwargs"])
         return form
+
+    @field_serializer("vllm_kwargs")
+    def _without_token(self, value: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in value.items() if k != "hf_token"}
 
     def __repr_args__(self) -> Any:
         for name, value in super().__repr_args__():
             if name == "vllm_kwargs":
                 if value:
-                    masked = {"hf_token": "***"} if isinstance(value.get("hf_token"), str) else {}
-                    yield name, {**value, **masked}
+                    yield name, _masked(value)
             elif name != "metadata" or set(value) != {"lc_versions"}:
                 yield name, value
         if self._lease is not None and self._lease.closed:
@@ -460,6 +470,14 @@ def _engine_identity(config: EngineConfig) -> dict[str, Any]:
             if name not in _NOT_LISTED and value != default[name]
         },
     }
+
+
+def _masked(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return engine arguments as a person is shown them, the hub token hidden."""
+    token = arguments.get("hf_token")
+    if token is None or isinstance(token, bool):  # True: the stored token, which is not shown
+        return {**arguments}
+    return {**arguments, "hf_token": "***"}
 
 
 def _one_max_tokens(owner: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:

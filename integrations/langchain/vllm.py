@@ -18,7 +18,7 @@ from langchain_core.runnables import RunnableConfig
 from pydantic import PrivateAttr
 
 from quire.errors import InvalidRequestError
-from quire.integrations.langchain.batch import batch_parts
+from quire.integrations.langchain.batch import batch_configs, batch_parts
 from quire.integrations.langchain.cache import without_failures
 from quire.integrations.langchain.engine_model import EngineModel
 from quire.integrations.langchain.results import (
@@ -240,7 +240,7 @@ logits_processors, structured_outputs, use_beam_search, length_penalty, early_st
         others their completions.
         """
         if not return_exceptions:
-            return super().batch(inputs, config, **kwargs)
+            return super().batch(inputs, batch_configs(config, len(inputs)), **kwargs)
         outputs: list[Any] = []
         for part in batch_parts(self, inputs, config):
             try:
@@ -261,7 +261,7 @@ logits_processors, structured_outputs, use_beam_search, length_penalty, early_st
     ) -> list[str]:
         """Complete prompts together with all others that run; see :meth:`batch`."""
         if not return_exceptions:
-            return await super().abatch(inputs, config, **kwargs)
+            return await super().abatch(inputs, batch_configs(config, len(inputs)), **kwargs)
         outputs: list[Any] = []
         for part in batch_parts(self, inputs, config):
             try:

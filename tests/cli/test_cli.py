@@ -76,24 +76,102 @@ def test_complete_takes_many_prompts_and_n(model: list[str]) -> None:
 
 
 def test_complete_reads_standard_input(model: list[str]) -> None:
-    result = invoke("complete", *model, *GREEDY, "--json", stdin="from a pipe")
-    assert json.loads(result.stdout)["prompt"] == "from a pipe"
+    """A final newline is the pipe's and not the prompt's: `echo` ends every text with one."""
+    for piped, prompt in (
+        ("from a pipe", "from a pipe"),
+        ("from a pipe\n", "from a pipe"),
+        ("two\nlines\n\n", "two\nlines\n"),
+    ):
+        result = invoke("complete", *model, *GREEDY, "--json", stdin=piped)
+        assert json.loads(result.stdout)["prompt"] == prompt
+    assert "final newline" in " ".join(invoke("complete", "--help").stdout.split())
 
 
 def test_engine_and_sampling_arguments_reach_their_place(model: list[str]) -> None:
     result = invoke(
-        "complete", "hello", *model, *GREEDY, "--json",
+        "complete", "hello", *model, "--temperature", "0", "--json",
         "--engine-arg", "block-size=8", "--sampling-arg", "ignore_eos=true",
         "--sampling-arg", "max_tokens=9",
     )  # fmt: skip
     assert len(json.loads(result.stdout)["token_ids"]) == 9
 
 
-def test_a_field_is_given_once(model: list[str]) -> None:
-    """The option that names a field and --sampling-arg must not contradict each other."""
-    result = invoke("complete", "hi", *model, *GREEDY, "--sampling-arg", "temperature=1")
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--temperature", "0", "--sampling-arg", "temperature=1"],
+        ["--max-tokens", "2", "--sampling-arg", "max_tokens=9"],
+        ["--max-tokens", "128", "--sampling-arg", "max-tokens=9"],
+        ["--n", "1", "--sampling-arg", "n=2"],
+        ["--dtype", "float32", "--engine-arg", "dtype=bfloat16"],
+        ["--max-model-len", "64", "--engine-arg", "max_model_len=32"],
+        ["--model", "quire/demo", "--engine-arg", "model=another"],
+    ],
+)
+def test_a_field_is_given_once(options: list[str]) -> None:
+    """The option that names a field and the general one must not contradict each other."""
+    result = invoke("complete", "hi", *options)
     assert result.exit_code == 2
     assert "one field" in result.stderr
+    assert options[0] in result.stderr
+
+
+def test_a_default_is_nothing_that_was_given(tiny_llama: Path) -> None:
+    """The general options reach the fields that other options have defaults for."""
+    result = invoke(
+        "complete", "hello", "--model", str(tiny_llama), "--json",
+        "--engine-arg", "dtype=float32", "--engine-arg", "max_model_len=64",
+        "--sampling-arg", "n=2", "--sampling-arg", "max_tokens=3",
+        "--sampling-arg", "ignore_eos=true",
+    )  # fmt: skip
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [len(record["token_ids"]) for record in records] == [3, 3]
+
+
+def test_help_tells_the_defaults() -> None:
+    """Those that a command has of its own."""
+    text = invoke("complete", "--help").stdout
+    assert "[default: (128)]" in text
+    assert "[default: (1)]" in text
+    assert "[default: (auto)]" in text
+    assert "the room left" in invoke("chat", "--help").stdout
+
+
+def test_completions_that_are_compared_first_are_shown_whole(model: list[str]) -> None:
+    """With best_of no text is known before all have ended; the one shown is generate's."""
+    options = ["--sampling-arg", "best_of=3", "--seed", "1", "--max-tokens", "6"]
+    shown = invoke("complete", "hello", *model, *options)
+    assert shown.exit_code == 0, shown.stderr
+    record = json.loads(invoke("complete", "hello", *model, *options, "--json").stdout)
+    assert shown.stdout == record["text"] + "\n"
+
+
+@pytest.mark.parametrize(
+    "options", [["n=2"], ["n=2", "best_of=3"], ["n=2", "use_beam_search=true"]]
+)
+def test_a_chat_has_one_answer(model: list[str], options: list[str]) -> None:
+    """Several would be run together in the terminal and in what the model is told it said."""
+    arguments = [part for option in options for part in ("--sampling-arg", option)]
+    result = invoke("chat", *model, "--max-tokens", "6", *arguments, stdin="hi\n")
+    assert result.exit_code == 2
+    assert "n must be 1 in a chat" in " ".join(result.stderr.split())
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("options", [["best_of=2"], ["best_of=2", "use_beam_search=true"]])
+def test_a_chat_shows_the_best_answer_whole(model: list[str], options: list[str]) -> None:
+    """One of several is one answer."""
+    arguments = [part for option in options for part in ("--sampling-arg", option)]
+    result = invoke("chat", *model, "--max-tokens", "6", *arguments, "--seed", "1", stdin="hi\n")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.strip()
+
+
+def test_python_m_quire_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "quire", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"quire {quire.__version__}\n"
 
 
 @pytest.mark.parametrize(

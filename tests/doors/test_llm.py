@@ -88,6 +88,15 @@ def test_one_wrong_entry_stops_the_batch_before_anything_runs(llm, prompts, para
     assert texts(llm.generate("ab", tokens(2), use_tqdm=False)) == ["ab"]
 
 
+@pytest.mark.parametrize("options", ["lora_request", "priority", "sampling_params"])
+def test_an_integer_too_long_to_print_is_refused_like_any_other(llm, options):
+    with pytest.raises(InvalidRequestError, match=options):
+        llm.generate("a", use_tqdm=False, **{options: 10**5000})
+    for messages in (10**5000, [10**5000]):
+        with pytest.raises(InvalidRequestError, match="messages"):
+            llm.chat(messages, use_tqdm=False)
+
+
 def test_what_this_version_has_not_is_refused(llm):
     with pytest.raises(InvalidRequestError, match="lora_request='x': this engine has no adapters"):
         llm.generate("a", lora_request="x", use_tqdm=False)

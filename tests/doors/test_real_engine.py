@@ -149,6 +149,19 @@ def test_a_cache_that_does_not_fit_is_refused_before_it_harms(options):
         LLM(**options, max_model_len=257)
 
 
+def test_tables_that_do_not_fit_name_the_arguments_to_lower(options, monkeypatch):
+    """What the engine keeps for each running sequence may be more than there is memory."""
+
+    def fail(*args, **kwargs):
+        raise MemoryError("Unable to allocate 244. GiB")
+
+    monkeypatch.setattr("quire.engine.engine.SequenceTable", fail)
+    with pytest.raises(
+        OutOfMemoryError, match=r"max_num_seqs=7 .*max_model_len=40 .*lower.*244\. GiB"
+    ):
+        LLM(**{**options, "max_num_seqs": 7, "max_model_len": 40})
+
+
 def test_the_length_shrinks_to_the_cache_when_it_was_not_asked_for(options):
     with LLM(**options, num_gpu_blocks_override=11) as llm:
         with pytest.raises(InvalidRequestError, match="max_model_len is 40"):
@@ -225,6 +238,24 @@ def test_closing_while_threads_generate_ends_them(options):
                 future.result()
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(best_of=3, max_tokens=8, seed=1),
+        SamplingParams(n=2, best_of=3, max_tokens=8, seed=1),
+        SamplingParams(n=1, best_of=2, use_beam_search=True, max_tokens=8),
+        SamplingParams(n=2, use_beam_search=True, max_tokens=8),
+    ],
+    ids=["best_of", "n and best_of", "best of beams", "beams"],
+)
+def test_a_stream_of_what_is_compared_first_has_one_piece(llm, params):
+    """The completions to show are known only when all of them have ended."""
+    [output] = llm.stream("hello world", params)
+    [expected] = llm.generate("hello world", params, use_tqdm=False)
+    assert output.finished
+    assert [c.text for c in output.outputs] == [c.text for c in expected.outputs]
+
+
 def test_final_outputs_only_are_asked_of_the_engine(llm):
     """A batch must not pay for texts in between that nobody reads."""
     kinds = []
@@ -238,11 +269,14 @@ def test_final_outputs_only_are_asked_of_the_engine(llm):
     assert kinds == [RequestOutputKind.FINAL_ONLY] * 2
 
 
-@pytest.mark.parametrize("name", ["atuo", "no/such/folder"])
+@pytest.mark.parametrize(
+    "name", ["atuo", "no/such/folder", "~nobody-of-that-name/x", "x" * 5000, "a\0b"], ids=range(5)
+)
 def test_a_generation_config_that_is_not_there_is_refused(options, name):
     """A misspelt "auto" is not taken for a folder that recommends nothing."""
-    with pytest.raises(ConfigError, match="generation_config"):
+    with pytest.raises(ConfigError, match="generation_config") as caught:
         LLM(**options, generation_config=name)
+    assert len(str(caught.value)) < 500
 
 
 def test_an_end_token_past_the_vocabulary_does_no_harm(options, tmp_path):
@@ -252,6 +286,19 @@ def test_an_end_token_past_the_vocabulary_does_no_harm(options, tmp_path):
     with LLM(**{**options, "model": folder}) as llm:
         [output] = llm.generate("a", SamplingParams(min_tokens=3, max_tokens=3), use_tqdm=False)
     assert len(output.outputs[0].token_ids) == 3
+
+
+def test_a_beam_search_ends_hypotheses_at_stop_strings(llm):
+    """With the string in their text or without."""
+    plain = llm.beam_search([5, 6], BeamSearchParams(2, 8, ignore_eos=True))[0].sequences[0].text
+    stop = plain[len(plain) // 2 :][:3]
+    for kept in (False, True):
+        params = BeamSearchParams(2, 8, ignore_eos=True, stop=stop, include_stop_str_in_output=kept)
+        [output] = llm.beam_search([5, 6], params)
+        [ended] = [beam for beam in output.sequences if beam.stop_reason == stop]
+        assert plain.startswith(ended.text)
+        assert ended.text.endswith(stop) == kept
+        assert (stop in ended.text) == kept
 
 
 def test_beam_search_refuses_other_parameters(llm):

@@ -157,8 +157,39 @@ def test_cache_true_without_a_cache_is_langchains_error(fake: Any) -> None:
         llm.invoke("a")
 
 
-def test_a_negative_concurrency_is_refused_and_loses_no_prompt(fake: Any) -> None:
-    with pytest.raises(InvalidRequestError, match="max_concurrency"):
-        VLLM(model="quire/demo").batch(
-            ["a", "b"], config={"max_concurrency": -1}, return_exceptions=True
-        )
+@pytest.mark.parametrize("return_exceptions", [False, True])
+@pytest.mark.parametrize("width", [-1, "2", True])
+async def test_a_wrong_concurrency_is_refused_and_loses_no_prompt(
+    fake: Any, width: Any, return_exceptions: bool
+) -> None:
+    """An answer is a text, an exception in its place, or an error: never nothing."""
+    llm = VLLM(model="m")
+    settings: Any = {
+        "config": {"max_concurrency": width},
+        "return_exceptions": return_exceptions,
+    }
+    with pytest.raises(InvalidRequestError, match=f"max_concurrency must be .*{width!r}"):
+        llm.batch(["a", "b"], **settings)
+    with pytest.raises(InvalidRequestError, match=f"max_concurrency must be .*{width!r}"):
+        await llm.abatch(["a", "b"], **settings)
+    assert fake.calls == []
+
+
+@pytest.mark.parametrize("return_exceptions", [False, True])
+@pytest.mark.parametrize("width", [0, None])
+async def test_no_concurrency_is_all_at_once(
+    fake: Any, width: int | None, return_exceptions: bool
+) -> None:
+    """0 means what None means, whichever way failures are told."""
+    llm = VLLM(model="m", seed=1)
+    prompts: list[Any] = ["a", "b", "c"]
+    settings: Any = {
+        "config": {"max_concurrency": width},
+        "return_exceptions": return_exceptions,
+    }
+    answers = llm.batch(prompts, **settings)
+    assert answers == [llm.invoke(prompt) for prompt in prompts]
+    assert len({call.batch for call in fake.calls[:3]}) == 1
+    assert await llm.abatch(prompts, **settings) == answers
+    assert llm.batch([], **settings) == []
+    assert await llm.abatch([], **settings) == []

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.language_models.llms import BaseLLM
 
-from quire.errors import ConfigError, InvalidRequestError, NotSupportedError
+from quire.errors import ConfigError, EngineClosedError, InvalidRequestError, NotSupportedError
 from quire.integrations.langchain import VLLM
 from quire.integrations.langchain.engine_model import EngineModel
 from quire.sampling_params import SamplingParams
@@ -119,6 +119,13 @@ def test_refuses_unknown_and_doubled_arguments(
     assert fake.num_made() == 0
 
 
+def test_an_argument_in_the_wrong_place_tells_no_secret(fake: Any) -> None:
+    """The message says where the hub token belongs, and not what it is."""
+    with pytest.raises(TypeError, match=r"vllm_kwargs=\{'hf_token': '\*\*\*'\}") as caught:
+        VLLM(model="m", hf_token="hf_secret")
+    assert "hf_secret" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -170,6 +177,24 @@ def test_max_tokens_is_max_new_tokens(fake: Any) -> None:
 def test_a_path_is_a_model(fake: Any, checkpoint: Path) -> None:
     """``model`` may be a Path."""
     assert VLLM(model=checkpoint).model == str(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "x" * 5000, "a\0b"])
+@pytest.mark.parametrize("argument", ["model", "tokenizer", "generation_config"])
+def test_a_name_that_is_no_path_is_not_looked_for_as_one(
+    fake: Any, argument: str, name: str
+) -> None:
+    """What the system cannot even look up is no folder: the engine says what it is then."""
+    model, arguments = (name, {}) if argument == "model" else ("m", {argument: name})
+    llm = VLLM(model=model, vllm_kwargs=arguments)
+    assert llm.client.config.to_kwargs()[argument] == name
+
+
+def test_a_model_without_its_engine_says_how_it_came_about(fake: Any) -> None:
+    """Pydantic's ``model_construct`` leaves the constructor out, and so the engine."""
+    llm = VLLM.model_construct(model="m")
+    with pytest.raises(EngineClosedError, match=r"model_construct.* make it by VLLM\(\.\.\.\)"):
+        llm.invoke("p")
 
 
 def test_engine_fields_do_not_change(fake: Any) -> None:

@@ -65,6 +65,16 @@ async def test_stop_works_in_every_way_of_calling(fake: Any) -> None:
     assert all(call.params.stop == ["a", "b"] for call in fake.calls)
 
 
+@pytest.mark.parametrize("stop", [5, {"x": 1}, [{"x": 1}, "b"], [["a"]]])
+def test_what_is_no_stop_string_is_refused_by_name(fake: Any, stop: Any) -> None:
+    """Whatever it is, hashable or not."""
+    llm = VLLM(model="m")
+    with pytest.raises(InvalidRequestError, match=r"^stop must be a non-empty string"):
+        llm.invoke("p", stop=stop)
+    with pytest.raises(InvalidRequestError, match=r"^stop must be a non-empty string"):
+        list(llm.stream("p", stop=stop))
+
+
 def test_prompt_goes_as_written(fake: Any) -> None:
     """No template, no trimming: the engine gets the very text."""
     text = "  <|user|>\n Hello \u00e9 {x}\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,16 @@ def test_dump_has_no_secret_and_no_engine(fake: Any) -> None:
     assert load(text).vllm_kwargs == {"seed": 3}
     assert llm.vllm_kwargs == {"hf_token": "hf_secret", "seed": 3}
     assert "hf_secret" not in str(VLLM(client=llm.client)) + repr(VLLM(client=llm.client))
+
+
+def test_no_dump_of_pydantic_has_the_secret(fake: Any) -> None:
+    """The hub token is left out as ``dumps`` leaves it out; a pickle, made to go on, has it."""
+    arguments = {"hf_token": "hf_secret", "seed": 3}
+    llm = VLLM(model="m", vllm_kwargs=arguments)
+    assert llm.model_dump()["vllm_kwargs"] == {"seed": 3}
+    assert "hf_secret" not in llm.model_dump_json(exclude={"callbacks"})
+    assert llm.vllm_kwargs == arguments
+    assert pickle.loads(pickle.dumps(llm)).vllm_kwargs == arguments
 
 
 def test_serialized_form_follows_changes(fake: Any) -> None:

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 from dataclasses import fields, replace
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -315,7 +316,17 @@ def test_beam_search_params_are_checked_and_converted() -> None:
     )
     assert converted.beam_width == 3
     assert round_trip(params) == copy.deepcopy(params) == params
-    for values in ({"beam_width": 1}, {"max_tokens": 0}, {"temperature": 0.5}, {"ignore_eos": 1}):
+    ended = BeamSearchParams(3, 5, stop="END", include_stop_str_in_output=True)
+    assert ended.to_sampling_params().stop == ended.stop == ["END"]
+    assert ended.to_sampling_params().include_stop_str_in_output
+    assert repr(BeamSearchParams(3, 5)) == "BeamSearchParams(beam_width=3, max_tokens=5)"
+    for values in (
+        {"beam_width": 1},
+        {"max_tokens": 0},
+        {"temperature": 0.5},
+        {"ignore_eos": 1},
+        {"stop": 5},
+    ):
         with pytest.raises(InvalidRequestError, match=next(iter(values))):
             BeamSearchParams(**({"beam_width": 2, "max_tokens": 4} | values))
     with pytest.raises(TypeError, match="max_tokens"):
@@ -364,6 +375,46 @@ def test_whatever_object_is_given_a_refusal_names_the_field(name: str, value: An
         message = name  # taken
     assert name in message
     assert len(message) < 500
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"9" * 5000: 1},
+        {10**5000: 1},
+        {10**5000: "x"},
+        {1: np.array([1.0, 2.0])},
+        {1: torch.tensor([1.0, 2.0])},
+        {1: Decimal("sNaN")},
+        {1: Decimal("-Infinity")},
+        {1: "-inf"},
+        {1: True},
+        {1: 10**5000},
+    ],
+    ids=range(10),
+)
+def test_a_bias_that_is_no_number_is_refused(value: Any) -> None:
+    """Whatever comparing it with infinity would do."""
+    with pytest.raises(InvalidRequestError, match=r"logit_bias.* must be"):
+        SamplingParams(logit_bias=value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *[{name: 10**5000} for name in ("n", "best_of", "top_k", "max_tokens", "logprobs")],
+        *[{name: [10**5000]} for name in ("stop_token_ids", "allowed_token_ids")],
+        {"n": 10**5000, "best_of": 2},
+        {"max_tokens": 2**63},
+    ],
+    ids=range(9),
+)
+def test_a_number_past_every_use_is_refused(values: dict[str, Any]) -> None:
+    """No field holds an integer that Python cannot print: what is made can be shown."""
+    name = next(iter(values))
+    with pytest.raises(InvalidRequestError, match=rf"{name} must be .* 2\*\*63 - 1, got"):
+        SamplingParams(**values)
+    assert SamplingParams(max_tokens=2**63 - 1).max_tokens == 2**63 - 1
 
 
 def test_a_flag_is_no_output_kind() -> None:

@@ -281,6 +281,21 @@ class TestTemplatesFromOutside:
     @pytest.mark.parametrize(
         "template",
         [
+            "{% for a in [1] %}" * 30 + "{% endfor %}" * 30,
+            "{% if 1 %}" * 150 + "{% endif %}" * 150,
+            "{{ " + "(" * 250 + "1" + ")" * 250 + " }}",
+            "{{ " + "9" * 5000 + " }}",
+        ],
+        ids=["for", "if", "parentheses", "digits"],
+    )
+    def test_a_template_that_no_compiler_takes_is_refused(self, template):
+        """Jinja makes Python of it, which has bounds of its own."""
+        with pytest.raises(InvalidRequestError, match="chat template"):
+            render_one(template)
+
+    @pytest.mark.parametrize(
+        "template",
+        [
             "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
             "{{ 'a' * 9999999999 }}",
             "{{ [0] * 9999999999 }}",
@@ -329,12 +344,89 @@ class TestMessages:
         for message in (Message("user", "x"), Model()):
             assert tokenizer.apply_chat_template([message], chat_template=CHATML) == expected
 
+    @pytest.mark.parametrize("name", ["messages", "variable", "documents", "tools"])
+    @pytest.mark.parametrize("depth", [2000, None])
+    def test_data_without_a_bottom_is_refused_by_name(self, name, depth, tokenizer):
+        """A value that contains itself, or so many others in each other as no chat has."""
+        value = {}
+        if depth is None:
+            value["self"] = value
+        for _ in range(depth or 0):
+            value = {"inner": value}
+        message = {"role": "user", "content": value if name == "messages" else "x"}
+        options = {} if name == "messages" else {name: value if name == "variable" else [value]}
+        with pytest.raises(InvalidRequestError, match=f"{name}.* nested too deeply"):
+            tokenizer.apply_chat_template([message], chat_template=CHATML, **options)
+
+    def test_an_object_that_cannot_be_read_is_refused_by_name(self, tokenizer):
+        class Broken:
+            def model_dump(self):
+                raise KeyError("no such field")
+
+        with pytest.raises(InvalidRequestError, match=r"messages\[0\].*no such field"):
+            tokenizer.apply_chat_template([Broken()], chat_template=CHATML)
+
+    @pytest.mark.parametrize("content", [5, True, 1.5, {"text": "x"}, [5]])
+    def test_only_text_can_be_continued(self, content, tokenizer):
+        chat = [{"role": "assistant", "content": content}]
+        with pytest.raises(InvalidRequestError, match="no text to continue"):
+            tokenizer.apply_chat_template(
+                chat,
+                chat_template=CHATML,
+                continue_final_message=True,
+                add_generation_prompt=False,
+            )
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("add_generation_prompt", "no"),
+            ("add_generation_prompt", 0),
+            ("continue_final_message", 5),
+            ("continue_final_message", None),
+        ],
+    )
+    def test_a_switch_is_true_or_false(self, name, value, tokenizer):
+        """A "no" is not taken for yes."""
+        options = {"add_generation_prompt": False, name: value}
+        with pytest.raises(InvalidRequestError, match=f"^{name} must be .*{value!r}"):
+            tokenizer.apply_chat_template(CHAT, chat_template=CHATML, **options)
+
+    def test_a_tool_that_describes_nothing_is_refused_by_name(self, tokenizer):
+        """A schema is made of a function's type hints and docstring."""
+
+        def silent(a: int):
+            return a
+
+        def untyped(a):
+            """
+            Do it.
+
+            Args:
+                a: The first.
+            """
+
+        for tool in (silent, untyped):
+            with pytest.raises(InvalidRequestError, match=rf"^tools\[1\].*{tool.__name__}"):
+                tokenizer.apply_chat_template(CHAT, chat_template=CHATML, tools=[SCHEMA, tool])
+
     def test_continuing_and_beginning_an_answer_exclude_each_other(self, tokenizer):
         with pytest.raises(InvalidRequestError, match="exclude each other"):
             tokenizer.apply_chat_template(CHAT, chat_template=CHATML, continue_final_message=True)
 
     @pytest.mark.parametrize(
-        "options", [{"tools": [3]}, {"documents": ["x"]}, {"chat_template": 3}]
+        "options",
+        [
+            {"tools": [3]},
+            {"tools": [10**5000]},
+            {"documents": ["x"]},
+            {"documents": 5},
+            {"documents": "x"},
+            {"documents": [10**5000]},
+            {"chat_template": 3},
+            {"chat_template": 10**5000},
+        ],
+        ids=range(8),
     )
     def test_wrong_options_are_refused(self, options, tokenizer):
         with pytest.raises(InvalidRequestError, match=next(iter(options))):

@@ -65,6 +65,48 @@ class TestRefusals:
         with pytest.raises(TokenizerError, match=re.escape(str(tmp_path / name))):
             load_tokenizer(tmp_path)
 
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            *[("additional_special_tokens", value) for value in (5, 1.5, True, "<a>")],
+            *[("extra_special_tokens", value) for value in (5, True, ["\ud800"])],
+            ("extra_special_tokens", {"own": "\ud800"}),
+            ("additional_special_tokens", [{"content": "a\udfff"}]),
+            *[(f"{kind}_token", "\ud800") for kind in ("bos", "eos", "pad", "unk", "own")],
+            ("bos_token", {"content": "\ud800"}),
+            ("added_tokens_decoder", {"0": {"content": "\ud800"}}),
+        ],
+    )
+    @pytest.mark.parametrize("mode", ["auto", "slow"])
+    def test_special_tokens_are_lists_of_whole_characters(
+        self, name, value, mode, tmp_path, folders
+    ):
+        """A lone number lists no tokens, and half a surrogate pair has no UTF-8: both are named."""
+        copy(folders["gpt2"], tmp_path, "tokenizer.json")
+        path = tmp_path / "tokenizer_config.json"
+        path.write_text(json.dumps({name: value}))
+        with pytest.raises(TokenizerError, match=rf"^{name} of {re.escape(str(path))}"):
+            load_tokenizer(tmp_path, mode=mode)
+
+    @pytest.mark.parametrize("value", [None, [], {}, [5, ["a"], {"content": {}}], {"own": 5}])
+    def test_an_entry_that_names_no_token_is_passed_over(self, value, tmp_path, folders):
+        """As a name without a token is: checkpoints have both."""
+        copy(folders["gpt2"], tmp_path, "tokenizer.json")
+        config = {
+            "bos_token": {"content": {}},
+            "add_bos_token": True,
+            "extra_special_tokens": value,
+        }
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        assert load_tokenizer(tmp_path).bos_token is None
+
+    @pytest.mark.parametrize("content", ['{"a": "x"}', '{"a": null}', '{"\\ud800": 5}'])
+    def test_tokens_that_are_added_have_a_text_and_an_id(self, content, tmp_path, folders):
+        copy(folders["gpt2"], tmp_path, "tokenizer.json")
+        (tmp_path / "added_tokens.json").write_text(content)
+        with pytest.raises(TokenizerError, match=r"added_tokens\.json"):
+            load_tokenizer(tmp_path)
+
     def test_merges_that_do_not_fit_the_vocabulary(self, tmp_path):
         (tmp_path / "vocab.json").write_text('{"a": 0}')
         for merges in ("#version: 0.2\na b\n", "a\n"):
