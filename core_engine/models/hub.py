@@ -192,9 +192,10 @@ def _from_hugging_face(
         return _from_cache(name, revision, download_dir, allow_patterns, None)
     try:
         if allow_patterns is None:
-            # Which format there is has to be known first: many models come in both.
-            files = HfApi(token=token).list_repo_files(name, revision=revision)
-            preferred = any(fnmatch(file, _WEIGHTS[0]) for file in files)
+            # Which format there is has to be known first: many models come in both. Asked in the
+            # way that fails at once where there is no connection; listing files tries for long.
+            files = HfApi(token=token).model_info(name, revision=revision).siblings or []
+            preferred = any(fnmatch(file.rfilename, _WEIGHTS[0]) for file in files)
             allow_patterns = (*BESIDE_WEIGHTS, _WEIGHTS[0] if preferred else _WEIGHTS[1])
         return Path(
             snapshot_download(

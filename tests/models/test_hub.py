@@ -159,10 +159,11 @@ class FakeHub:
             def __init__(self, token: Any) -> None:
                 self.token = token
 
-            def list_repo_files(self, name: str, revision: str | None) -> list[str]:
+            def model_info(self, name: str, revision: str | None) -> types.SimpleNamespace:
                 if fake.failure:
                     raise fake.failure
-                return files
+                siblings = [types.SimpleNamespace(rfilename=file) for file in files]
+                return types.SimpleNamespace(siblings=siblings)
 
         def snapshot_download(name: str, **options: Any) -> str:
             self.calls.append({"name": name, **options})
