@@ -1,6 +1,14 @@
-"""Map the three source folders to one import namespace; pyproject.toml holds the rest."""
+"""Map the three source folders to one import namespace, and build the CPU's kernels.
 
-from setuptools import find_packages, setup
+pyproject.toml holds the rest.
+"""
+
+import os
+import platform
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 ROOTS = {"quire": "core_engine", "quire.kernels": "kernels", "quire.integrations": "integrations"}
 
@@ -10,4 +18,63 @@ packages = [
     for name in (root, *(f"{root}.{package}" for package in find_packages(folder)))
 ]
 
-setup(package_dir=ROOTS, packages=packages)
+NATIVE = Path("kernels/cpu/native")
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",  # one rounding for a * b + c, in every file alike
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+    "-pthread",
+]
+# One file per instruction set; which is used is decided when it runs.
+ISA_FLAGS = {
+    "isa_avx2.cpp": ["-mavx2", "-mfma"],
+    "isa_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
+}
+IS_X86_64 = platform.machine().lower() in ("x86_64", "amd64")
+sources = [
+    str(path) for path in sorted(NATIVE.glob("*.cpp")) if IS_X86_64 or path.name not in ISA_FLAGS
+]
+
+
+class BuildNative(build_ext):
+    """Compiles each file for the instruction set that it is named for."""
+
+    def build_extensions(self):
+        """Compile, with the flags of ISA_FLAGS for the files it names."""
+        compile_one = self.compiler._compile
+
+        def compile_for_isa(obj, src, ext, cc_args, extra_postargs, pp_opts):
+            flags = [*extra_postargs, *ISA_FLAGS.get(Path(src).name, [])]
+            compile_one(obj, src, ext, cc_args, flags, pp_opts)
+
+        self.compiler._compile = compile_for_isa
+        super().build_extensions()
+
+    def get_output_mapping(self):
+        """Return what was built: without a compiler, nothing."""
+        mapping = super().get_output_mapping()
+        return {built: place for built, place in mapping.items() if Path(built).exists()}
+
+
+setup(
+    package_dir=ROOTS,
+    packages=packages,
+    ext_modules=[
+        Extension(
+            "quire.kernels.cpu._native",
+            sources=sources,
+            depends=[str(path) for path in NATIVE.glob("*.h")],
+            language="c++",
+            extra_compile_args=FLAGS,
+            extra_link_args=["-pthread"],
+            # Without a compiler the package installs all the same, and runs on plain torch.
+            optional=os.environ.get("QUIRE_REQUIRE_NATIVE") != "1",
+        )
+    ],
+    cmdclass={"build_ext": BuildNative},
+)

@@ -12,6 +12,7 @@ from quire.engine.processor import ModelLimits
 from quire.engine.runner import ModelRunner, kv_bytes_per_block
 from quire.errors import ConfigError, OutOfMemoryError
 from quire.kernels import get_backend
+from quire.kernels.cpu.backend import why_missing
 from quire.models import hub
 from quire.models.hf_config import (
     eos_token_ids,
@@ -52,6 +53,8 @@ def build_engine(config: EngineConfig) -> Engine:
     num_threads = apply_thread_count()
     device = choose_device(config.device)
     kernels = get_backend(device)
+    if device.type == "cpu" and (reason := why_missing()) is not None:
+        logger.warning("%s; until then the slower reference kernels run", reason)
     path = hub.resolve_model(config.model)
     hf_config = read_config(path, config.model.hf_overrides)
     dtype = resolve_dtype(hf_config, config.model.dtype, device)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 import torch
 
+from quire.kernels.cpu.backend import CpuBackend, why_missing
 from quire.kernels.reference.backend import ReferenceBackend
 
 if TYPE_CHECKING:
     from quire.kernels.interface import Backend
+
+_BUILT_IN = {"reference": ReferenceBackend, "cpu": CpuBackend}
 
 ENTRY_POINT_GROUP = "quire.kernels"
 
@@ -22,7 +26,8 @@ class KernelError(RuntimeError):
 
 def available_backends() -> list[str]:
     """Names that `get_backend` accepts: the built-in ones, then those of installed packages."""
-    return ["reference", *sorted(name for name in _installed() if name != "reference")]
+    built_in = [name for name in _BUILT_IN if name != "cpu" or why_missing() is None]
+    return [*built_in, *sorted(name for name in _installed() if name not in _BUILT_IN)]
 
 
 def get_backend(device: torch.device | str | None = None, name: str | None = None) -> Backend:
@@ -33,14 +38,15 @@ def get_backend(device: torch.device | str | None = None, name: str | None = Non
     device
         Where the tensors live; None is the CPU.
     name
-        A backend by name, or None for the one of the highest priority that supports the device.
+        A backend by name. None: the one that QUIRE_KERNELS names, else the one of the highest
+        priority that supports the device.
 
     Raises
     ------
     KernelError
         `name` is not available, could not be loaded, or does not support `device`.
     """
-    return _choose(torch.device(device or "cpu"), name)
+    return _choose(torch.device(device or "cpu"), name or os.environ.get("QUIRE_KERNELS") or None)
 
 
 @cache
@@ -65,8 +71,8 @@ def _installed() -> dict[str, EntryPoint]:
 
 @cache
 def _load(name: str) -> Backend:
-    if name == "reference":
-        return ReferenceBackend()
+    if name in _BUILT_IN:
+        return _BUILT_IN[name]()
     point = _installed().get(name)
     if point is None:
         raise KernelError(

@@ -38,8 +38,6 @@ class ModelRunner:
     ) -> None:
         self.model = model
         self.device = device
-        self._kernels = kernels
-        self._block_size = block_size
         self._kv_caches = [
             kernels.allocate_kv_cache(num_blocks, block_size, num_heads, head_dim, dtype, device)
             for num_heads, head_dim in model.kv_cache_layers()
@@ -47,9 +45,6 @@ class ModelRunner:
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Compute a step: write its keys and values, return ``[num_tokens, hidden_size]``."""
-        batch.attention = self._kernels.plan_attention(
-            batch.query_start_loc, batch.seq_lens, batch.block_tables, self._block_size
-        )
         return self.model.forward(batch, self._kv_caches)
 
     def logits(self, hidden: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

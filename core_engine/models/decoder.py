@@ -22,7 +22,10 @@ from quire.models.spec import DecoderSpec, RotarySpec
 from quire.models.weights import Weights
 
 if TYPE_CHECKING:
+    import ctypes
+
     from quire.kernels import Backend
+    from quire.models.native import NativeForward
 
 
 class Batch(Protocol):
@@ -32,16 +35,22 @@ class Batch(Protocol):
     ----------
     input_ids, positions, slot_mapping : Tensor[num_tokens], int64
         Tokens, their places in their sequences, and where keys and values go.
-    seq_lens : Tensor[num_seqs], on the CPU
+    query_start_loc : Tensor[num_seqs + 1], int32, on the CPU
+        Where each sequence's tokens begin.
+    seq_lens : Tensor[num_seqs], int32, on the CPU
         Tokens of each sequence once the step has run.
-    attention : object
-        What ``kernels.plan_attention`` returned for this step.
+    block_tables : Tensor[num_seqs, max_blocks], int32
+        The KV blocks of each sequence.
+    attention : object or None
+        What ``kernels.plan_attention`` returned for this step; None until it is needed.
     """
 
     input_ids: torch.Tensor
     positions: torch.Tensor
     slot_mapping: torch.Tensor
+    query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
+    block_tables: torch.Tensor
     attention: Any
 
 
@@ -120,6 +129,7 @@ class Decoder:
         dense = DenseMethod()
         self._tables: list[RotaryTable] = []
         indices: dict[RotarySpec, int] = {}
+        self._rotary_indices: list[int | None] = []
         self._layers: list[Layer] = []
         for number, layer in enumerate(spec.layers):
             rotary = layer.attention.rotary
@@ -128,6 +138,7 @@ class Decoder:
                 index = indices.setdefault(rotary, len(indices))
                 if index == len(self._tables):
                     self._tables.append(RotaryTable(rotary, weights.device))
+            self._rotary_indices.append(index)
             self._layers.append(
                 bind_layer(
                     f"layers.{number}",
@@ -149,10 +160,28 @@ class Decoder:
         self._embedding_scale = None
         if spec.embedding_scale is not None:
             self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=weights.dtype).item()
+        self.native = None
+        library = getattr(kernels, "library", None)
+        if library is not None and type(self._method) is DenseMethod:
+            self.native = self._bind_natively(library)
         self._final_norm = self._final_add_norm = None
         if spec.final_norm is not None:
             self._final_norm = bind_norm("final_norm", spec.final_norm, weights, kernels)
             self._final_add_norm = bind_add_norm("final_norm", spec.final_norm, weights, kernels)
+
+    def _bind_natively(self, library: ctypes.CDLL) -> NativeForward | None:
+        from quire.models import native
+
+        if not native.supports(self.spec, self.weights):
+            return None
+        return native.NativeForward(
+            library,
+            self.spec,
+            self.weights,
+            tables=self._tables,
+            rotary_indices=self._rotary_indices,
+            embedding_scale=self._embedding_scale,
+        )
 
     def _bind_projection(self, linear: Linear | None, method: LinearMethod) -> Apply | None:
         return None if linear is None else method.bind(linear, self.weights, self._kernels)
@@ -183,6 +212,13 @@ class Decoder:
         Tensor[num_tokens, hidden_size]
             After the final norm.
         """
+        if self.native is not None:
+            return self.native.forward(batch, kv_caches)
+        if batch.attention is None:
+            block_size = kv_caches[0][0].shape[1]
+            batch.attention = self._kernels.plan_attention(
+                batch.query_start_loc, batch.seq_lens, batch.block_tables, block_size
+            )
         positions = batch.positions
         rotary = []
         if self._tables:
@@ -224,6 +260,8 @@ class Decoder:
         -------
         Tensor[num_rows, vocab_size]
         """
+        if self.native is not None:
+            return self.native.logits(hidden)
         if self._out_of is not None:
             hidden = self._out_of(hidden)
         logits = self._kernels.linear(hidden, self._head_weight).float()

@@ -43,9 +43,17 @@ class RotaryTable:
         `max_length` is more than every position; it is known on the host, so that no device has
         to be waited for.
         """
+        cos, sin = self.reserve(max_length)
+        return cos.index_select(0, positions), sin.index_select(0, positions)
+
+    def reserve(self, max_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the tables, ``[num_positions, rotated_dims / 2]``, with that many rows at least.
+
+        Rows once there stay where they are until more are asked for.
+        """
         if max_length > self._cos.shape[0]:
             self._grow(max_length)
-        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+        return self._cos, self._sin
 
     def _grow(self, num_rows: int) -> None:
         have = self._cos.shape[0]

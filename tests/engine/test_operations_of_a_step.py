@@ -22,6 +22,12 @@ KERNELS = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _reference_kernels(monkeypatch):
+    """Operation by operation: natively, a step is one call."""
+    monkeypatch.setenv("QUIRE_KERNELS", "reference")
+
+
 class Watched:
     """A backend that knows when one of its operations runs."""
 

@@ -72,9 +72,6 @@ class PagedRunner:
             block_tables=tables,
             slot_mapping=torch.tensor(slots),
             logits_indices=torch.arange(len(input_ids)),
-            attention=self._kernels.plan_attention(
-                query_start_loc, seq_lens, tables, self._block_size
-            ),
         )
         logits = self.decoder.compute_logits(self.decoder.forward(batch, self._caches))
         return list(logits.split([len(tokens) for _, tokens in work]))

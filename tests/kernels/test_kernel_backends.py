@@ -12,12 +12,14 @@ from quire import kernels
 from quire.kernels import Backend, KernelError, available_backends, get_backend, selection
 from quire.kernels.reference.backend import ReferenceBackend
 
+BUILT_IN = available_backends()
+
 
 class Faster(ReferenceBackend):
     """An out-of-tree backend for one kind of device."""
 
     name = "faster"
-    priority = 10
+    priority = 20
 
     @staticmethod
     def supports(device: torch.device) -> bool:
@@ -67,7 +69,7 @@ def test_the_same_object_serves_a_device():
 def test_a_backend_of_higher_priority_wins_where_it_works(plugins):
     """And only there; by name, the reference backend remains."""
     plugins(faster="here:Faster")
-    assert available_backends() == ["reference", "faster"]
+    assert available_backends() == [*BUILT_IN, "faster"]
     assert get_backend("cpu").name == "faster"
     assert get_backend("meta").name == "reference"
     assert get_backend("cpu", "reference").name == "reference"
@@ -75,10 +77,20 @@ def test_a_backend_of_higher_priority_wins_where_it_works(plugins):
         get_backend("meta", "faster")
 
 
+def test_the_environment_may_name_the_backend(monkeypatch):
+    """QUIRE_KERNELS decides where the program does not, and a wrong name is no silent default."""
+    monkeypatch.setenv("QUIRE_KERNELS", "reference")
+    assert get_backend("cpu").name == "reference"
+    monkeypatch.setenv("QUIRE_KERNELS", "fastest")
+    with pytest.raises(KernelError, match="'fastest' is unknown"):
+        get_backend("cpu")
+    assert get_backend("cpu", "reference").name == "reference"
+
+
 def test_an_unknown_backend_is_named_with_those_there_are(plugins):
     """The message says what would be right."""
     plugins(faster="here:Faster")
-    with pytest.raises(KernelError, match=r"'fastest' is unknown; available: reference, faster"):
+    with pytest.raises(KernelError, match=r"'fastest' is unknown; available: reference.*, faster"):
         get_backend("cpu", "fastest")
 
 

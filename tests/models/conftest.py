@@ -16,12 +16,13 @@ from quire.models.loader import load_model
 
 @pytest.fixture(scope="session")
 def load() -> Callable[..., Decoder]:
-    """``load(folder, overrides=None, dtype=float32, **options)``: a decoder on the CPU."""
+    """``load(folder, overrides=None, dtype=float32, backend=None, **options)``."""
 
     def load(
         folder: Path,
         overrides: dict[str, Any] | None = None,
         dtype: torch.dtype = torch.float32,
+        backend: str | None = None,
         **options: Any,
     ) -> Decoder:
         return load_model(
@@ -29,7 +30,7 @@ def load() -> Callable[..., Decoder]:
             read_config(folder, overrides),
             device=torch.device("cpu"),
             dtype=dtype,
-            kernels=get_backend("cpu"),
+            kernels=get_backend("cpu", backend),
             **options,
         )
 

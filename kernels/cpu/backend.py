@@ -1,0 +1,51 @@
+"""CpuBackend: the reference operations, and a whole decoder as one native call."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+
+import torch
+
+from quire.kernels.cpu.library import LibraryError, load_library
+from quire.kernels.reference.backend import ReferenceBackend
+
+
+@cache
+def why_missing() -> str | None:
+    """Return why there is no native library; None if there is one.
+
+    Raises
+    ------
+    LibraryError
+        There is none, and QUIRE_REQUIRE_NATIVE=1 says that there must be.
+    """
+    try:
+        load_library()
+    except LibraryError as error:
+        if os.environ.get("QUIRE_REQUIRE_NATIVE") == "1":
+            raise
+        return str(error)
+    return None
+
+
+class CpuBackend(ReferenceBackend):
+    """For CPUs, where the native library was built.
+
+    A model that :mod:`quire.models.native` can hand over as a whole runs there; any other goes
+    through the operations one by one, which are the reference's.
+    """
+
+    name = "cpu"
+    priority = 10
+
+    @staticmethod
+    def supports(device: torch.device) -> bool:
+        """Whether `device` is the CPU and the library can be loaded."""
+        return device.type == "cpu" and why_missing() is None
+
+    @property
+    def library(self) -> ctypes.CDLL:
+        """The native library."""
+        return load_library()

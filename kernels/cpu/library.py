@@ -1,0 +1,77 @@
+"""The shared library with the CPU's kernels: found, loaded, and its functions typed."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_void_p
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+from quire.kernels.cpu import structs
+
+_FUNCTIONS = {
+    "quire_isa": (c_char_p, ()),
+    "quire_choose_isa": (c_int, (c_char_p,)),
+    "quire_struct_size": (c_int64, (c_int,)),
+    "quire_pack": (c_int, (c_void_p, c_int64, c_int64, c_int32, c_void_p, c_int)),
+    "quire_context_new": (c_void_p, ()),
+    "quire_context_free": (None, (c_void_p,)),
+    "quire_forward": (c_int, (c_void_p, POINTER(structs.Model), POINTER(structs.Batch), c_int)),
+    "quire_logits": (
+        c_int,
+        (c_void_p, POINTER(structs.Model), c_void_p, c_int64, c_void_p, c_int),
+    ),
+    "quire_advise_huge_pages": (None, (c_void_p, c_int64)),
+}
+
+
+class LibraryError(RuntimeError):
+    """There is no library, or it is not the one that belongs to this package."""
+
+
+@cache
+def load_library() -> ctypes.CDLL:
+    """Return the library, loaded once.
+
+    The file lies beside this one. QUIRE_NATIVE_LIBRARY names another, such as one that was built
+    with a sanitizer.
+
+    Raises
+    ------
+    LibraryError
+        It was not built, cannot be loaded, or was built from other sources.
+    """
+    path = _find()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise LibraryError(f"{path} cannot be loaded: {error}") from error
+    try:
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except AttributeError as error:
+        raise LibraryError(f"{path} was built from other sources: {error}") from error
+    for which, struct in enumerate(structs.IN_ORDER):
+        if library.quire_struct_size(which) != ctypes.sizeof(struct):
+            raise LibraryError(
+                f"{path} was built from other sources: {struct.__name__} has another size there"
+            )
+    return library
+
+
+def _find() -> Path:
+    named = os.environ.get("QUIRE_NATIVE_LIBRARY")
+    if named:
+        return Path(named)
+    folder = Path(__file__).parent
+    for suffix in EXTENSION_SUFFIXES:
+        path = folder / f"_native{suffix}"
+        if path.exists():
+            return path
+    raise LibraryError(
+        "the native CPU kernels were not built: install a C++20 compiler (on Debian and Ubuntu, "
+        "g++) and install quire again"
+    )

@@ -1,0 +1,102 @@
+// What Python hands over: plain structs, mirrored field by field in quire/kernels/cpu/structs.py.
+// Pointers stay owned by the caller; sizes count elements. A null pointer stands for "has none".
+#pragma once
+#include <cstdint>
+
+namespace quire {
+
+enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1 };
+enum NormKind : int32_t { kNoNorm = 0, kRmsNorm = 1, kLayerNorm = 2 };
+enum Activation : int32_t {
+  kSilu = 0,
+  kGelu = 1,
+  kGeluTanh = 2,
+  kQuickGelu = 3,
+  kRelu = 4,
+  kReluSquared = 5,
+  kTanh = 6,
+};
+enum Residual : int32_t { kSequential = 0, kParallel = 1, kPost = 2 };
+
+struct Norm {
+  int32_t kind;
+  float eps;
+  const float* weight;  // with its offset added
+  const float* bias;
+};
+
+// A weight [out, in] in blocks of 16 output features. float32: [in][16] per block. bfloat16:
+// [in / 2][16][2]. The last block, when it is not full, stands apart, its missing rows zero.
+struct Matrix {
+  const void* blocks;
+  const void* tail;
+  const float* bias;  // [round_up(out, 16)]
+  int64_t in;
+  int64_t out;
+  int32_t dtype;
+};
+
+struct Layer {
+  Norm attention_norm;
+  Norm mlp_norm;
+  Norm attention_post_norm;
+  Norm mlp_post_norm;
+  Norm q_norm;
+  Norm k_norm;
+  Matrix qkv;
+  Matrix out;
+  Matrix gate;  // gated MLPs only
+  Matrix up;
+  Matrix down;
+  int32_t residual;
+  int32_t activation;
+  int32_t gated;
+  int32_t num_heads;
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  int32_t sliding_window;  // 0: none
+  int32_t rotary_dim;      // 0: none
+  int32_t interleaved;
+  float scale;
+  float softcap;   // 0: none
+  float clip_qkv;  // 0: none
+  int32_t cache_dtype;
+  const float* alibi_slopes;
+  const float* cos;  // [max_position][rotary_dim / 2]
+  const float* sin;
+  void* key_cache;  // [num_slots][num_kv_heads][head_dim]
+  void* value_cache;
+};
+
+struct Model {
+  const Layer* layers;
+  int32_t num_layers;
+  int32_t dtype;       // of embeddings and KV caches
+  int64_t hidden_size;
+  int64_t embedding_size;
+  int32_t embed_is_packed;
+  float embedding_scale;  // 0: none
+  Matrix embed;           // not packed: blocks is [vocab][embedding_size]
+  const void* positions;  // [.][hidden_size], row 0 being position 0, or null
+  Matrix project_in;
+  Matrix project_out;
+  Matrix head;
+  Norm final_norm;
+  float logits_softcap;  // 0: none
+};
+
+struct Batch {
+  const int64_t* input_ids;
+  const int64_t* positions;
+  const int64_t* slot_mapping;
+  const int32_t* query_start_loc;
+  const int32_t* seq_lens;
+  const int32_t* block_tables;
+  int64_t block_table_stride;
+  int32_t block_size;
+  int32_t num_seqs;
+  int64_t num_tokens;
+  float* hidden;  // out: [num_tokens][hidden_size]
+};
+
+}  // namespace quire

@@ -1,0 +1,223 @@
+// Matrix products with packed weights: y = epilogue(x @ weight^T + bias).
+//
+// An output is accumulated in float32 over its inputs in ascending order, whatever the number of
+// rows: a row's result has the same bits alone and among others.
+#pragma once
+#include <algorithm>
+
+#include "abi.h"
+#include "simd.h"
+#include "team.h"
+
+namespace quire {
+namespace QUIRE_ISA {
+
+constexpr int kBlock = 16;  // output features per block of a packed weight
+constexpr int kVectors = kBlock / kLanes;
+
+// Rows computed at once: as many as there are registers for.
+#if defined(__AVX512F__)
+constexpr int kMostRows = 14;
+#elif defined(__AVX2__)
+constexpr int kMostRows = 6;
+#elif defined(__aarch64__)
+constexpr int kMostRows = 5;
+#else
+constexpr int kMostRows = 2;
+#endif
+
+// out[r][0:16] (+)= sum over k of x[r][k] * block[k][0:16], for `Rows` rows.
+template <int Rows, bool Accumulate>
+inline void tile_of_rows(const float* x, int64_t ldx, int64_t depth, const float* block,
+                         float* out, int64_t ldo) {
+  vf acc[Rows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      acc[r][v] = Accumulate ? load(out + r * ldo + v * kLanes) : all(0.0f);
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    const float* w = block + k * kBlock;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const vf factor = load(w + v * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r) acc[r][v] = factor * x[r * ldx + k] + acc[r][v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(out + r * ldo + v * kLanes, acc[r][v]);
+  }
+}
+
+template <int Rows, bool Accumulate>
+inline void tile_of_rows(const float* x, int64_t ldx, int64_t depth, const uint16_t* block,
+                         float* out, int64_t ldo) {
+  static_assert(!Accumulate);
+  vf acc[Rows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = all(0.0f);
+  }
+  for (int64_t k = 0; k < depth; k += 2) {
+    const uint16_t* w = block + k * kBlock;
+    if constexpr (Rows <= 2) __builtin_prefetch(w + 1024);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const vu pairs = load_as<vu>(w + 2 * v * kLanes);
+      const vf low = widen_low(pairs);
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r) acc[r][v] = low * x[r * ldx + k] + acc[r][v];
+      const vf high = widen_high(pairs);
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r) acc[r][v] = high * x[r * ldx + k + 1] + acc[r][v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(out + r * ldo + v * kLanes, acc[r][v]);
+  }
+}
+
+template <bool Accumulate, typename W, int Rows = kMostRows>
+inline void tile(int rows, const float* x, int64_t ldx, int64_t depth, const W* block, float* out,
+                 int64_t ldo) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) {
+      tile<Accumulate, W, Rows - 1>(rows, x, ldx, depth, block, out, ldo);
+      return;
+    }
+  }
+  tile_of_rows<Rows, Accumulate>(x, ldx, depth, block, out, ldo);
+}
+
+template <typename W>
+inline const W* block_of(const Matrix& a, int64_t index) {
+  return index < a.out / kBlock ? static_cast<const W*>(a.blocks) + index * kBlock * a.in
+                                : static_cast<const W*>(a.tail);
+}
+
+inline vf activate(vf x, int kind) {
+  switch (kind) {
+    case kSilu:
+      return x / (1.0f + exp(-x));
+    case kGelu: {
+      // x * Phi(x); the complementary error function by a Chebyshev fit (Press et al., Numerical
+      // Recipes, 2nd ed., section 6.2), whose relative error is below 1.2e-7.
+      const vf z = x * 0.70710678f;
+      const vf size = z < 0.0f ? -z : z;
+      const vf t = 1.0f / (1.0f + size * 0.5f);
+      vf p = all(0.17087277f);
+      p = p * t + -0.82215223f;
+      p = p * t + 1.48851587f;
+      p = p * t + -1.13520398f;
+      p = p * t + 0.27886807f;
+      p = p * t + -0.18628806f;
+      p = p * t + 0.09678418f;
+      p = p * t + 0.37409196f;
+      p = p * t + 1.00002368f;
+      p = p * t + -1.26551223f;
+      const vf erfc = t * exp(p - size * size);
+      return x * 0.5f * (z < 0.0f ? erfc : 2.0f - erfc);
+    }
+    case kGeluTanh:
+      return x * 0.5f * (1.0f + tanh((x + x * x * x * 0.044715f) * 0.79788456f));
+    case kQuickGelu:
+      return x / (1.0f + exp(x * -1.702f));
+    case kRelu:
+      return x == x ? max(x, all(0.0f)) : x;
+    case kReluSquared: {
+      const vf y = max(x, all(0.0f));
+      return x == x ? y * y : x;
+    }
+    default:
+      return tanh(x);
+  }
+}
+
+// What becomes of x @ weight^T + bias.
+enum class Then { kStore, kAdd, kActivate, kActivateAndMultiply };
+
+struct Product {
+  const float* x;
+  int64_t ldx;
+  int64_t rows;
+  float* y;
+  int64_t ldy;
+  const Matrix* weight;
+  Then then = Then::kStore;
+  int activation = 0;
+  const Matrix* factor = nullptr;  // of kActivateAndMultiply: act(x @ weight) * (x @ factor)
+};
+
+inline void finish_row(const Product& p, const float* values, const float* factors, int64_t first,
+                       float* y) {
+  const int64_t count = std::min<int64_t>(kBlock, p.weight->out - first);
+  float result[kBlock];
+  for (int i = 0; i < kBlock; i += kLanes) {
+    vf v = load(values + i);
+    if (p.weight->bias != nullptr) v += load(p.weight->bias + first + i);
+    if (p.then == Then::kActivate) v = activate(v, p.activation);
+    if (p.then == Then::kActivateAndMultiply) {
+      vf other = load(factors + i);
+      if (p.factor->bias != nullptr) other += load(p.factor->bias + first + i);
+      v = activate(v, p.activation) * other;
+    }
+    if (count < kBlock) {
+      store(result + i, v);
+    } else {
+      store(y + i, p.then == Then::kAdd ? load(y + i) + v : v);
+    }
+  }
+  if (count < kBlock) {
+    for (int i = 0; i < count; ++i) y[i] = p.then == Then::kAdd ? y[i] + result[i] : result[i];
+  }
+}
+
+// Blocks that a thread takes at a time: enough memory to read on in, little enough to share out.
+constexpr int64_t kBlocksAtOnce = 2;
+
+template <typename W>
+inline void multiply_blocks(Team& team, const Product& p) {
+  const int64_t depth = p.weight->in;
+  const int64_t num_blocks = (p.weight->out + kBlock - 1) / kBlock;
+  const int64_t passes = (p.rows + kMostRows - 1) / kMostRows;
+  const int64_t step = passes > 0 ? (p.rows + passes - 1) / passes : 1;
+  float values[kMostRows * kBlock], factors[kMostRows * kBlock];
+  for (int64_t item; (item = team.next()) * kBlocksAtOnce < num_blocks;) {
+    const int64_t end = std::min(num_blocks, (item + 1) * kBlocksAtOnce);
+    for (int64_t b = item * kBlocksAtOnce; b < end; ++b) {
+      const W* block = block_of<W>(*p.weight, b);
+      const W* other = p.factor != nullptr ? block_of<W>(*p.factor, b) : nullptr;
+      for (int64_t row = 0; row < p.rows; row += step) {
+        const int rows = static_cast<int>(std::min(step, p.rows - row));
+        const float* x = p.x + row * p.ldx;
+        tile<false>(rows, x, p.ldx, depth, block, values, kBlock);
+        if (other != nullptr) tile<false>(rows, x, p.ldx, depth, other, factors, kBlock);
+        for (int r = 0; r < rows; ++r) {
+          finish_row(p, values + r * kBlock, factors + r * kBlock, b * kBlock,
+                     p.y + (row + r) * p.ldy + b * kBlock);
+        }
+      }
+    }
+  }
+}
+
+// To be called by all threads of the team, which all leave it when the product is complete.
+inline void multiply(Team& team, const Product& p) {
+  if (p.weight->dtype == kBFloat16) {
+    multiply_blocks<uint16_t>(team, p);
+  } else {
+    multiply_blocks<float>(team, p);
+  }
+  team.barrier();
+}
+
+}  // namespace QUIRE_ISA
+}  // namespace quire

@@ -1,0 +1,11 @@
+#define QUIRE_ISA generic
+#include "isa.h"
+
+#include "forward.h"
+
+namespace quire {
+namespace {
+bool is_supported() { return true; }
+}  // namespace
+const Isa generic_isa{"generic", is_supported, generic::forward, generic::logits};
+}  // namespace quire

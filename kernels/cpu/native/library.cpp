@@ -1,0 +1,186 @@
+// The library's door: plain C functions, called from Python by ctypes.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <mutex>
+#include <new>
+
+#include "isa.h"
+
+#define QUIRE_API extern "C" __attribute__((visibility("default")))
+
+namespace quire {
+namespace {
+
+const Isa* const kAll[] = {
+#if defined(__x86_64__)
+    &avx512_isa,
+    &avx2_isa,
+#endif
+    &generic_isa,
+};
+
+std::atomic<const Isa*> chosen{nullptr};
+
+const Isa& isa() {
+  const Isa* found = chosen.load(std::memory_order_acquire);
+  if (found == nullptr) {
+    found = *std::find_if(std::begin(kAll), std::end(kAll),
+                          [](const Isa* each) { return each->is_supported(); });
+    chosen.store(found, std::memory_order_release);
+  }
+  return *found;
+}
+
+// Memory for the steps of one model; one step at a time.
+struct Context {
+  std::mutex in_use;
+  Memory x, normed, second, qkv, attended, inner, partial, scratch, narrow;
+};
+
+// 16 rows of a weight, one after the other, into one block.
+template <typename T>
+void pack_block(const T* rows, int64_t num_rows, int64_t in, T* block) {
+  constexpr int64_t pair = sizeof(T) == 2 ? 2 : 1;
+  for (int64_t r = 0; r < 16; ++r) {
+    for (int64_t k = 0; k < in; ++k) {
+      block[(k / pair * 16 + r) * pair + k % pair] = r < num_rows ? rows[r * in + k] : T{0};
+    }
+  }
+}
+
+template <typename T>
+void pack(Team& team, T* weight, int64_t out, int64_t in, T* tail, T* copy) {
+  const int64_t num_blocks = out / 16;
+  for (int64_t b; (b = team.next()) < num_blocks;) {
+    T* block = weight + b * 16 * in;
+    std::memcpy(copy, block, 16 * in * sizeof(T));
+    pack_block(copy, 16, in, block);
+  }
+  team.barrier();
+  if (out % 16 != 0 && team.next() == 0) {
+    pack_block(weight + num_blocks * 16 * in, out % 16, in, tail);
+  }
+  team.barrier();
+}
+
+}  // namespace
+}  // namespace quire
+
+using namespace quire;
+
+// Functions return 0, or -1 when there is not enough memory.
+
+QUIRE_API const char* quire_isa() { return isa().name; }
+
+// Use this instruction set from now on, by all threads; -1 if it is unknown or not there.
+QUIRE_API int quire_choose_isa(const char* name) {
+  for (const Isa* each : kAll) {
+    if (std::strcmp(each->name, name) == 0 && each->is_supported()) {
+      chosen.store(each, std::memory_order_release);
+      return 0;
+    }
+  }
+  return -1;
+}
+
+QUIRE_API int64_t quire_struct_size(int which) {
+  const int64_t sizes[] = {sizeof(Norm), sizeof(Matrix), sizeof(Layer), sizeof(Model),
+                           sizeof(Batch)};
+  return which >= 0 && which < 5 ? sizes[which] : -1;
+}
+
+// Bring a weight [out, in] into blocks, in place; what is left over of the last goes to `tail`.
+QUIRE_API int quire_pack(void* weight, int64_t out, int64_t in, int32_t dtype, void* tail,
+                         int num_threads) {
+  try {
+    Memory copies;
+    float* memory = copies.reserve(num_threads * 16 * in);
+    run_team(num_threads, [&](Team& team, int thread) {
+      float* copy = memory + thread * 16 * in;
+      if (dtype == kBFloat16) {
+        pack(team, static_cast<uint16_t*>(weight), out, in, static_cast<uint16_t*>(tail),
+             reinterpret_cast<uint16_t*>(copy));
+      } else {
+        pack(team, static_cast<float*>(weight), out, in, static_cast<float*>(tail), copy);
+      }
+    });
+  } catch (const std::exception&) {
+    return -1;
+  }
+  return 0;
+}
+
+QUIRE_API void* quire_context_new() { return new (std::nothrow) Context; }
+
+QUIRE_API void quire_context_free(void* context) { delete static_cast<Context*>(context); }
+
+QUIRE_API int quire_forward(void* context, const Model* model, const Batch* batch,
+                            int num_threads) {
+  try {
+    Context& c = *static_cast<Context*>(context);
+    std::lock_guard<std::mutex> lock(c.in_use);
+    const AttentionPlan plan = plan_attention(*model, *batch, num_threads);
+    int64_t qkv = 0, attended = 0, partial = 0;
+    int64_t inner = model->embedding_size;
+    bool needs_second = false;
+    for (int32_t i = 0; i < model->num_layers; ++i) {
+      const Layer& layer = model->layers[i];
+      qkv = std::max(qkv, layer.qkv.out);
+      attended = std::max(attended, static_cast<int64_t>(layer.num_heads) * layer.head_dim);
+      inner = std::max(inner, layer.up.out);
+      partial = std::max<int64_t>(partial, (layer.head_dim + 15) / 16 * 16 + 2);
+      needs_second |= layer.residual == kParallel && layer.mlp_norm.kind != kNoNorm;
+    }
+    const int64_t count = batch->num_tokens;
+    const int64_t scratch_size = attention_scratch_size(*model);
+    const Buffers buffers{c.x.reserve(count * model->hidden_size),
+                          c.normed.reserve(count * model->hidden_size),
+                          needs_second ? c.second.reserve(count * model->hidden_size) : nullptr,
+                          c.qkv.reserve(count * qkv),
+                          c.attended.reserve(count * attended),
+                          c.inner.reserve(count * inner),
+                          c.partial.reserve(plan.partial_rows * partial),
+                          partial,
+                          c.scratch.reserve(num_threads * scratch_size),
+                          scratch_size};
+    const Isa& use = isa();
+    run_team(num_threads,
+             [&](Team& team, int thread) {
+               use.forward(team, thread, *model, *batch, plan, buffers);
+             });
+  } catch (const std::exception&) {
+    return -1;
+  }
+  return 0;
+}
+
+QUIRE_API int quire_logits(void* context, const Model* model, const float* hidden,
+                           int64_t num_rows, float* out, int num_threads) {
+  try {
+    Context& c = *static_cast<Context*>(context);
+    std::lock_guard<std::mutex> lock(c.in_use);
+    float* narrow = c.narrow.reserve(num_rows * model->project_out.out);
+    const Isa& use = isa();
+    run_team(num_threads,
+             [&](Team& team, int) { use.logits(team, *model, hidden, num_rows, narrow, out); });
+  } catch (const std::exception&) {
+    return -1;
+  }
+  return 0;
+}
+
+// Ask for large pages under some memory, where the system has them.
+QUIRE_API void quire_advise_huge_pages(void* memory, int64_t num_bytes) {
+#if defined(MADV_HUGEPAGE)
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + num_bytes) / page * page;
+  if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)num_bytes;
+#endif
+}

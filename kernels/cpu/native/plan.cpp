@@ -1,0 +1,76 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+
+namespace quire {
+
+AttentionPlan plan_attention(const Model& model, const Batch& batch, int num_threads) {
+  AttentionPlan plan;
+  int64_t most_heads = 0, least_kv_heads = INT32_MAX;
+  for (int32_t i = 0; i < model.num_layers; ++i) {
+    most_heads = std::max<int64_t>(most_heads, model.layers[i].num_heads);
+    least_kv_heads = std::min<int64_t>(least_kv_heads, model.layers[i].num_kv_heads);
+  }
+  int64_t num_pieces = 0;
+  for (int32_t i = 0; i < batch.num_seqs; ++i) {
+    const int32_t count = batch.query_start_loc[i + 1] - batch.query_start_loc[i];
+    num_pieces += (count + kQueries - 1) / kQueries;
+  }
+  plan.num_heads = most_heads;
+  // Splitting costs a pass over what the parts gave: only where threads would stand idle else.
+  const bool splits = num_threads > 1 && num_pieces * least_kv_heads < 4 * num_threads;
+  for (int32_t i = 0; i < batch.num_seqs; ++i) {
+    const int32_t count = batch.query_start_loc[i + 1] - batch.query_start_loc[i];
+    for (int32_t first = 0; first < count; first += kQueries) {
+      const int32_t num_queries = std::min(kQueries, count - first);
+      const int32_t end = batch.seq_lens[i] - count + first + num_queries;
+      const int32_t num_parts = (end + kPart - 1) / kPart;
+      if (!splits || num_parts == 1) {
+        plan.pieces.push_back({i, first, num_queries, -1, 0});
+        continue;
+      }
+      plan.merges.push_back({i, first, num_queries, num_parts, plan.partial_rows});
+      for (int32_t part = 0; part < num_parts; ++part) {
+        plan.pieces.push_back({i, first, num_queries, part, plan.partial_rows});
+        plan.partial_rows += num_queries * most_heads;
+      }
+    }
+  }
+  // The longest first: what is left for last is short.
+  std::stable_sort(plan.pieces.begin(), plan.pieces.end(), [&](const Piece& a, const Piece& b) {
+    auto length = [&](const Piece& p) {
+      return p.part < 0 ? batch.seq_lens[p.sequence] : kPart;
+    };
+    return length(a) > length(b);
+  });
+  return plan;
+}
+
+int64_t attention_scratch_size(const Model& model) {
+  int64_t size = 0;
+  for (int32_t i = 0; i < model.num_layers; ++i) {
+    const Layer& layer = model.layers[i];
+    const int64_t rows = padded(kQueries * (layer.num_heads / layer.num_kv_heads), 16);
+    const int64_t wide = padded(layer.head_dim, 16);
+    size = std::max(size, 3 * rows * wide + 2 * wide * kChunk + rows * kChunk + 4 * rows);
+  }
+  return size;
+}
+
+Memory::~Memory() { std::free(data_); }
+
+float* Memory::reserve(int64_t num_floats) {
+  if (num_floats > size_) {
+    std::free(data_);
+    size_ = 0;
+    const int64_t size = (num_floats + 15) / 16 * 16;
+    data_ = static_cast<float*>(std::aligned_alloc(64, size * sizeof(float)));
+    if (data_ == nullptr) throw std::bad_alloc();
+    size_ = size;
+  }
+  return data_;
+}
+
+}  // namespace quire

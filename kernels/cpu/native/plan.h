@@ -1,0 +1,76 @@
+// What a step needs beside its tensors: the pieces of its attention, and memory.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "abi.h"
+
+namespace quire {
+
+constexpr int kChunk = 64;     // keys that are loaded together
+constexpr int kPart = 512;     // keys that one piece goes over at least, if it has as many
+constexpr int kQueries = 16;   // tokens of one sequence that are computed together
+
+// A run of queries of one sequence, to be computed over all parts of its keys, or over one part
+// alone, whose result goes to the partial results from row `slot` on.
+struct Piece {
+  int32_t sequence;
+  int32_t first_query;  // among the sequence's tokens of this step
+  int32_t num_queries;
+  int32_t part;  // -1: all
+  int64_t slot;
+};
+
+// Pieces of one part each that make one result; their rows follow one another.
+struct Merge {
+  int32_t sequence;
+  int32_t first_query;
+  int32_t num_queries;
+  int32_t num_parts;
+  int64_t slot;
+};
+
+struct AttentionPlan {
+  std::vector<Piece> pieces;
+  std::vector<Merge> merges;
+  int64_t num_heads = 0;  // rows of a query among the partial results, in any layer
+  int64_t partial_rows = 0;
+};
+
+AttentionPlan plan_attention(const Model& model, const Batch& batch, int num_threads);
+
+// Rows of intermediate results; each lies in memory of its own.
+struct Buffers {
+  float* x;         // [num_tokens][hidden_size]: the residual stream
+  float* normed;    // [num_tokens][hidden_size]
+  float* second;    // [num_tokens][hidden_size]
+  float* qkv;       // [num_tokens][widest qkv]
+  float* attended;  // [num_tokens][widest attention]
+  float* inner;     // [num_tokens][widest MLP or embedding]
+  float* partial;   // [partial_rows][partial_width]: values, highest score, sum
+  int64_t partial_width;
+  float* scratch;  // [num_threads][scratch_size], for attention
+  int64_t scratch_size;
+};
+
+inline int64_t padded(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
+
+// Numbers that the attention of a piece needs room for.
+int64_t attention_scratch_size(const Model& model);
+
+
+// Memory that only grows, aligned for any vector; what it held is lost when it does.
+class Memory {
+ public:
+  Memory() = default;
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory();
+  float* reserve(int64_t num_floats);
+
+ private:
+  float* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+}  // namespace quire

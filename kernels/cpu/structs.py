@@ -1,0 +1,120 @@
+"""The structs of native/abi.h, field by field: what the library is handed."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+
+DTYPES = {"float32": 0, "bfloat16": 1}
+NORM_KINDS = {None: 0, "rms": 1, "layer": 2}
+ACTIVATIONS = {
+    "silu": 0,
+    "gelu": 1,
+    "gelu_tanh": 2,
+    "quick_gelu": 3,
+    "relu": 4,
+    "relu_squared": 5,
+    "tanh": 6,
+}
+RESIDUALS = {"sequential": 0, "parallel": 1, "post": 2}
+
+BLOCK = 16
+"""Output features of a packed weight's block."""
+
+
+class Norm(ctypes.Structure):
+    """A normalisation; all zeros: none."""
+
+    _fields_ = (("kind", c_int32), ("eps", c_float), ("weight", c_void_p), ("bias", c_void_p))
+
+
+class Matrix(ctypes.Structure):
+    """A packed weight."""
+
+    _fields_ = (
+        ("blocks", c_void_p),
+        ("tail", c_void_p),
+        ("bias", c_void_p),
+        ("in_features", c_int64),
+        ("out_features", c_int64),
+        ("dtype", c_int32),
+    )
+
+
+class Layer(ctypes.Structure):
+    """A decoder layer, with its KV cache."""
+
+    _fields_ = (
+        ("attention_norm", Norm),
+        ("mlp_norm", Norm),
+        ("attention_post_norm", Norm),
+        ("mlp_post_norm", Norm),
+        ("q_norm", Norm),
+        ("k_norm", Norm),
+        ("qkv", Matrix),
+        ("out", Matrix),
+        ("gate", Matrix),
+        ("up", Matrix),
+        ("down", Matrix),
+        ("residual", c_int32),
+        ("activation", c_int32),
+        ("gated", c_int32),
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("sliding_window", c_int32),
+        ("rotary_dim", c_int32),
+        ("interleaved", c_int32),
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("clip_qkv", c_float),
+        ("cache_dtype", c_int32),
+        ("alibi_slopes", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("key_cache", c_void_p),
+        ("value_cache", c_void_p),
+    )
+
+
+class Model(ctypes.Structure):
+    """A decoder."""
+
+    _fields_ = (
+        ("layers", ctypes.POINTER(Layer)),
+        ("num_layers", c_int32),
+        ("dtype", c_int32),
+        ("hidden_size", c_int64),
+        ("embedding_size", c_int64),
+        ("embed_is_packed", c_int32),
+        ("embedding_scale", c_float),
+        ("embed", Matrix),
+        ("positions", c_void_p),
+        ("project_in", Matrix),
+        ("project_out", Matrix),
+        ("head", Matrix),
+        ("final_norm", Norm),
+        ("logits_softcap", c_float),
+    )
+
+
+class Batch(ctypes.Structure):
+    """The tensors of one step."""
+
+    _fields_ = (
+        ("input_ids", c_void_p),
+        ("positions", c_void_p),
+        ("slot_mapping", c_void_p),
+        ("query_start_loc", c_void_p),
+        ("seq_lens", c_void_p),
+        ("block_tables", c_void_p),
+        ("block_table_stride", c_int64),
+        ("block_size", c_int32),
+        ("num_seqs", c_int32),
+        ("num_tokens", c_int64),
+        ("hidden", c_void_p),
+    )
+
+
+IN_ORDER = (Norm, Matrix, Layer, Model, Batch)
+"""As ``quire_struct_size`` numbers them."""

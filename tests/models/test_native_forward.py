@@ -1,0 +1,230 @@
+"""A decoder's whole step in the native library: what it computes, and that nothing else matters."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import CONFIGS, VOCAB_SIZE
+from paged import PagedRunner
+
+from quire.kernels import available_backends, get_backend
+from quire.models.decoder import Decoder
+from quire.models.hf_config import read_config
+from quire.models.loader import load_model
+
+pytestmark = pytest.mark.skipif(
+    "cpu" not in available_backends(), reason="the native kernels were not built: no compiler"
+)
+
+CPU = torch.device("cpu")
+Make = Callable[[str], Path]
+LENGTHS = [75, 30, 1]
+
+
+def load(folder: Path, backend: str, dtype: torch.dtype = torch.float32) -> Decoder:
+    decoder = load_model(
+        folder, read_config(folder), device=CPU, dtype=dtype, kernels=get_backend(CPU, backend)
+    )
+    assert (decoder.native is not None) == (backend == "cpu")
+    return decoder
+
+
+def prompts_of(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(VOCAB_SIZE) for _ in range(length)] for length in lengths]
+
+
+def prefill(decoder: Decoder, prompts: list[list[int]], **options: Any) -> list[torch.Tensor]:
+    runner = PagedRunner(
+        decoder,
+        get_backend(CPU),
+        num_seqs=len(prompts),
+        max_len=max(map(len, prompts)),
+        block_size=options.pop("block_size", 8),
+    )
+    return runner.prefill(prompts, **options)
+
+
+def instruction_sets() -> list[str]:
+    library = get_backend(CPU, "cpu").library if "cpu" in available_backends() else None
+    if library is None:
+        return []
+    best = library.quire_isa()
+    found = [n for n in ("generic", "avx2", "avx512") if not library.quire_choose_isa(n.encode())]
+    library.quire_choose_isa(best)
+    return found
+
+
+@pytest.fixture(params=instruction_sets())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set that this machine has."""
+    library = get_backend(CPU, "cpu").library
+    best = library.quire_isa()
+    assert library.quire_choose_isa(request.param.encode()) == 0
+    yield request.param
+    library.quire_choose_isa(best)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_those_of_the_model_in_exact_arithmetic(
+    name: str, tiny_checkpoint: Make
+) -> None:
+    """Against transformers in float64: no further off than plain torch is in float32."""
+    from transformers import AutoModelForCausalLM
+
+    folder, prompts = tiny_checkpoint(name), prompts_of(LENGTHS)
+    if name == "phi3-longrope":
+        prompts = [prompt[:60] for prompt in prompts]
+    exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    native = prefill(load(folder, "cpu"), prompts, seed=1)
+    plain = prefill(load(folder, "reference"), prompts, seed=1)
+    for prompt, ours, theirs in zip(prompts, native, plain, strict=True):
+        with torch.inference_mode():
+            expected = exact(torch.tensor([prompt])).logits[0]
+        bound = 2 * (theirs - expected).abs().max().item() + 3e-5
+        assert (ours - expected).abs().max().item() <= bound
+
+
+def test_every_instruction_set_computes_the_same(isa: str, tiny_checkpoint: Make) -> None:
+    """Up to rounding: windows, soft-caps, biases, ALiBi, learned positions, projections."""
+    prompts = prompts_of([40, 9])
+    for name in ("llama", "qwen2-tied", "gemma2", "mpt-6-heads", "gpt2", "falcon-7b", "opt-350m"):
+        folder = tiny_checkpoint(name)
+        ours = torch.cat(prefill(load(folder, "cpu"), prompts, seed=1))
+        plain = torch.cat(prefill(load(folder, "reference"), prompts, seed=1))
+        torch.testing.assert_close(ours, plain, atol=1e-3, rtol=0)
+        halves = torch.cat(prefill(load(folder, "cpu", torch.bfloat16), prompts, seed=1))
+        assert torch.isfinite(halves).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mpt", "gpt-neox", "qwen3", "opt-350m"])
+def test_a_sequence_has_the_same_bits_in_any_company(
+    name: str, dtype: torch.dtype, tiny_checkpoint: Make
+) -> None:
+    """Alone or among others, in whatever chunks and blocks, on however many threads."""
+    decoder = load(tiny_checkpoint(name), "cpu", dtype)
+    prompts = prompts_of([90, 41, 17, 64])
+    expected = [prefill(decoder, [prompt], seed=0)[0] for prompt in prompts]
+    before = torch.get_num_threads()
+    try:
+        for num_threads, seed, block_size in ((1, 1, 8), (2, 2, 16), (3, 3, 5)):
+            torch.set_num_threads(num_threads)
+            together = prefill(decoder, prompts, seed=seed, block_size=block_size)
+            for ours, alone in zip(together, expected, strict=True):
+                assert torch.equal(ours, alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_sequences_have_the_same_bits_however_their_keys_are_shared_out(
+    dtype: torch.dtype, tiny_checkpoint: Make
+) -> None:
+    """Keys of one sequence are split among idle threads; one thread goes over them in order."""
+    decoder = load(tiny_checkpoint("llama"), "cpu", dtype)
+    prompts = prompts_of([1100, 700])
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for num_threads in (1, 2, 7):
+            torch.set_num_threads(num_threads)
+            runner = PagedRunner(decoder, get_backend(CPU), num_seqs=2, max_len=1200)
+            runner.step([(0, prompts[0][:600]), (1, prompts[1])])
+            rows = [runner.step([(0, prompts[0][600:1095])])[0][-1]]
+            rows += [runner.step([(0, [token])])[0][0] for token in prompts[0][1095:]]
+            results.append(torch.stack(rows))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_bfloat16_weights_are_multiplied_in_float32(tiny_checkpoint: Make, tmp_path: Path) -> None:
+    """The same as a float32 model of the same rounded weights, but for the KV cache's rounding."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny_checkpoint("llama")
+    rounded = tmp_path / "model"
+    rounded.mkdir()
+    for file in folder.iterdir():
+        if file.name != "model.safetensors":
+            (rounded / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {key: value.bfloat16().float() for key, value in tensors.items()},
+        rounded / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    prompt = prompts_of([1])
+    ours = prefill(load(folder, "cpu", torch.bfloat16), prompt, seed=0)[0]
+    exact = prefill(load(rounded, "cpu", torch.float32), prompt, seed=0)[0]
+    # One token: attention returns its value, which the cache rounds to 8 bits.
+    assert (ours - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+def test_a_broken_number_stays_in_its_sequence(tiny_checkpoint: Make) -> None:
+    """NaN in the embedding of one token makes nothing of its neighbours' logits."""
+    decoder = load(tiny_checkpoint("gpt2"), "reference")
+    assert decoder.native is None
+    folder = tiny_checkpoint("llama")
+    native = load_model(
+        folder,
+        read_config(folder),
+        device=CPU,
+        dtype=torch.float32,
+        kernels=get_backend(CPU, "cpu"),
+    )
+    prompts = prompts_of([20, 33])
+    expected = prefill(native, prompts, seed=4)
+    native.weights["embed.weight"][prompts[0][3]] = torch.nan
+    prompts[1] = [token if token != prompts[0][3] else 0 for token in prompts[1]]
+    expected = [expected[0], prefill(native, [prompts[1]], seed=0)[0]]
+    broken, whole = prefill(native, prompts, seed=4)
+    assert torch.isnan(broken[3:]).all()
+    assert torch.equal(broken[:3], expected[0][:3])
+    assert torch.equal(whole, expected[1])
+
+
+def run(program: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("QUIRE_")}
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env={**environment, **settings},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+PROGRAM = """
+from quire import LLM, SamplingParams
+with LLM("quire/demo") as llm:
+    params = SamplingParams(temperature=0, max_tokens=12)
+    print(llm.generate("What is the capital of France ?", params)[0].outputs[0].text)
+"""
+
+
+def test_without_the_library_the_reference_kernels_run_and_say_so(tmp_path: Path) -> None:
+    """An install without a compiler works, with one line that tells what it lacks."""
+    done = run(PROGRAM, QUIRE_NATIVE_LIBRARY=str(tmp_path / "none.so"))
+    assert "Paris" in done.stdout, done.stderr
+    assert done.stderr.count("slower reference kernels run") == 1
+    assert "reference kernels" in done.stderr
+
+
+def test_a_library_that_must_be_there_is(tmp_path: Path) -> None:
+    """QUIRE_REQUIRE_NATIVE=1 makes a missing library an error that names it."""
+    missing = str(tmp_path / "none.so")
+    done = run(PROGRAM, QUIRE_NATIVE_LIBRARY=missing, QUIRE_REQUIRE_NATIVE="1")
+    assert done.returncode != 0
+    assert missing in done.stderr
+    assert "LibraryError" in done.stderr
