@@ -13,7 +13,10 @@ COPY pyproject.toml setup.py constraints.txt README.md LICENSE ./
 COPY core_engine core_engine
 COPY kernels kernels
 COPY integrations integrations
-RUN pip install --no-cache-dir -c constraints.txt ".[langchain]" && rm -rf /src/*
+# The compiler makes the native kernels and is not needed afterwards.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ \
+    && QUIRE_REQUIRE_NATIVE=1 pip install --no-cache-dir -c constraints.txt ".[langchain]" \
+    && apt-get purge -y --auto-remove g++ && rm -rf /var/lib/apt/lists/* /src/*
 
 # Downloaded models go to the volume; the process has no rights beyond it.
 RUN useradd --create-home quire && mkdir /models && chown quire /models

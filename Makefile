@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 p
 VENV := .venv
 BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input
-INPUTS := pyproject.toml setup.py constraints.txt
+INPUTS := pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/native/*)
 ARGS ?=
 
 
@@ -24,6 +24,7 @@ help:
 	@echo "make test-slow   soaks, builds, large property runs, lowest allowed versions"
 	@echo "make format      let ruff rewrite what it can"
 	@echo "make lint|types|imports|unit    one part of 'make test'; unit takes ARGS='-k name -x'"
+	@echo "make sanitize    the native kernels' tests under AddressSanitizer and UBSan"
 	@echo "make wheel       build dist/quire-*.whl"
 	@echo "make clean       remove everything that git ignores and make can make again"
 	@echo "PYTHON=/path/to/python3.x chooses the interpreter (3.10 to 3.13)"
@@ -103,6 +104,18 @@ test-lower: $(LOWER)/.stamp
 	$(LOWER)/bin/pytest -m "not slow" -k "not transformers" --ignore=tests/packaging \
 		-p no:cacheprovider -o filterwarnings=default $(ARGS)
 
+# A library of its own, which the tests are pointed at; Python itself keeps what it allocates.
+SANITIZED := build/sanitize
+.PHONY: sanitize
+sanitize: $(VENV)/.dev
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet setuptools
+	QUIRE_SANITIZE=1 QUIRE_REQUIRE_NATIVE=1 $(BIN)/python setup.py --quiet build_ext \
+		--build-lib $(SANITIZED) --build-temp $(SANITIZED)
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 HYPOTHESIS_PROFILE=fast \
+	QUIRE_NATIVE_LIBRARY="$$(ls $(SANITIZED)/quire/kernels/cpu/_native.*)" \
+		$(BIN)/pytest tests/kernels/test_native_product.py tests/models/test_native_forward.py $(ARGS)
+
 .PHONY: wheel
 wheel: $(VENV)/.dev
 	rm -rf build dist
@@ -112,4 +125,5 @@ wheel: $(VENV)/.dev
 clean:
 	rm -rf $(VENV) $(LOWER) .types build dist *.egg-info .coverage .coverage.* .hypothesis \
 		.import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -f kernels/cpu/_native.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

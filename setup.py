@@ -30,6 +30,11 @@ FLAGS = [
     "-Wno-psabi",
     "-pthread",
 ]
+LINK_FLAGS = ["-pthread"]
+if os.environ.get("QUIRE_SANITIZE") == "1":  # see the Makefile's target of that name
+    SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    FLAGS += [*SANITIZERS, "-O1", "-g1", "-fno-omit-frame-pointer"]
+    LINK_FLAGS += SANITIZERS
 # One file per instruction set; which is used is decided when it runs.
 ISA_FLAGS = {
     "isa_avx2.cpp": ["-mavx2", "-mfma"],
@@ -71,7 +76,7 @@ setup(
             depends=[str(path) for path in NATIVE.glob("*.h")],
             language="c++",
             extra_compile_args=FLAGS,
-            extra_link_args=["-pthread"],
+            extra_link_args=LINK_FLAGS,
             # Without a compiler the package installs all the same, and runs on plain torch.
             optional=os.environ.get("QUIRE_REQUIRE_NATIVE") != "1",
         )

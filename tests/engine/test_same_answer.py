@@ -7,6 +7,7 @@ import random
 import pytest
 
 from quire import LLM, SamplingParams
+from quire.kernels import get_backend
 
 # Every line is a way of running the same requests; the first is the plainest.
 WAYS = {
@@ -82,6 +83,31 @@ def test_answers_of_other_kinds_of_models_do_not_depend_on_it_either(tiny_checkp
         metrics = llm.get_metrics()
         assert metrics["num_preemptions"] > 0
         assert metrics["num_cached_tokens"] > 0
+
+
+@pytest.mark.skipif(get_backend("cpu").name != "cpu", reason="the native kernels promise it")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mpt"])
+def test_logprobs_have_the_same_bits_however_requests_are_run(tiny_checkpoint, name, dtype):
+    """Natively nothing is summed in an order that company, chunks, cache or blocks decide."""
+
+    def logprobs(**options):
+        prompts, params = make_requests()
+        for each in params:
+            each.logprobs = 2
+        options = {"max_model_len": 80, **options}
+        with LLM(tiny_checkpoint(name), dtype=dtype, **options) as llm:
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+        return [
+            [(step[i].logprob, i) for step, i in zip(c.logprobs, c.token_ids, strict=True)]
+            for output in outputs
+            for c in output.outputs
+        ]
+
+    expected = logprobs(max_num_seqs=1, enable_prefix_caching=False)
+    assert logprobs() == expected
+    assert logprobs(**WAYS["in chunks of 7"], block_size=4) == expected
+    assert logprobs(**WAYS["scarce blocks"]) == expected
 
 
 def test_answers_do_not_depend_on_a_warm_cache(tiny_llama, plain_answers):

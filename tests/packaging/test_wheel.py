@@ -73,6 +73,15 @@ def test_type_marker_and_demo_model_ship(repo_root: Path, wheel: zipfile.ZipFile
     assert sum(wheel.getinfo(name).file_size for name in files) <= 8 * 2**20
 
 
+def test_the_native_kernels_ship(wheel: zipfile.ZipFile) -> None:
+    """Where there is a compiler, their library is in the wheel; their sources are not."""
+    shipped = [name for name in wheel.namelist() if name.startswith("quire/kernels/cpu/")]
+    assert not [name for name in shipped if name.endswith((".cpp", ".h"))]
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    assert [name for name in shipped if name.startswith("quire/kernels/cpu/_native.")]
+
+
 def test_metadata_says_what_pyproject_means(metadata: Message) -> None:
     assert metadata["Version"] == quire.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
