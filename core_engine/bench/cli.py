@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import statistics
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,12 +14,23 @@ import typer
 from quire.bench import report
 from quire.bench.checkpoint import DIMENSIONS, random_checkpoint
 from quire.bench.contest import BenchError, Contestant, Measurement, alternate
+from quire.bench.limit import ModelSize, measure_limit
+from quire.bench.products import measure_products
 from quire.bench.startup import measure_startup
 from quire.bench.workload import Workload, mixed, shared_prefix, uniform
+from quire.models.hub import resolve
 
 app = typer.Typer(
     help="Measure quire, beside its peers and on the same tokens.", no_args_is_help=True
 )
+
+
+def _assignments(texts: list[str] | None) -> list[str] | None:
+    for text in texts or ():
+        if "=" not in text:
+            raise typer.BadParameter(f"{text!r} is not NAME=VALUE")
+    return texts
+
 
 Model = Annotated[
     str | None, typer.Option(help="A checkpoint to measure with; else --random makes one.")
@@ -26,7 +39,21 @@ Random = Annotated[
     str, typer.Option(help=f"Dimensions of the random checkpoint: {', '.join(DIMENSIONS)}.")
 ]
 Dtype = Annotated[str, typer.Option(help="Of the weights: bfloat16, float32 or float16.")]
-Vs = Annotated[str, typer.Option(help="Peers to measure beside: transformers, or none.")]
+Vs = Annotated[
+    str, typer.Option(help="Peers to measure beside: transformers, vllm, both with a comma, none.")
+]
+PeerPython = Annotated[
+    str | None,
+    typer.Option(help="The interpreter of an environment that has vLLM; quire need not be there."),
+]
+PeerEnv = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        callback=_assignments,
+        help="An environment variable for vLLM's process.",
+    ),
+]
 Repeats = Annotated[int, typer.Option(min=1, help="Counted runs per side.")]
 
 
@@ -50,7 +77,6 @@ def _checkpoint(model: str | None, random: str, dtype: str) -> tuple[str, int]:
             raise typer.BadParameter(f"--random {random!r}: one of {', '.join(DIMENSIONS)}")
         return str(random_checkpoint(random, dtype)), int(DIMENSIONS[random]["vocab_size"])
     from quire.models.hf_config import read_config
-    from quire.models.hub import resolve
 
     return model, int(read_config(resolve(model))["vocab_size"])
 
@@ -58,8 +84,8 @@ def _checkpoint(model: str | None, random: str, dtype: str) -> tuple[str, int]:
 def _peers(vs: str) -> list[str]:
     names = [name.strip() for name in vs.split(",") if name.strip() not in ("", "none")]
     for name in names:
-        if name != "transformers":
-            raise typer.BadParameter(f"--vs {name!r}: choose transformers, or none")
+        if name not in ("transformers", "vllm"):
+            raise typer.BadParameter(f"--vs {name!r}: choose transformers, vllm or none")
     return names
 
 
@@ -69,14 +95,21 @@ def _contest(
     workload: Workload,
     repeats: int,
     output: Path | None,
+    peer_python: str | None = None,
+    peer_env: list[str] | None = None,
 ) -> list[Measurement]:
     """Run the sides in turns; print each run as it comes; write the JSON file."""
     vocab_size = max(max(prompt) for prompt in workload.prompts) + 11
     with contextlib.ExitStack() as stack:
-        contestants = [
-            stack.enter_context(Contestant(label, side, model, options))
-            for label, side, options in entries
-        ]
+        contestants = []
+        for label, side, options in entries:
+            place: dict[str, Any] = {}
+            if side == "vllm":
+                variables = dict(each.split("=", 1) for each in peer_env or ())
+                place = {"python": peer_python or sys.executable, "environment": variables}
+            contestants.append(
+                stack.enter_context(Contestant(label, side, model, options, **place))
+            )
         versions = {c.label: c.versions for c in contestants}
         typer.echo(f"{workload.name}; {json.dumps(report.machine())}; {json.dumps(versions)}")
         measurements = alternate(
@@ -113,6 +146,8 @@ def throughput(
     ] = 128,
     output_len: Annotated[int, typer.Option(min=1, help="Tokens generated; most, if mixed.")] = 128,
     prefix_len: Annotated[int, typer.Option(min=1, help="Shared tokens, for prefix.")] = 1024,
+    peer_python: PeerPython = None,
+    peer_env: PeerEnv = None,
     repeats: Repeats = 3,
     json_file: Json = None,
 ) -> None:
@@ -135,10 +170,16 @@ def throughput(
         entries.append(("quire, no prefix cache", "quire", cold))
     else:
         raise typer.BadParameter(f"--workload {workload!r}: uniform, mixed or prefix")
-    if workload != "prefix":
+    if workload != "prefix" or vs != "transformers":
         entries += [(name, name, options) for name in _peers(vs)]
-    measurements = _contest(entries, path, work, repeats, json_file)
-    typer.echo(report.throughput_table(measurements, work.num_output_tokens))
+    measurements = _contest(entries, path, work, repeats, json_file, peer_python, peer_env)
+    limit = measure_limit()
+    seconds = limit.seconds(work, ModelSize.of(resolve(path), vocab_size))
+    typer.echo(report.throughput_table(measurements, work.num_output_tokens, seconds))
+    typer.echo(
+        f"limit: {limit.bytes_per_second / 1e9:.1f} GB/s read, "
+        f"{limit.flops / 1e9:.0f} GFLOP/s multiplied"
+    )
 
 
 @app.command()
@@ -195,4 +236,33 @@ def startup(
     typer.echo(report.table(rows))
     if json_file is not None:
         document = {"model": model, "machine": report.machine(), "runs": measured.runs}
+        json_file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+@app.command()
+def kernels(
+    in_features: Annotated[int, typer.Option(min=2, help="Inputs of the product.")] = 896,
+    out_features: Annotated[int, typer.Option(min=1, help="Its outputs.")] = 4864,
+    dtype: Dtype = "bfloat16",
+    rows: Annotated[str, typer.Option(help="Numbers of rows.")] = "1,4,16,32,64,128,512",
+    repeats: Repeats = 5,
+    json_file: Json = None,
+) -> None:
+    """The native matrix product beside torch's, over weights that no cache holds."""
+    figures = measure_products(
+        in_features, out_features, dtype, [int(each) for each in rows.split(",")], repeats
+    )
+    sides = list(figures)
+    table = [["rows", *(f"{side}, GB/s of weights (GFLOP/s)" for side in sides)]]
+    weight_bytes = in_features * out_features * (4 if dtype == "float32" else 2)
+    for count in figures[sides[0]]:
+        flops = 2 * count * in_features * out_features
+        cells = []
+        for side in sides:
+            seconds = statistics.median(figures[side][count])
+            cells.append(f"{weight_bytes / seconds / 1e9:.1f} ({flops / seconds / 1e9:.0f})")
+        table.append([str(count), *cells])
+    typer.echo(report.table(table))
+    if json_file is not None:
+        document = {"machine": report.machine(), "seconds": figures}
         json_file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

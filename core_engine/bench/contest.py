@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -48,6 +50,18 @@ class Measurement:
         return min(self.runs[name]), max(self.runs[name])
 
 
+_START = """
+import sys, types
+try:
+    import quire
+except ImportError:  # a peer's environment: the benchmark's own modules need nothing of the rest
+    quire = sys.modules["quire"] = types.ModuleType("quire")
+    quire.__path__ = [sys.argv[1]]
+from quire.bench.worker import main
+main()
+"""
+
+
 class Contestant:
     """A side's process.
 
@@ -61,7 +75,10 @@ class Contestant:
     options : dict
         Keyword arguments of the side.
     python : str
-        The interpreter, and with it the environment, that runs it.
+        The interpreter, and with it the environment, that runs it; quire need not be installed
+        there.
+    environment : mapping of str to str, optional
+        Variables that it gets beside ours.
     """
 
     def __init__(
@@ -71,13 +88,15 @@ class Contestant:
         model: str,
         options: dict[str, Any] | None = None,
         python: str = sys.executable,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.label = label
         self._process = subprocess.Popen(
-            [python, "-m", "quire.bench.worker"],
+            [python, "-c", _START, str(Path(__file__).resolve().parents[1])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env={**os.environ, **(environment or {})},
         )
         try:
             self._send({"side": side, "model": model, "options": options or {}})

@@ -52,10 +52,21 @@ def spread(measurement: Measurement, name: str, digits: int = 2, scale: float = 
     return f"{scale * measurement.median(name):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
-def throughput_table(measurements: list[Measurement], num_output_tokens: int) -> str:
-    """Return seconds, tokens per second and the ratio to the last side, which is the baseline."""
+def throughput_table(
+    measurements: list[Measurement], num_output_tokens: int, limit_seconds: float
+) -> str:
+    """Return seconds, tokens per second, and ratios to the last side and to the limit.
+
+    Parameters
+    ----------
+    measurements : list of Measurement
+        The last is the baseline.
+    num_output_tokens : int
+    limit_seconds : float
+        The least time on this machine.
+    """
     baseline = measurements[-1].median("seconds")
-    rows = [["side", "seconds: median (range)", "output tok/s", "speed-up", "peak GB"]]
+    rows = [["side", "seconds: median (range)", "output tok/s", "speed-up", "of limit", "peak GB"]]
     for measurement in measurements:
         seconds = measurement.median("seconds")
         rows.append(
@@ -64,7 +75,10 @@ def throughput_table(measurements: list[Measurement], num_output_tokens: int) ->
                 spread(measurement, "seconds"),
                 f"{num_output_tokens / seconds:.1f}",
                 f"{baseline / seconds:.2f}x",
+                f"{limit_seconds / seconds:.0%}",
                 spread(measurement, "peak_bytes", scale=1e-9),
             ]
         )
+    rate = num_output_tokens / limit_seconds
+    rows.append(["limit", f"{limit_seconds:.2f}", f"{rate:.1f}", "", "100%", ""])
     return table(rows)

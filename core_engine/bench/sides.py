@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, Protocol
 
 from quire.bench.workload import Workload
@@ -136,9 +137,50 @@ class TransformersSide:
         return {"transformers": transformers.__version__, "torch": torch.__version__}
 
 
+class VllmSide:
+    """vLLM's ``LLM``, in an environment of its own.
+
+    Parameters
+    ----------
+    model : str
+    **options
+        Arguments of ``vllm.LLM``.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self._vllm: Any = import_module("vllm")  # Any: of another environment
+        self._llm = self._vllm.LLM(model, skip_tokenizer_init=True, **options)
+
+    def run(self, workload: Workload) -> dict[str, float]:
+        """Generate; the prefix cache starts empty."""
+        self._llm.reset_prefix_cache()
+        params = [
+            self._vllm.SamplingParams(
+                temperature=0, max_tokens=n, ignore_eos=True, detokenize=False
+            )
+            for n in workload.output_lens
+        ]
+        prompts = [{"prompt_token_ids": prompt} for prompt in workload.prompts]
+        started = time.perf_counter()
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - started
+        _check(workload, [len(output.outputs[0].token_ids) for output in outputs])
+        return {"seconds": seconds}
+
+    def versions(self) -> dict[str, str]:
+        """Return vLLM's and torch's versions."""
+        import torch
+
+        return {"vllm": self._vllm.__version__, "torch": torch.__version__}
+
+
 def _check(workload: Workload, generated: list[int]) -> None:
     if generated != workload.output_lens:
         raise RuntimeError(f"{generated} tokens were generated, not {workload.output_lens}")
 
 
-SIDES: dict[str, Callable[..., Side]] = {"quire": QuireSide, "transformers": TransformersSide}
+SIDES: dict[str, Callable[..., Side]] = {
+    "quire": QuireSide,
+    "transformers": TransformersSide,
+    "vllm": VllmSide,
+}

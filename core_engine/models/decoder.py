@@ -94,6 +94,7 @@ class Decoder:
         self.spec = spec
         self.weights = Weights(device, dtype)
         self._kernels = kernels
+        self._bound = False
         self._method: LinearMethod = method or DenseMethod()
         width = spec.embedding_size or spec.hidden_size
         self._project_in = self._project_out = None
@@ -125,6 +126,9 @@ class Decoder:
 
     def bind(self) -> None:
         """Bind the filled parameters; to be called once, before `forward`."""
+        if self._bound:  # the native kernels would bring the weights into their order once more
+            raise RuntimeError("a decoder is bound once")
+        self._bound = True
         spec, weights, kernels = self.spec, self.weights, self._kernels
         dense = DenseMethod()
         self._tables: list[RotaryTable] = []

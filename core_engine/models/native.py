@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quire.errors import OutOfMemoryError
+from quire.errors import OutOfMemoryError, QuireError
 from quire.kernels.cpu import structs
 from quire.models.spec import AttentionSpec, DecoderSpec, LayerSpec, NormSpec
 from quire.models.weights import Weights
@@ -70,11 +70,11 @@ class NativeForward:
         self._rotary_indices = rotary_indices
         self._caches: list[KVCache] | None = None
         self._kept: list[torch.Tensor] = []  # what the structs point to and nobody else holds
-        self._packed: dict[int, structs.Matrix] = {}
         self._context = library.quire_context_new()
         if not self._context:
             raise OutOfMemoryError("no memory for the native kernels")
-        weakref.finalize(self, library.quire_context_free, self._context)
+        finalizer = weakref.finalize(self, library.quire_context_free, self._context)
+        finalizer.atexit = False  # a thread may be in a step until the process ends
         self._layers = (structs.Layer * len(spec.layers))()
         for number, layer in enumerate(spec.layers):
             self._fill_layer(self._layers[number], f"layers.{number}", layer)
@@ -140,9 +140,14 @@ class NativeForward:
 
     @staticmethod
     def _check(status: int) -> None:
-        if status != 0:
+        if status == -1:
             raise OutOfMemoryError(
                 "no memory for a step: lower max_num_batched_tokens, or max_num_seqs"
+            )
+        if status != 0:
+            raise QuireError(
+                "the native kernels cannot start a thread: lower torch.set_num_threads(), or "
+                "raise the limit on the number of processes"
             )
 
     # -- what changes while it runs --------------------------------------------------------------

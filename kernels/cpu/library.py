@@ -23,7 +23,6 @@ _FUNCTIONS = {
         c_int,
         (c_void_p, POINTER(structs.Model), c_void_p, c_int64, c_void_p, c_int),
     ),
-    "quire_advise_huge_pages": (None, (c_void_p, c_int64)),
 }
 
 

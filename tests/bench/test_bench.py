@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -11,6 +12,7 @@ from quire.bench import report
 from quire.bench.checkpoint import random_checkpoint
 from quire.bench.cli import app
 from quire.bench.contest import BenchError, Contestant, Measurement, alternate
+from quire.bench.limit import Limit, ModelSize, measure_limit
 from quire.bench.workload import Workload, mixed, shared_prefix, uniform
 
 
@@ -106,3 +108,73 @@ def test_latency_and_startup_tell_their_phases(tmp_path, tiny_llama):
         assert {*figures, "peak_bytes"} <= set(measured)
         assert all(value > 0 for [value] in measured.values())
         assert "first token" in run.output
+
+
+def test_the_limit_is_what_reading_and_multiplying_take_at_least():
+    """A prompt is bound by products; a step by reading the weights, or by many sequences."""
+    limit = Limit(bytes_per_second=1e9, flops=1e12)
+    size = ModelSize(layer_weights=400_000_000, head_weights=100_000_000, step_bytes=10**9)
+    one = uniform(1, 100, 11, vocab_size=300)
+    assert limit.seconds(one, size) == pytest.approx(100 * 2 * 4e8 / 1e12 + 10 * 1.0)
+    many = uniform(2000, 1, 3, vocab_size=300)
+    assert limit.seconds(many, size, 2000) == pytest.approx(2000 * 8e-4 + 2 * 2000 * 1e-3)
+    waves = limit.seconds(many, size, 500)
+    assert waves == pytest.approx(2000 * 8e-4 + 4 * 2 * 1.0)
+    measured = measure_limit(1)
+    assert measured.bytes_per_second > 1e8
+    assert measured.flops > 1e8
+
+
+def test_a_models_size_counts_what_a_step_reads(tiny_checkpoint):
+    """A tied table is the output matrix; of one of its own, a step reads a few rows."""
+    for name, tables in (("llama", 2), ("qwen2-tied", 1)):
+        folder = tiny_checkpoint(name)
+        vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+        size = ModelSize.of(folder, vocab_size)
+        assert size.head_weights % vocab_size == 0
+        whole = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        weights = size.layer_weights + tables * size.head_weights
+        assert size.step_bytes == whole * (size.layer_weights + size.head_weights) // weights
+
+
+def test_products_are_measured_in_turns(tmp_path):
+    """Every side, number of rows and repeat has a time, and the command a table of them."""
+    file = tmp_path / "figures.json"
+    arguments = ["kernels", "--in-features", "64", "--out-features", "40", "--rows", "1,3"]
+    run = CliRunner().invoke(app, [*arguments, "--repeats", "2", "--json", str(file)])
+    assert run.exit_code == 0, run.output
+    assert "GFLOP/s" in run.output
+    seconds = json.loads(file.read_text(encoding="utf-8"))["seconds"]
+    assert "torch" in seconds
+    for figures in seconds.values():
+        assert set(figures) == {"1", "3"}
+        assert all(len(times) == 2 and min(times) > 0 for times in figures.values())
+
+
+def test_a_peer_runs_in_an_environment_without_quire(tmp_path, monkeypatch):
+    """The benchmark's own modules load there, and variables reach the peer's process."""
+    site = tmp_path / "site"
+    (site / "torch").mkdir(parents=True)
+    (site / "torch" / "__init__.py").write_text("__version__ = '0'")
+    (site / "vllm").mkdir()
+    (site / "vllm" / "__init__.py").write_text(FAKE_VLLM)
+    work = Workload("w", [[5, 6, 7], [8, 9]], [4, 3])
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexport PYTHONPATH={site}\nexec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    with Contestant("v", "vllm", "m", python=str(python), environment={"MARK": "7"}) as peer:
+        assert peer.versions == {"vllm": "fake-7", "torch": "0"}
+        assert peer.run(work)["seconds"] > 0
+
+
+FAKE_VLLM = """
+import os
+from types import SimpleNamespace as Space
+__version__ = "fake-" + os.environ["MARK"]
+SamplingParams = Space
+class LLM:
+    def __init__(self, model, skip_tokenizer_init): pass
+    def reset_prefix_cache(self): pass
+    def generate(self, prompts, params, use_tqdm):
+        return [Space(outputs=[Space(token_ids=[1] * each.max_tokens)]) for each in params]
+"""

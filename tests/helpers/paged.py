@@ -43,7 +43,7 @@ class PagedRunner:
         ]
         blocks = list(range(1, num_blocks))  # block 0 is the null block
         random.Random(seed).shuffle(blocks)
-        self._tables = torch.tensor(blocks, dtype=torch.int32).view(num_seqs, per_seq)
+        self.tables = torch.tensor(blocks, dtype=torch.int32).view(num_seqs, per_seq)
 
     def step(self, work: Sequence[tuple[int, Sequence[int]]]) -> list[torch.Tensor]:
         """Feed each listed sequence its next tokens; return the logits after each of them."""
@@ -54,14 +54,14 @@ class PagedRunner:
             input_ids += tokens
             positions += range(first, end)
             for position in range(first, end):
-                block = int(self._tables[seq, position // self._block_size])
+                block = int(self.tables[seq, position // self._block_size])
                 slots.append(block * self._block_size + position % self._block_size)
             starts.append(len(input_ids))
             lengths.append(end)
             used.append(-(-end // self._block_size))
         tables = torch.zeros(len(work), max(used), dtype=torch.int32)
         for row, (seq, _) in enumerate(work):
-            tables[row, : used[row]] = self._tables[seq, : used[row]]
+            tables[row, : used[row]] = self.tables[seq, : used[row]]
         query_start_loc = torch.tensor(starts, dtype=torch.int32)
         seq_lens = torch.tensor(lengths, dtype=torch.int32)
         batch = ForwardBatch(

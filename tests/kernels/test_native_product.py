@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quire.kernels import available_backends, get_backend
-from quire.kernels.cpu import structs
+from quire.kernels import available_backends
+from quire.kernels.cpu.packed_linear import PackedLinear
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in available_backends(), reason="the native kernels were not built: no compiler"
@@ -22,42 +20,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def multiply(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, num_threads: int = 2
 ) -> torch.Tensor:
-    """``x @ weight.T + bias`` by the library, through a model that is nothing but its head."""
-    library = get_backend("cpu", "cpu").library
-    out_features, in_features = weight.shape
-    dtype = structs.DTYPES[str(weight.dtype).removeprefix("torch.")]
-    packed = weight.clone()
-    tail = torch.zeros(structs.BLOCK * in_features, dtype=weight.dtype)
-    padded = None
-    if bias is not None:
-        padded = torch.nn.functional.pad(bias, (0, -out_features % structs.BLOCK))
-    assert not library.quire_pack(
-        packed.data_ptr(), out_features, in_features, dtype, tail.data_ptr(), num_threads
-    )
-    model = structs.Model()
-    model.hidden_size = in_features
-    model.head = structs.Matrix(
-        packed.data_ptr(),
-        tail.data_ptr(),
-        None if padded is None else padded.data_ptr(),
-        in_features,
-        out_features,
-        dtype,
-    )
-    result = torch.full((x.shape[0], out_features), torch.nan)
-    context = library.quire_context_new()
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
     try:
-        assert not library.quire_logits(
-            context,
-            ctypes.byref(model),
-            x.data_ptr(),
-            x.shape[0],
-            result.data_ptr(),
-            num_threads,
-        )
+        return PackedLinear(weight, bias)(x)
     finally:
-        library.quire_context_free(context)
-    return result
+        torch.set_num_threads(before)
 
 
 @given(

@@ -5,6 +5,8 @@
 // parts are merged in ascending order. So a token's result has the same bits whatever is computed
 // beside it, and on however many threads.
 #pragma once
+#include <utility>
+
 #include "plan.h"
 #include "rows.h"
 
@@ -22,23 +24,53 @@ struct Attention {
   int64_t partial_width;
 };
 
-inline void transpose(vf (&rows)[kLanes]) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Neighbours within halves of a vector first: these shuffles are one instruction each.
+inline void transpose(vf (&rows)[8]) {
+  vf t[8];
 #pragma GCC unroll 4
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    vi first, second;
-    for (int l = 0; l < kLanes; ++l) {
-      first[l] = (l & half) == 0 ? l : kLanes + l - half;
-      second[l] = (l & half) == 0 ? l + half : kLanes + l;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if ((i & half) != 0) continue;
-      const vf a = rows[i], b = rows[i + half];
-      rows[i] = __builtin_shuffle(a, b, first);
-      rows[i + half] = __builtin_shuffle(a, b, second);
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = __builtin_shuffle(rows[i], rows[i + 1], vi{0, 8, 1, 9, 4, 12, 5, 13});
+    t[i + 1] = __builtin_shuffle(rows[i], rows[i + 1], vi{2, 10, 3, 11, 6, 14, 7, 15});
+  }
+  vf u[8];
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      u[i + 2 * h] = __builtin_shuffle(t[i + h], t[i + 2 + h], vi{0, 1, 8, 9, 4, 5, 12, 13});
+      u[i + 2 * h + 1] =
+          __builtin_shuffle(t[i + h], t[i + 2 + h], vi{2, 3, 10, 11, 6, 7, 14, 15});
     }
   }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = __builtin_shuffle(u[i], u[i + 4], vi{0, 1, 2, 3, 8, 9, 10, 11});
+    rows[i + 4] = __builtin_shuffle(u[i], u[i + 4], vi{4, 5, 6, 7, 12, 13, 14, 15});
+  }
 }
+#else
+template <int Half, int... Lane>
+inline void transpose_halves(vf (&rows)[kLanes], std::integer_sequence<int, Lane...>) {
+  // Constants: masks that are made lane by lane take longer than what they are for.
+  constexpr vi kFirst = {((Lane & Half) == 0 ? Lane : kLanes + Lane - Half)...};
+  constexpr vi kSecond = {((Lane & Half) == 0 ? Lane + Half : kLanes + Lane)...};
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if ((i & Half) != 0) continue;
+    const vf a = rows[i], b = rows[i + Half];
+    rows[i] = __builtin_shuffle(a, b, kFirst);
+    rows[i + Half] = __builtin_shuffle(a, b, kSecond);
+  }
+  if constexpr (Half > 1) {
+    transpose_halves<Half / 2>(rows, std::make_integer_sequence<int, kLanes>());
+  }
+}
+
+inline void transpose(vf (&rows)[kLanes]) {
+  transpose_halves<kLanes / 2>(rows, std::make_integer_sequence<int, kLanes>());
+}
+#endif
 
 // One thread's memory for attention, laid out anew for each piece.
 struct AttentionScratch {
@@ -60,24 +92,38 @@ struct AttentionScratch {
   }
 };
 
-inline int64_t slot_of(const Batch& batch, int sequence, int64_t position) {
-  const int64_t block =
-      batch.block_tables[sequence * batch.block_table_stride + position / batch.block_size];
-  return block * batch.block_size + position % batch.block_size;
-}
-
-// A chunk of keys as blocks [16 keys][dim][16], of values as blocks [16 dims][keys][16].
+// A chunk of keys as blocks [16 keys][dim][16], of values as blocks [16 dims][keys][16]. Those
+// before `low`, which nobody sees, may lie in blocks that are another sequence's by now: slot 0
+// stands for them, of the block that is always zero.
 template <typename T>
-inline void load_chunk(const Attention& a, int sequence, int head, int64_t first, int count,
-                       AttentionScratch& s) {
+inline void load_chunk(const Attention& a, int sequence, int head, int64_t first, int low,
+                       int count, AttentionScratch& s) {
   const Layer& layer = *a.layer;
   const int64_t dim = layer.head_dim, width = layer.num_kv_heads * dim;
   const int64_t wide = padded(dim, kBlock);
-  const T* keys[kChunk];
+  const T *keys[kChunk], *values[kChunk];
+  const int32_t* block = a.batch->block_tables + sequence * a.batch->block_table_stride +
+                         (first + low) / a.batch->block_size;
+  int64_t offset = (first + low) % a.batch->block_size;
   for (int i = 0; i < count; ++i) {
-    const int64_t at = slot_of(*a.batch, sequence, first + i) * width + head * dim;
+    int64_t at = head * dim;
+    if (i >= low) {
+      at += (*block * a.batch->block_size + offset) * width;
+      if (++offset == a.batch->block_size) {
+        offset = 0;
+        ++block;
+      }
+    }
     keys[i] = static_cast<const T*>(layer.key_cache) + at;
-    const T* value = static_cast<const T*>(layer.value_cache) + at;
+    values[i] = static_cast<const T*>(layer.value_cache) + at;
+    // Blocks lie anywhere: ask for all of them before the first is waited for.
+    for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) {
+      __builtin_prefetch(keys[i] + d);
+      __builtin_prefetch(values[i] + d);
+    }
+  }
+  for (int i = 0; i < count; ++i) {
+    const T* value = values[i];
     int64_t d = 0;
     for (; d + kBlock <= dim; d += kBlock) {
       float* out = s.value + (d / kBlock * kChunk + i) * kBlock;
@@ -163,6 +209,11 @@ inline void attend_chunk(const Layer& layer, int head, int64_t rows, int64_t fir
     for (int i = 0; i < used; i += kLanes) most = max(load(scores + i), most);
     const float old = s.part_highest[r];
     const float highest = std::max(largest(most), old);
+    // Scores that are all -inf weigh nothing; what is no number shows in the sum.
+    if (highest == none && std::none_of(scores, scores + used, [](float x) { return x != x; })) {
+      std::fill(scores, scores + used, 0.0f);
+      continue;
+    }
     vf total = all(0.0f);
     for (int i = 0; i < used; i += kLanes) {
       const vf weight = exp(load(scores + i) - highest);
@@ -184,10 +235,9 @@ inline void attend_chunk(const Layer& layer, int head, int64_t rows, int64_t fir
 inline void merge_rows(int64_t rows, int64_t wide, const float* highest, const float* total,
                        int64_t stride, const float* values, int64_t values_stride,
                        AttentionScratch& s) {
-  const float none = -std::numeric_limits<float>::infinity();
   for (int64_t r = 0; r < rows; ++r) {
     const float part_highest = highest[r * stride];
-    if (part_highest == none) continue;  // nothing in that part is seen
+    if (total[r * stride] == 0.0f) continue;  // nothing in that part is seen
     const float most = std::max(part_highest, s.sum_highest[r]);
     const float keep = exp(all(s.sum_highest[r] - most))[0];
     const float take = exp(all(part_highest - most))[0];
@@ -240,10 +290,11 @@ inline void attend_piece(const Attention& a, const Piece& piece, int head, Atten
     const float* query = a.qkv + token * a.qkv_width + (head * group + r % group) * dim;
     for (int64_t d = 0; d < dim; ++d) s.query[r * dim + d] = query[d] * layer.scale;
   }
-  int64_t begin = 0;
+  int64_t first_seen = 0;
   if (layer.sliding_window > 0) {
-    begin = std::max<int64_t>(0, first_position + 1 - layer.sliding_window) / kChunk * kChunk;
+    first_seen = std::max<int64_t>(0, first_position + 1 - layer.sliding_window);
   }
+  const int64_t begin = first_seen / kChunk * kChunk;
   const bool is_whole = piece.part < 0;
   int64_t part = piece.part, last_part = piece.part;
   if (is_whole) {
@@ -257,7 +308,8 @@ inline void attend_piece(const Attention& a, const Piece& piece, int head, Atten
     for (int64_t first = std::max<int64_t>(begin, part * kPart); first < part_end;
          first += kChunk) {
       const int count = static_cast<int>(std::min<int64_t>(kChunk, end - first));
-      load_chunk<T>(a, piece.sequence, head, first, count, s);
+      const int low = static_cast<int>(std::max<int64_t>(0, first_seen - first));
+      load_chunk<T>(a, piece.sequence, head, first, low, count, s);
       attend_chunk(layer, head, rows, first, count, first_position, s);
     }
     if (is_whole) {
@@ -293,10 +345,10 @@ inline void merge_pieces(const Attention& a, const Merge& merge, int head, Atten
 }
 
 // To be called by all threads of the team, which all leave it when all tokens are done.
-inline void attend(Team& team, const Attention& a, AttentionScratch& s) {
+inline void attend(Thread& thread, const Attention& a, AttentionScratch& s) {
   const int64_t num_kv_heads = a.layer->num_kv_heads;
-  const int64_t num_pieces = static_cast<int64_t>(a.plan->pieces.size()) * num_kv_heads;
-  for (int64_t item; (item = team.next()) < num_pieces;) {
+  const auto num_pieces = static_cast<int64_t>(a.plan->pieces.size());
+  thread.share(num_pieces * num_kv_heads, [&](int64_t item) {
     const Piece& piece = a.plan->pieces[item / num_kv_heads];
     const int head = static_cast<int>(item % num_kv_heads);
     if (a.layer->cache_dtype == kBFloat16) {
@@ -304,14 +356,12 @@ inline void attend(Team& team, const Attention& a, AttentionScratch& s) {
     } else {
       attend_piece<float>(a, piece, head, s);
     }
-  }
-  team.barrier();
+  });
   if (a.plan->merges.empty()) return;
-  const int64_t num_merges = static_cast<int64_t>(a.plan->merges.size()) * num_kv_heads;
-  for (int64_t item; (item = team.next()) < num_merges;) {
+  const auto num_merges = static_cast<int64_t>(a.plan->merges.size());
+  thread.share(num_merges * num_kv_heads, [&](int64_t item) {
     merge_pieces(a, a.plan->merges[item / num_kv_heads], static_cast<int>(item % num_kv_heads), s);
-  }
-  team.barrier();
+  });
 }
 
 }  // namespace QUIRE_ISA

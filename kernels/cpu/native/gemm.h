@@ -16,7 +16,7 @@ constexpr int kBlock = 16;  // output features per block of a packed weight
 constexpr int kVectors = kBlock / kLanes;
 
 // Rows computed at once: as many as there are registers for.
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(QUIRE_WIDE)
 constexpr int kMostRows = 14;
 #elif defined(__AVX2__)
 constexpr int kMostRows = 6;
@@ -25,6 +25,19 @@ constexpr int kMostRows = 5;
 #else
 constexpr int kMostRows = 2;
 #endif
+
+// One input of each row, times what a vector of outputs takes of it. Row by row: so one register
+// for the input does, and all others are left to sums.
+template <int Rows>
+inline void add_products(const float* x, int64_t ldx, const vf (&factor)[kVectors],
+                         vf (&acc)[Rows][kVectors]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+    const float input = x[r * ldx];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = factor[v] * input + acc[r][v];
+  }
+}
 
 // out[r][0:16] (+)= sum over k of x[r][k] * block[k][0:16], for `Rows` rows.
 template <int Rows, bool Accumulate>
@@ -39,13 +52,10 @@ inline void tile_of_rows(const float* x, int64_t ldx, int64_t depth, const float
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
-    const float* w = block + k * kBlock;
+    vf factor[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const vf factor = load(w + v * kLanes);
-#pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) acc[r][v] = factor * x[r * ldx + k] + acc[r][v];
-    }
+    for (int v = 0; v < kVectors; ++v) factor[v] = load(block + k * kBlock + v * kLanes);
+    add_products<Rows>(x + k, ldx, factor, acc);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
@@ -67,16 +77,15 @@ inline void tile_of_rows(const float* x, int64_t ldx, int64_t depth, const uint1
   for (int64_t k = 0; k < depth; k += 2) {
     const uint16_t* w = block + k * kBlock;
     if constexpr (Rows <= 2) __builtin_prefetch(w + 1024);
+    vf factor[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const vu pairs = load_as<vu>(w + 2 * v * kLanes);
-      const vf low = widen_low(pairs);
-#pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) acc[r][v] = low * x[r * ldx + k] + acc[r][v];
-      const vf high = widen_high(pairs);
-#pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) acc[r][v] = high * x[r * ldx + k + 1] + acc[r][v];
-    }
+    for (int v = 0; v < kVectors; ++v) factor[v] = widen_low(load_as<vu>(w + 2 * v * kLanes));
+    add_products<Rows>(x + k, ldx, factor, acc);
+    // The pairs are loaded again: to keep them would take registers that sums are in.
+    asm volatile("" ::: "memory");
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) factor[v] = widen_high(load_as<vu>(w + 2 * v * kLanes));
+    add_products<Rows>(x + k + 1, ldx, factor, acc);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
@@ -109,7 +118,7 @@ inline vf activate(vf x, int kind) {
       return x / (1.0f + exp(-x));
     case kGelu: {
       // x * Phi(x); the complementary error function by a Chebyshev fit (Press et al., Numerical
-      // Recipes, 2nd ed., section 6.2), whose relative error is below 1.2e-7.
+      // Recipes, 2nd ed., section 6.2).
       const vf z = x * 0.70710678f;
       const vf size = z < 0.0f ? -z : z;
       const vf t = 1.0f / (1.0f + size * 0.5f);
@@ -183,40 +192,70 @@ inline void finish_row(const Product& p, const float* values, const float* facto
 // Blocks that a thread takes at a time: enough memory to read on in, little enough to share out.
 constexpr int64_t kBlocksAtOnce = 2;
 
+// From so many rows on, a block is widened once and not anew for every few of them.
+constexpr int64_t kWidenFrom = 2 * kMostRows + 1;
+
+inline const float* widen_block(const uint16_t* block, int64_t depth, float* out) {
+  for (int64_t k = 0; k < depth; k += 2) {
+    for (int v = 0; v < kBlock; v += kLanes) {
+      const vu pairs = load_as<vu>(block + k * kBlock + 2 * v);
+      store(out + k * kBlock + v, widen_low(pairs));
+      store(out + (k + 1) * kBlock + v, widen_high(pairs));
+    }
+  }
+  return out;
+}
+
+// What `block` and `other`, if there is one, make of all rows: outputs `first` to first + 15.
 template <typename W>
-inline void multiply_blocks(Team& team, const Product& p) {
+inline void multiply_block(const Product& p, const W* block, const W* other, int64_t first) {
   const int64_t depth = p.weight->in;
-  const int64_t num_blocks = (p.weight->out + kBlock - 1) / kBlock;
   const int64_t passes = (p.rows + kMostRows - 1) / kMostRows;
-  const int64_t step = passes > 0 ? (p.rows + passes - 1) / passes : 1;
+  const int64_t step = (p.rows + passes - 1) / passes;
   float values[kMostRows * kBlock], factors[kMostRows * kBlock];
-  for (int64_t item; (item = team.next()) * kBlocksAtOnce < num_blocks;) {
-    const int64_t end = std::min(num_blocks, (item + 1) * kBlocksAtOnce);
-    for (int64_t b = item * kBlocksAtOnce; b < end; ++b) {
-      const W* block = block_of<W>(*p.weight, b);
-      const W* other = p.factor != nullptr ? block_of<W>(*p.factor, b) : nullptr;
-      for (int64_t row = 0; row < p.rows; row += step) {
-        const int rows = static_cast<int>(std::min(step, p.rows - row));
-        const float* x = p.x + row * p.ldx;
-        tile<false>(rows, x, p.ldx, depth, block, values, kBlock);
-        if (other != nullptr) tile<false>(rows, x, p.ldx, depth, other, factors, kBlock);
-        for (int r = 0; r < rows; ++r) {
-          finish_row(p, values + r * kBlock, factors + r * kBlock, b * kBlock,
-                     p.y + (row + r) * p.ldy + b * kBlock);
-        }
-      }
+  for (int64_t row = 0; row < p.rows; row += step) {
+    const int rows = static_cast<int>(std::min(step, p.rows - row));
+    const float* x = p.x + row * p.ldx;
+    tile<false>(rows, x, p.ldx, depth, block, values, kBlock);
+    if (other != nullptr) tile<false>(rows, x, p.ldx, depth, other, factors, kBlock);
+    for (int r = 0; r < rows; ++r) {
+      finish_row(p, values + r * kBlock, factors + r * kBlock, first,
+                 p.y + (row + r) * p.ldy + first);
     }
   }
 }
 
+template <typename W>
+inline void multiply_blocks(Thread& thread, const Product& p) {
+  const int64_t num_blocks = (p.weight->out + kBlock - 1) / kBlock;
+  const int64_t num_items = (num_blocks + kBlocksAtOnce - 1) / kBlocksAtOnce;
+  thread.share(num_items, [&](int64_t item) {
+    const int64_t end = std::min(num_blocks, (item + 1) * kBlocksAtOnce);
+    for (int64_t b = item * kBlocksAtOnce; b < end; ++b) {
+      const W* block = block_of<W>(*p.weight, b);
+      const W* other = p.factor != nullptr ? block_of<W>(*p.factor, b) : nullptr;
+      if constexpr (sizeof(W) == 2) {
+        if (p.rows >= kWidenFrom) {
+          const int64_t depth = p.weight->in;
+          float* wide = thread.scratch();
+          const float* wide_other =
+              other == nullptr ? nullptr : widen_block(other, depth, wide + depth * kBlock);
+          multiply_block(p, widen_block(block, depth, wide), wide_other, b * kBlock);
+          continue;
+        }
+      }
+      multiply_block(p, block, other, b * kBlock);
+    }
+  });
+}
+
 // To be called by all threads of the team, which all leave it when the product is complete.
-inline void multiply(Team& team, const Product& p) {
+inline void multiply(Thread& thread, const Product& p) {
   if (p.weight->dtype == kBFloat16) {
-    multiply_blocks<uint16_t>(team, p);
+    multiply_blocks<uint16_t>(thread, p);
   } else {
-    multiply_blocks<float>(team, p);
+    multiply_blocks<float>(thread, p);
   }
-  team.barrier();
 }
 
 }  // namespace QUIRE_ISA

@@ -10,8 +10,8 @@ struct Isa {
   const char* name;
   bool (*is_supported)();
   // All are called by every thread of a team at once.
-  void (*forward)(Team&, int thread, const Model&, const Batch&, const AttentionPlan&, const Buffers&);
-  void (*logits)(Team&, const Model&, const float* hidden, int64_t num_rows, float* narrow,
+  void (*forward)(Thread&, const Model&, const Batch&, const AttentionPlan&, const Buffers&);
+  void (*logits)(Thread&, const Model&, const float* hidden, int64_t num_rows, float* narrow,
                  float* out);
 };
 

@@ -1,3 +1,4 @@
+#if defined(__x86_64__)
 #define QUIRE_ISA avx2
 #include "isa.h"
 
@@ -9,3 +10,4 @@ bool is_supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_sup
 }  // namespace
 const Isa avx2_isa{"avx2", is_supported, avx2::forward, avx2::logits};
 }  // namespace quire
+#endif

@@ -1,3 +1,4 @@
+#if defined(__x86_64__)
 #define QUIRE_ISA avx512
 #include "isa.h"
 
@@ -10,3 +11,4 @@ bool is_supported() { return __builtin_cpu_supports("avx512f") && __builtin_cpu_
 }  // namespace
 const Isa avx512_isa{"avx512", is_supported, avx512::forward, avx512::logits};
 }  // namespace quire
+#endif

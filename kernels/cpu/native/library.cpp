@@ -1,10 +1,9 @@
 // The library's door: plain C functions, called from Python by ctypes.
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <exception>
+#include <iterator>
 #include <mutex>
 #include <new>
 
@@ -35,6 +34,10 @@ const Isa& isa() {
   return *found;
 }
 
+// At least as many as a program has: of each layer, and before and after them all.
+constexpr size_t kLoopsPerLayer = 16;
+constexpr size_t kLoopsBeside = 16;
+
 // Memory for the steps of one model; one step at a time.
 struct Context {
   std::mutex in_use;
@@ -53,18 +56,17 @@ void pack_block(const T* rows, int64_t num_rows, int64_t in, T* block) {
 }
 
 template <typename T>
-void pack(Team& team, T* weight, int64_t out, int64_t in, T* tail, T* copy) {
+void pack(Thread& thread, T* weight, int64_t out, int64_t in, T* tail, T* copy) {
   const int64_t num_blocks = out / 16;
-  for (int64_t b; (b = team.next()) < num_blocks;) {
+  thread.share(num_blocks, [&](int64_t b) {
     T* block = weight + b * 16 * in;
     std::memcpy(copy, block, 16 * in * sizeof(T));
     pack_block(copy, 16, in, block);
-  }
-  team.barrier();
-  if (out % 16 != 0 && team.next() == 0) {
+  });
+  if (out % 16 == 0) return;
+  thread.share(1, [&](int64_t) {
     pack_block(weight + num_blocks * 16 * in, out % 16, in, tail);
-  }
-  team.barrier();
+  });
 }
 
 }  // namespace
@@ -72,7 +74,7 @@ void pack(Team& team, T* weight, int64_t out, int64_t in, T* tail, T* copy) {
 
 using namespace quire;
 
-// Functions return 0, or -1 when there is not enough memory.
+// Functions return 0, -1 when there is not enough memory, -2 when a thread cannot be started.
 
 QUIRE_API const char* quire_isa() { return isa().name; }
 
@@ -96,20 +98,22 @@ QUIRE_API int64_t quire_struct_size(int which) {
 // Bring a weight [out, in] into blocks, in place; what is left over of the last goes to `tail`.
 QUIRE_API int quire_pack(void* weight, int64_t out, int64_t in, int32_t dtype, void* tail,
                          int num_threads) {
+  num_threads = std::max(num_threads, 1);
   try {
     Memory copies;
-    float* memory = copies.reserve(num_threads * 16 * in);
-    run_team(num_threads, [&](Team& team, int thread) {
-      float* copy = memory + thread * 16 * in;
+    run_team(num_threads, 2, copies.reserve(num_threads * 16 * in), 16 * in, [&](Thread& thread) {
+      float* copy = thread.scratch();
       if (dtype == kBFloat16) {
-        pack(team, static_cast<uint16_t*>(weight), out, in, static_cast<uint16_t*>(tail),
+        pack(thread, static_cast<uint16_t*>(weight), out, in, static_cast<uint16_t*>(tail),
              reinterpret_cast<uint16_t*>(copy));
       } else {
-        pack(team, static_cast<float*>(weight), out, in, static_cast<float*>(tail), copy);
+        pack(thread, static_cast<float*>(weight), out, in, static_cast<float*>(tail), copy);
       }
     });
-  } catch (const std::exception&) {
+  } catch (const std::bad_alloc&) {
     return -1;
+  } catch (const std::exception&) {
+    return -2;
   }
   return 0;
 }
@@ -120,6 +124,7 @@ QUIRE_API void quire_context_free(void* context) { delete static_cast<Context*>(
 
 QUIRE_API int quire_forward(void* context, const Model* model, const Batch* batch,
                             int num_threads) {
+  num_threads = std::max(num_threads, 1);
   try {
     Context& c = *static_cast<Context*>(context);
     std::lock_guard<std::mutex> lock(c.in_use);
@@ -136,7 +141,7 @@ QUIRE_API int quire_forward(void* context, const Model* model, const Batch* batc
       needs_second |= layer.residual == kParallel && layer.mlp_norm.kind != kNoNorm;
     }
     const int64_t count = batch->num_tokens;
-    const int64_t scratch_size = attention_scratch_size(*model);
+    const int64_t size = scratch_size(*model);
     const Buffers buffers{c.x.reserve(count * model->hidden_size),
                           c.normed.reserve(count * model->hidden_size),
                           needs_second ? c.second.reserve(count * model->hidden_size) : nullptr,
@@ -144,43 +149,34 @@ QUIRE_API int quire_forward(void* context, const Model* model, const Batch* batc
                           c.attended.reserve(count * attended),
                           c.inner.reserve(count * inner),
                           c.partial.reserve(plan.partial_rows * partial),
-                          partial,
-                          c.scratch.reserve(num_threads * scratch_size),
-                          scratch_size};
+                          partial};
     const Isa& use = isa();
-    run_team(num_threads,
-             [&](Team& team, int thread) {
-               use.forward(team, thread, *model, *batch, plan, buffers);
-             });
-  } catch (const std::exception&) {
+    run_team(num_threads, kLoopsBeside + model->num_layers * kLoopsPerLayer,
+             c.scratch.reserve(num_threads * size), size,
+             [&](Thread& thread) { use.forward(thread, *model, *batch, plan, buffers); });
+  } catch (const std::bad_alloc&) {
     return -1;
+  } catch (const std::exception&) {
+    return -2;
   }
   return 0;
 }
 
 QUIRE_API int quire_logits(void* context, const Model* model, const float* hidden,
                            int64_t num_rows, float* out, int num_threads) {
+  num_threads = std::max(num_threads, 1);
   try {
     Context& c = *static_cast<Context*>(context);
     std::lock_guard<std::mutex> lock(c.in_use);
     float* narrow = c.narrow.reserve(num_rows * model->project_out.out);
     const Isa& use = isa();
-    run_team(num_threads,
-             [&](Team& team, int) { use.logits(team, *model, hidden, num_rows, narrow, out); });
-  } catch (const std::exception&) {
+    const int64_t size = scratch_size(*model);
+    run_team(num_threads, kLoopsBeside, c.scratch.reserve(num_threads * size), size,
+             [&](Thread& thread) { use.logits(thread, *model, hidden, num_rows, narrow, out); });
+  } catch (const std::bad_alloc&) {
     return -1;
+  } catch (const std::exception&) {
+    return -2;
   }
   return 0;
-}
-
-// Ask for large pages under some memory, where the system has them.
-QUIRE_API void quire_advise_huge_pages(void* memory, int64_t num_bytes) {
-#if defined(MADV_HUGEPAGE)
-  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + num_bytes) / page * page;
-  if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#else
-  (void)memory, (void)num_bytes;
-#endif
 }

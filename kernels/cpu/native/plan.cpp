@@ -6,11 +6,17 @@
 
 namespace quire {
 
+namespace {
+// Numbers that partial results may take at most: beyond, there is work enough for all threads.
+constexpr int64_t kMostPartial = 1 << 23;
+}  // namespace
+
 AttentionPlan plan_attention(const Model& model, const Batch& batch, int num_threads) {
   AttentionPlan plan;
-  int64_t most_heads = 0, least_kv_heads = INT32_MAX;
+  int64_t most_heads = 0, least_kv_heads = INT32_MAX, width = 0;
   for (int32_t i = 0; i < model.num_layers; ++i) {
     most_heads = std::max<int64_t>(most_heads, model.layers[i].num_heads);
+    width = std::max(width, padded(model.layers[i].head_dim, 16) + 2);
     least_kv_heads = std::min<int64_t>(least_kv_heads, model.layers[i].num_kv_heads);
   }
   int64_t num_pieces = 0;
@@ -27,7 +33,9 @@ AttentionPlan plan_attention(const Model& model, const Batch& batch, int num_thr
       const int32_t num_queries = std::min(kQueries, count - first);
       const int32_t end = batch.seq_lens[i] - count + first + num_queries;
       const int32_t num_parts = (end + kPart - 1) / kPart;
-      if (!splits || num_parts == 1) {
+      const int64_t partial_rows = num_parts * num_queries * most_heads;
+      const bool fits = (plan.partial_rows + partial_rows) * width <= kMostPartial;
+      if (!splits || num_parts == 1 || !fits) {
         plan.pieces.push_back({i, first, num_queries, -1, 0});
         continue;
       }
@@ -48,15 +56,18 @@ AttentionPlan plan_attention(const Model& model, const Batch& batch, int num_thr
   return plan;
 }
 
-int64_t attention_scratch_size(const Model& model) {
+int64_t scratch_size(const Model& model) {
+  // Of products, two blocks of 16 outputs, widened.
+  int64_t widest = std::max({model.head.in, model.project_in.in, model.project_out.in});
   int64_t size = 0;
   for (int32_t i = 0; i < model.num_layers; ++i) {
     const Layer& layer = model.layers[i];
     const int64_t rows = padded(kQueries * (layer.num_heads / layer.num_kv_heads), 16);
     const int64_t wide = padded(layer.head_dim, 16);
     size = std::max(size, 3 * rows * wide + 2 * wide * kChunk + rows * kChunk + 4 * rows);
+    widest = std::max({widest, layer.qkv.in, layer.out.in, layer.up.in, layer.down.in});
   }
-  return size;
+  return std::max(size, 2 * 16 * widest);
 }
 
 Memory::~Memory() { std::free(data_); }

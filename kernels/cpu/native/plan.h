@@ -49,14 +49,12 @@ struct Buffers {
   float* inner;     // [num_tokens][widest MLP or embedding]
   float* partial;   // [partial_rows][partial_width]: values, highest score, sum
   int64_t partial_width;
-  float* scratch;  // [num_threads][scratch_size], for attention
-  int64_t scratch_size;
 };
 
 inline int64_t padded(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
 
-// Numbers that the attention of a piece needs room for.
-int64_t attention_scratch_size(const Model& model);
+// Numbers that one thread needs room for, at one item of any loop.
+int64_t scratch_size(const Model& model);
 
 
 // Memory that only grows, aligned for any vector; what it held is lost when it does.

@@ -1,5 +1,5 @@
 // Vectors of the widest kind that this translation unit is compiled for.
-// Included inside namespace quire::<isa>; every file that includes it is compiled once per ISA.
+// All of it lies in a namespace of the instruction set: it is compiled once for each.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -9,7 +9,8 @@
 namespace quire {
 namespace QUIRE_ISA {
 
-#if defined(__AVX512F__)
+// QUIRE_WIDE tries the code of 16 lanes on a CPU that has fewer.
+#if defined(__AVX512F__) || defined(QUIRE_WIDE)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
@@ -34,12 +35,19 @@ inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
 inline vf all(float x) {
   vf v;
+#pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) v[i] = x;
   return v;
 }
 
+// Of two of which one is no number, the second.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline vf max(vf a, vf b) { return __builtin_ia32_maxps256(a, b); }
+inline vf min(vf a, vf b) { return __builtin_ia32_minps256(a, b); }
+#else
 inline vf max(vf a, vf b) { return a > b ? a : b; }
 inline vf min(vf a, vf b) { return a < b ? a : b; }
+#endif
 
 // Sums and maxima over lanes are made in a fixed order: pairs that lie half a vector apart.
 inline float sum(vf v) {

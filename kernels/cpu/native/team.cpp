@@ -5,56 +5,66 @@
 #include <condition_variable>
 #include <memory>
 #include <mutex>
-#include <thread>
-#include <vector>
 
 namespace quire {
 namespace {
 
-// Rounds of waiting before a thread gives its core to others. The parts of a step end within
-// microseconds of each other, unless the machine is busy with something else; between two steps
-// lies the engine's own work.
-constexpr int kBarrierSpins = 1 << 12;
+// Rounds that an idle worker stays awake for: between two steps lies the engine's own work.
 constexpr int kIdleSpins = 1 << 14;
 
 struct Job {
-  Team& team;
-  const std::function<void(Team&, int)>& program;
+  std::vector<Loop> loops;
+  float* scratch;
+  int64_t scratch_size;
+  const std::function<void(Thread&)>& program;
+
+  void run(int index) {
+    Thread thread(loops, scratch + index * scratch_size);
+    program(thread);
+  }
 };
 
-// One thread and the place where its next job is put.
+// One thread, and the place where its next job is put.
 class Worker {
  public:
   explicit Worker(int index) : index_(index) {
     std::thread([this] { work(); }).detach();
   }
 
-  void start(const Job* job) {
+  void offer(Job* job) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      job_.store(job, std::memory_order_release);
+      offered_.store(job, std::memory_order_release);
     }
     wakeup_.notify_one();
   }
 
-  bool busy() const { return job_.load(std::memory_order_acquire) != nullptr; }
+  // Take the job back if it was not begun, else wait for its end.
+  void finish(Job* job) {
+    if (offered_.compare_exchange_strong(job, nullptr)) return;
+    wait_until([this] { return !busy_.load(std::memory_order_acquire); });
+  }
 
  private:
   void work() {
     for (;;) {
-      for (int spin = 0; spin < kIdleSpins && !busy(); ++spin) pause_briefly();
-      if (!busy()) {
+      for (int spin = 0; spin < kIdleSpins && !has_offer(); ++spin) pause_briefly();
+      if (!has_offer()) {
         std::unique_lock<std::mutex> lock(mutex_);
-        wakeup_.wait(lock, [this] { return busy(); });
+        wakeup_.wait(lock, [this] { return has_offer(); });
       }
-      const Job* job = job_.load(std::memory_order_acquire);
-      job->program(job->team, index_);
-      job_.store(nullptr, std::memory_order_release);
+      // First busy, then the job: whoever finds the offer gone finds the worker busy.
+      busy_.store(true, std::memory_order_seq_cst);
+      if (Job* job = offered_.exchange(nullptr)) job->run(index_);
+      busy_.store(false, std::memory_order_release);
     }
   }
 
+  bool has_offer() const { return offered_.load(std::memory_order_acquire) != nullptr; }
+
   const int index_;
-  std::atomic<const Job*> job_{nullptr};
+  std::atomic<Job*> offered_{nullptr};
+  std::atomic<bool> busy_{false};
   std::mutex mutex_;
   std::condition_variable wakeup_;
 };
@@ -81,50 +91,23 @@ Pool& pool() {
 
 }  // namespace
 
-void Team::barrier() {
-  if (size_ == 1) {
-    ticket_.store(0, std::memory_order_relaxed);
-    return;
-  }
-  const uint32_t phase = phase_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
-    arrived_.store(0, std::memory_order_relaxed);
-    ticket_.store(0, std::memory_order_relaxed);
-    phase_.store(phase + 1, std::memory_order_release);
-    return;
-  }
-  for (int spin = 0; phase_.load(std::memory_order_acquire) == phase; ++spin) {
-    if (spin < kBarrierSpins) {
-      pause_briefly();
-    } else {
-      std::this_thread::yield();
-    }
-  }
-}
-
-void run_team(int num_threads, const std::function<void(Team&, int)>& program) {
-  Team team(num_threads);
-  if (num_threads == 1) {
-    program(team, 0);
+void run_team(int num_threads, size_t num_loops, float* scratch, int64_t scratch_size,
+              const std::function<void(Thread&)>& program) {
+  Job job{std::vector<Loop>(num_loops), scratch, scratch_size, program};
+  if (num_threads <= 1) {
+    job.run(0);
     return;
   }
   Pool& all = pool();
   std::lock_guard<std::mutex> one_at_a_time(all.running);
-  while (static_cast<int>(all.workers.size()) < num_threads - 1) {
+  const size_t num_workers = static_cast<size_t>(num_threads - 1);
+  all.workers.reserve(num_workers);  // a worker that has started must stay
+  while (all.workers.size() < num_workers) {
     all.workers.push_back(std::make_unique<Worker>(static_cast<int>(all.workers.size()) + 1));
   }
-  const Job job{team, program};
-  for (int i = 0; i < num_threads - 1; ++i) all.workers[i]->start(&job);
-  program(team, 0);
-  for (int i = 0; i < num_threads - 1; ++i) {
-    for (int spin = 0; all.workers[i]->busy(); ++spin) {
-      if (spin < kBarrierSpins) {
-        pause_briefly();
-      } else {
-        std::this_thread::yield();
-      }
-    }
-  }
+  for (size_t i = 0; i < num_workers; ++i) all.workers[i]->offer(&job);
+  job.run(0);
+  for (size_t i = 0; i < num_workers; ++i) all.workers[i]->finish(&job);
 }
 
 }  // namespace quire

@@ -1,0 +1,82 @@
+"""PackedLinear: one projection by the native library, by itself."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+
+import torch
+import torch.nn.functional as F
+
+from quire.kernels.cpu import structs
+from quire.kernels.cpu.library import load_library
+
+
+class PackedLinear:
+    """Computes ``x @ weight.T + bias`` in float32.
+
+    Parameters
+    ----------
+    weight : Tensor[out_features, in_features], float32 or bfloat16
+        Copied; of an even number of inputs where it is bfloat16.
+    bias : Tensor[out_features], float32, optional
+
+    Raises
+    ------
+    LibraryError
+        There is no native library.
+    MemoryError
+        There is not enough memory.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self._library = load_library()
+        self._weight = weight.contiguous().clone()
+        out_features, in_features = weight.shape
+        dtype = structs.DTYPES[str(weight.dtype).removeprefix("torch.")]
+        if dtype == structs.DTYPES["bfloat16"] and in_features % 2:
+            raise ValueError(f"a bfloat16 weight has {in_features} inputs; it must be even")
+        self._tail = torch.zeros(structs.BLOCK * in_features, dtype=weight.dtype)
+        status = self._library.quire_pack(
+            self._weight.data_ptr(),
+            out_features,
+            in_features,
+            dtype,
+            self._tail.data_ptr(),
+            torch.get_num_threads(),
+        )
+        self._bias = None
+        if bias is not None:
+            self._bias = F.pad(bias.float(), (0, -out_features % structs.BLOCK))
+        self._context = self._library.quire_context_new()
+        if status or not self._context:
+            raise MemoryError("no memory for a packed weight")
+        finalizer = weakref.finalize(self, self._library.quire_context_free, self._context)
+        finalizer.atexit = False
+        # A model that is nothing but its output matrix.
+        self._model = structs.Model()
+        self._model.hidden_size = in_features
+        self._model.head = structs.Matrix(
+            self._weight.data_ptr(),
+            self._tail.data_ptr(),
+            None if self._bias is None else self._bias.data_ptr(),
+            in_features,
+            out_features,
+            dtype,
+        )
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply rows, ``[num_rows, in_features]``; return ``[num_rows, out_features]``."""
+        x = x.to(torch.float32).contiguous()
+        result = torch.empty(x.shape[0], self._model.head.out_features, dtype=torch.float32)
+        status = self._library.quire_logits(
+            self._context,
+            ctypes.byref(self._model),
+            x.data_ptr(),
+            x.shape[0],
+            result.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if status:
+            raise MemoryError("no memory for a product")
+        return result
