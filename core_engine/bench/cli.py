@@ -25,13 +25,6 @@ app = typer.Typer(
 )
 
 
-def _assignments(texts: list[str] | None) -> list[str] | None:
-    for text in texts or ():
-        if "=" not in text:
-            raise typer.BadParameter(f"{text!r} is not NAME=VALUE")
-    return texts
-
-
 Model = Annotated[
     str | None, typer.Option(help="A checkpoint to measure with; else --random makes one.")
 ]
@@ -48,11 +41,7 @@ PeerPython = Annotated[
 ]
 PeerEnv = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="NAME=VALUE",
-        callback=_assignments,
-        help="An environment variable for vLLM's process.",
-    ),
+    typer.Option(metavar="NAME=VALUE", help="An environment variable for vLLM's process."),
 ]
 Repeats = Annotated[int, typer.Option(min=1, help="Counted runs per side.")]
 
@@ -89,6 +78,13 @@ def _peers(vs: str) -> list[str]:
     return names
 
 
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"--peer-env takes NAME=VALUE, not {text!r}")
+    return name, value
+
+
 def _contest(
     entries: list[tuple[str, str, dict[str, Any]]],
     model: str,
@@ -105,7 +101,7 @@ def _contest(
         for label, side, options in entries:
             place: dict[str, Any] = {}
             if side == "vllm":
-                variables = dict(each.split("=", 1) for each in peer_env or ())
+                variables = dict(_assignment(text) for text in peer_env or ())
                 place = {"python": peer_python or sys.executable, "environment": variables}
             contestants.append(
                 stack.enter_context(Contestant(label, side, model, options, **place))

@@ -84,7 +84,6 @@ def test_complete_reads_standard_input(model: list[str]) -> None:
     ):
         result = invoke("complete", *model, *GREEDY, "--json", stdin=piped)
         assert json.loads(result.stdout)["prompt"] == prompt
-    assert "final newline" in " ".join(invoke("complete", "--help").stdout.split())
 
 
 def test_engine_and_sampling_arguments_reach_their_place(model: list[str]) -> None:

@@ -74,7 +74,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_are_those_of_the_model_in_exact_arithmetic(
+def test_logits_are_those_of_transformers_in_exact_arithmetic(
     name: str, tiny_checkpoint: Make
 ) -> None:
     """Against transformers in float64: no further off than plain torch is in float32."""

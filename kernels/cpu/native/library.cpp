@@ -41,7 +41,7 @@ constexpr size_t kLoopsBeside = 16;
 // Memory for the steps of one model; one step at a time.
 struct Context {
   std::mutex in_use;
-  Memory x, normed, second, qkv, attended, inner, partial, scratch, narrow;
+  Memory x, normed, second, inner, partial, scratch, narrow;
 };
 
 // 16 rows of a weight, one after the other, into one block.
@@ -142,12 +142,14 @@ QUIRE_API int quire_forward(void* context, const Model* model, const Batch* batc
     }
     const int64_t count = batch->num_tokens;
     const int64_t size = scratch_size(*model);
+    float* shared = c.inner.reserve(
+        std::max(count * inner, padded(count * qkv, 16) + count * attended));
     const Buffers buffers{c.x.reserve(count * model->hidden_size),
                           c.normed.reserve(count * model->hidden_size),
                           needs_second ? c.second.reserve(count * model->hidden_size) : nullptr,
-                          c.qkv.reserve(count * qkv),
-                          c.attended.reserve(count * attended),
-                          c.inner.reserve(count * inner),
+                          shared,
+                          shared + padded(count * qkv, 16),
+                          shared,
                           c.partial.reserve(plan.partial_rows * partial),
                           partial};
     const Isa& use = isa();

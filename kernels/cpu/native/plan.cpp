@@ -1,7 +1,8 @@
 #include "plan.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
-#include <cstdlib>
 #include <new>
 
 namespace quire {
@@ -70,16 +71,20 @@ int64_t scratch_size(const Model& model) {
   return std::max(size, 2 * 16 * widest);
 }
 
-Memory::~Memory() { std::free(data_); }
+Memory::~Memory() {
+  if (data_ != nullptr) munmap(data_, size_ * sizeof(float));
+}
 
 float* Memory::reserve(int64_t num_floats) {
   if (num_floats > size_) {
-    std::free(data_);
+    if (data_ != nullptr) munmap(data_, size_ * sizeof(float));
+    data_ = nullptr;
     size_ = 0;
-    const int64_t size = (num_floats + 15) / 16 * 16;
-    data_ = static_cast<float*>(std::aligned_alloc(64, size * sizeof(float)));
-    if (data_ == nullptr) throw std::bad_alloc();
-    size_ = size;
+    void* found = mmap(nullptr, num_floats * sizeof(float), PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (found == MAP_FAILED) throw std::bad_alloc();
+    data_ = static_cast<float*>(found);
+    size_ = num_floats;
   }
   return data_;
 }

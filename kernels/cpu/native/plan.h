@@ -39,7 +39,7 @@ struct AttentionPlan {
 
 AttentionPlan plan_attention(const Model& model, const Batch& batch, int num_threads);
 
-// Rows of intermediate results; each lies in memory of its own.
+// Rows of intermediate results. The MLP's lie where those of the attention lay.
 struct Buffers {
   float* x;         // [num_tokens][hidden_size]: the residual stream
   float* normed;    // [num_tokens][hidden_size]
@@ -57,7 +57,9 @@ inline int64_t padded(int64_t size, int64_t unit) { return (size + unit - 1) / u
 int64_t scratch_size(const Model& model);
 
 
-// Memory that only grows, aligned for any vector; what it held is lost when it does.
+// Memory that only grows, and of which only what is written to is taken from the system. What it
+// held is lost when it grows. It comes from the system itself: an allocator would keep what was
+// outgrown.
 class Memory {
  public:
   Memory() = default;
