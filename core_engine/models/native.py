@@ -92,7 +92,7 @@ class NativeForward:
             self._attach(kv_caches)
         self._extend_tables(int(batch.seq_lens.max()))
         num_tokens = batch.input_ids.shape[0]
-        hidden = torch.empty(num_tokens, self._spec.hidden_size, dtype=torch.float32)
+        hidden = torch.empty(num_tokens, self._spec.hidden_size, dtype=torch.float32, device="cpu")
         held = [
             batch.input_ids.contiguous(),
             batch.positions.contiguous(),
@@ -125,7 +125,9 @@ class NativeForward:
         Tensor[num_rows, vocab_size], float32
         """
         hidden = hidden.contiguous()
-        logits = torch.empty(hidden.shape[0], self._spec.vocab_size, dtype=torch.float32)
+        logits = torch.empty(
+            hidden.shape[0], self._spec.vocab_size, dtype=torch.float32, device="cpu"
+        )
         self._check(
             self._library.quire_logits(
                 self._context,
@@ -238,7 +240,7 @@ class NativeForward:
         out.softcap = spec.softcap or 0.0
         out.clip_qkv = spec.clip_qkv or 0.0
         if spec.alibi_slopes is not None:
-            slopes = torch.tensor(spec.alibi_slopes, dtype=torch.float32)
+            slopes = torch.tensor(spec.alibi_slopes, dtype=torch.float32, device="cpu")
             out.alibi_slopes = self._keep(slopes)
 
     def _norm(self, name: str, spec: NormSpec | None) -> structs.Norm:
@@ -259,7 +261,7 @@ class NativeForward:
         tail = None
         rest = out_features % structs.BLOCK
         if rest:
-            tail = torch.zeros(structs.BLOCK * in_features, dtype=weight.dtype)
+            tail = torch.zeros(structs.BLOCK * in_features, dtype=weight.dtype, device="cpu")
         status = self._library.quire_pack(
             weight.data_ptr(),
             out_features,

@@ -36,7 +36,7 @@ class PackedLinear:
         dtype = structs.DTYPES[str(weight.dtype).removeprefix("torch.")]
         if dtype == structs.DTYPES["bfloat16"] and in_features % 2:
             raise ValueError(f"a bfloat16 weight has {in_features} inputs; it must be even")
-        self._tail = torch.zeros(structs.BLOCK * in_features, dtype=weight.dtype)
+        self._tail = torch.zeros(structs.BLOCK * in_features, dtype=weight.dtype, device="cpu")
         status = self._library.quire_pack(
             self._weight.data_ptr(),
             out_features,
@@ -68,7 +68,9 @@ class PackedLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply rows, ``[num_rows, in_features]``; return ``[num_rows, out_features]``."""
         x = x.to(torch.float32).contiguous()
-        result = torch.empty(x.shape[0], self._model.head.out_features, dtype=torch.float32)
+        result = torch.empty(
+            x.shape[0], self._model.head.out_features, dtype=torch.float32, device="cpu"
+        )
         status = self._library.quire_logits(
             self._context,
             ctypes.byref(self._model),
