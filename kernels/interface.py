@@ -355,7 +355,7 @@ class Backend(Protocol):
     # same, bit for bit, whatever rows stand beside it. Of equal logits, that of the lower token
     # id counts as the higher.
 
-    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+    def argmax(self, logits: torch.Tensor) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Find each row's most likely token.
 
         Parameters
@@ -364,7 +364,9 @@ class Backend(Protocol):
 
         Returns
         -------
-        Tensor[num_rows], int64
+        token_ids : ndarray[num_rows], int64
+        highest : ndarray[num_rows], float32
+            Their logits; NaN where any of the row's is.
         """
 
     def log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
@@ -451,7 +453,7 @@ class Backend(Protocol):
         top_p: npt.NDArray[np.float64],
         min_p: npt.NDArray[np.float64],
         uniform: npt.NDArray[np.float64],
-    ) -> torch.Tensor:
+    ) -> npt.NDArray[np.int64]:
         """Draw one token per row, by the inverse of the cumulative distribution.
 
         Logits are divided by the temperature. Of the distribution that results, `top_k` keeps
@@ -478,5 +480,5 @@ class Backend(Protocol):
 
         Returns
         -------
-        Tensor[num_rows], int64
+        ndarray[num_rows], int64
         """

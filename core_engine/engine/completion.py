@@ -29,13 +29,14 @@ class Completion:
 
     __slots__ = (
         "_detokenizer",
+        "_ends",
         "_eos",
         "_max_tokens",
+        "_num_read",
         "_params",
         "_request",
         "_sent_finish",
         "_sent_tokens",
-        "_stop_token_ids",
         "cumulative_logprob",
         "finish_reason",
         "index",
@@ -64,24 +65,41 @@ class Completion:
         self._request = request
         self._params = params
         self._eos = eos_token_ids
-        self._stop_token_ids = frozenset(params.stop_token_ids or ())
+        self._ends = eos_token_ids.union(params.stop_token_ids or ())
         self._detokenizer = Detokenizer(tokenizer, params, request.prompt_token_ids)
+        self._num_read = 0
         self._sent_tokens = 0
         self._sent_finish = False
 
-    def append(self, token_id: int) -> None:
-        """Take the next token and decide whether it is the last."""
-        self.token_ids.append(token_id)
-        if token_id in self._eos:
+    def append(self, token_id: int) -> bool:
+        """Take the next token; return whether it is the last.
+
+        Text is made of it when it is asked for, or now where a stop string may end in it.
+        """
+        token_ids = self.token_ids
+        token_ids.append(token_id)
+        if token_id in self._ends:
             self.finish_reason = "stop"
-        elif token_id in self._stop_token_ids:
-            self.finish_reason, self.stop_reason = "stop", token_id
-        if self.finish_reason is None or self._params.include_stop_str_in_output:
-            stop = self._detokenizer.append([token_id])
-            if stop is not None and self.finish_reason is None:
+            if token_id not in self._eos:
+                self.stop_reason = token_id
+        elif self._detokenizer.looks_for_stops:
+            stop = self._read()
+            if stop is not None:
                 self.finish_reason, self.stop_reason = "stop", stop
-        if self.finish_reason is None and len(self.token_ids) >= self._max_tokens:
+        if self.finish_reason is None and len(token_ids) >= self._max_tokens:
             self.finish_reason = "length"
+        return self.finish_reason is not None
+
+    def _read(self) -> str | None:
+        """Make text of the tokens that were not read yet, but for one that ends the text."""
+        end = len(self.token_ids)
+        if end and self.token_ids[-1] in self._ends and not self._params.include_stop_str_in_output:
+            end -= 1
+        if end <= self._num_read:
+            return None
+        unread = self.token_ids[self._num_read : end]
+        self._num_read = end
+        return self._detokenizer.append(unread)
 
     def has_news(self) -> bool:
         """Return whether anything happened since the last delta."""
@@ -90,6 +108,7 @@ class Completion:
 
     def output(self) -> CompletionOutput:
         """Return all of it."""
+        self._read()
         text = self._detokenizer.text(finished=self.finish_reason is not None)
         return self._output(text, list(self.token_ids), self.logprobs)
 
@@ -97,6 +116,7 @@ class Completion:
         """Return what is new since the last call."""
         finished = self.finish_reason is not None
         first = self._sent_tokens
+        self._read()
         output = self._output(
             self._detokenizer.take(finished=finished),
             self.token_ids[first:],

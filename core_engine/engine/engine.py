@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from quire.engine.beams import beam_logprobs, start_beam_search
@@ -19,12 +20,13 @@ from quire.engine.runner import ModelRunner
 from quire.engine.scheduler import Scheduler, StepPlan
 from quire.engine.sequence import Sequence, SequenceStatus
 from quire.engine.sequence_table import SequenceTable
+from quire.engine.token_logprobs import TokenLogprobsMaker
 from quire.errors import EngineClosedError, InvalidRequestError, RequestFailedError
-from quire.outputs import Logprob, RequestOutput, TokenLogprobs
+from quire.outputs import RequestOutput
 from quire.sampling.processors import LogitsProcessors
 from quire.sampling.random import derive_seed
 from quire.sampling.row import num_beam_candidates
-from quire.sampling.sampler import LogprobsTensors, Sampler
+from quire.sampling.sampler import LogprobsTensors, Sampler, SamplerOutput
 
 if TYPE_CHECKING:
     from quire.config import EngineConfig
@@ -33,10 +35,6 @@ if TYPE_CHECKING:
 
 StepOutput = RequestOutput | RequestFailedError
 """What a step says of a request: both have ``request_id``; a failure is the last word."""
-
-# Rows of logits that are turned into prompt logprobs at once: a long prompt times a large
-# vocabulary would otherwise take gigabytes.
-_PROMPT_LOGPROBS_ROWS = 64
 
 
 class Engine:
@@ -88,6 +86,7 @@ class Engine:
             config.cache.block_size,
             runner.device,
         )
+        self._logprobs = TokenLogprobsMaker(tokenizer)
         self._requests: dict[str, LiveRequest] = {}
         self._num_arrivals = 0
 
@@ -185,25 +184,41 @@ class Engine:
         self._admit(plan)
         if not plan.sequences:
             raise RuntimeError(f"nothing can be scheduled: {self.scheduler.running}")
+        runner = self._runner
         try:
-            batch, caught_up = self._table.build(plan)
+            batch, rows, caught_up = self._table.build(plan)
+            chosen_rows = rows[caught_up]
             forward_started = time.perf_counter()
-            hidden = self._runner.forward(batch)
-            logits = None
-            if caught_up.any():
-                logits = self._runner.logits(hidden, batch.logits_indices)
+            hidden = runner.forward(batch)
+            logits = likeliest = None
+            if not len(chosen_rows):
+                pass
+            elif self._sampler.needs_logits(chosen_rows):
+                logits = runner.logits(hidden, batch.logits_indices)
+            else:
+                likeliest = runner.likeliest(hidden, batch.logits_indices)
             self.metrics_data.forward_seconds += time.perf_counter() - forward_started
         except Exception as error:  # whatever a model raises, the engine goes on
             return self._fail_step(plan, error)
         failed = self._collect_prompt_logprobs(plan, hidden)
         self.scheduler.update(plan)
+        self._table.advance(rows, plan)
         outputs: list[StepOutput] = []
-        if logits is not None:
+        if len(chosen_rows):
             try:
-                outputs = self._sample(plan, caught_up, logits, failed)
+                if logits is not None:
+                    sampled = self._sampler.sample(logits, chosen_rows)
+                else:
+                    assert likeliest is not None
+                    sampled = self._sampler.take_likeliest(*likeliest)
+                sequences = plan.sequences
+                if len(caught_up) < len(sequences):
+                    sequences = [sequences[i] for i in caught_up]
+                outputs = self._append_all(sequences, chosen_rows, sampled, failed)
             except Exception as error:
                 return self._fail_step(plan, error)
-        outputs += [self._fail(self._requests[id_], error) for id_, error in failed.items()]
+        if failed:
+            outputs += [self._fail(self._requests[id_], error) for id_, error in failed.items()]
         self.metrics_data.num_steps += 1
         self.metrics_data.num_computed_tokens += plan.num_tokens
         self.metrics_data.step_seconds += time.perf_counter() - started
@@ -237,46 +252,43 @@ class Engine:
             bad_words_ids=live.request.bad_words_ids,
         )
 
-    def _sample(
+    def _append_all(
         self,
-        plan: StepPlan,
-        caught_up: np.ndarray,
-        logits: torch.Tensor,
+        sequences: list[Sequence],
+        rows: npt.NDArray[np.int64],
+        sampled: SamplerOutput,
         failed: dict[str, BaseException],
     ) -> list[StepOutput]:
-        """Choose tokens, and return what requests are to be told; add those that fail."""
-        sequences = [plan.sequences[i] for i in np.flatnonzero(caught_up)]
-        rows = np.array([s.row for s in sequences], dtype=np.int64)
-        sampled = self._sampler.sample(logits, rows)
-        plain = np.array(
-            [s.row >= 0 and self._requests[s.request_id].beam is None for s in sequences]
-        )
-        self._table.append(rows[plain], sampled.token_ids[plain])
-
+        """Give sequences their tokens; return what requests are to be told, add those that fail."""
+        requests = self._requests
+        failures, logprobs = sampled.failures, sampled.logprobs
+        self._table.append(rows, sampled.token_ids)
         touched: dict[str, LiveRequest] = {}
         now = time.monotonic()
-        token_ids = sampled.token_ids.tolist()
-        for i, sequence in enumerate(sequences):
-            live = self._requests[sequence.request_id]
-            if i in sampled.failures:
-                failed.setdefault(sequence.request_id, sampled.failures[i])
+        self.metrics_data.num_generation_tokens += len(sequences) - len(failures)
+        for i, token_id in enumerate(sampled.token_ids.tolist()):
+            sequence = sequences[i]
+            live = requests[sequence.request_id]
+            if i in failures:
+                failed.setdefault(sequence.request_id, failures[i])
                 continue
-            touched[sequence.request_id] = live
-            if live.metrics.first_token_time is None:
-                live.metrics.first_token_time = now
-            for sample in live.deferred:
-                live.sequences[sample.index] = sample
-                self.scheduler.add(sample)
-            live.deferred.clear()
             try:
-                if live.beam is not None:
-                    assert sampled.logprobs is not None
-                    self._report_candidates(live, sequence, sampled.logprobs, i)
+                completion = live.quiet
+                if completion is not None:
+                    if not completion.append(token_id):
+                        continue
+                    self._finish_sequence(live, sequence)
+                elif live.beam is not None:
+                    assert logprobs is not None
+                    self._table.take_back(sequence)  # the search decides which token it is
+                    self._report_candidates(live, sequence, logprobs, i)
                 else:
-                    self._append(live, sequence, token_ids[i], sampled.logprobs, i)
+                    self._append(live, sequence, token_id, logprobs, i)
             except Exception as error:  # such as a tokenizer's: it concerns this request alone
                 failed.setdefault(sequence.request_id, error)
-            self.metrics_data.num_generation_tokens += 1
+            touched[sequence.request_id] = live
+            if live.metrics.first_token_time is None:
+                self._begin(live, now)
 
         outputs: list[StepOutput] = []
         for live in touched.values():
@@ -297,6 +309,15 @@ class Engine:
                 outputs.append(output)
         return outputs
 
+    def _begin(self, live: LiveRequest, now: float) -> None:
+        """Take note of a request's first token; let samples that waited for it go."""
+        live.metrics.first_token_time = now
+        for sample in live.deferred:
+            live.sequences[sample.index] = sample
+            self.scheduler.add(sample)
+        live.deferred.clear()
+        live.quiet = live.quiet_completion()
+
     def _append(
         self,
         live: LiveRequest,
@@ -312,63 +333,29 @@ class Engine:
             completion.cumulative_logprob += float(logprobs.logprobs[i, 0])
             if completion.logprobs is not None:
                 k = params.logprobs or 0
-                completion.logprobs.append(self._token_logprobs(logprobs, i, k))
-        completion.append(token_id)
-        if completion.finish_reason is not None:
+                completion.logprobs.append(self._logprobs.entries(logprobs, i, k))
+        if completion.append(token_id):
             self._finish_sequence(live, sequence)
-
-    def _token_logprobs(self, logprobs: LogprobsTensors, i: int, k: int) -> TokenLogprobs:
-        width = logprobs.token_ids.shape[1] if k < 0 else min(k + 1, logprobs.token_ids.shape[1])
-        ids = logprobs.token_ids[i, :width].tolist()
-        values = logprobs.logprobs[i, :width].tolist()
-        ranks = [int(logprobs.ranks[i]), *range(1, width)]
-        entries: TokenLogprobs = {}
-        for token_id, value, rank in zip(ids, values, ranks, strict=True):
-            if token_id not in entries:
-                entries[token_id] = Logprob(value, rank, self._token_text(token_id))
-        return entries
-
-    def _token_text(self, token_id: int) -> str | None:
-        return None if self.tokenizer is None else self.tokenizer.decode_token(token_id)
 
     def _collect_prompt_logprobs(
         self, plan: StepPlan, hidden: torch.Tensor
     ) -> dict[str, BaseException]:
         """Add what this step tells of prompts; return the requests for which that failed."""
         failed: dict[str, BaseException] = {}
+        if not plan.reads_prompts:
+            return failed
+        assert self._runner is not None
         start = 0
         for sequence, count in zip(plan.sequences, plan.num_new_tokens, strict=True):
             if sequence.skip_cached_prefix:
+                live = self._requests[sequence.request_id]
+                own = hidden[start : start + count]
                 try:
-                    self._extend_prompt_logprobs(sequence, hidden[start : start + count])
+                    self._logprobs.extend_prompt(live, sequence, own, self._runner, self._sampler)
                 except Exception as error:  # it concerns this request alone
                     failed[sequence.request_id] = error
             start += count
         return failed
-
-    def _extend_prompt_logprobs(self, sequence: Sequence, hidden: torch.Tensor) -> None:
-        assert self._runner is not None
-        live = self._requests[sequence.request_id]
-        entries = live.prompt_logprobs
-        assert entries is not None
-        first = sequence.num_computed_tokens
-        # Position p predicts prompt token p + 1; recomputation must not add it twice.
-        todo = range(
-            max(first, len(entries) - 1),
-            min(first + len(hidden), sequence.num_prompt_tokens - 1),
-        )
-        k = live.request.params.prompt_logprobs or 0
-        for low in range(todo.start, todo.stop, _PROMPT_LOGPROBS_ROWS):
-            positions = range(low, min(low + _PROMPT_LOGPROBS_ROWS, todo.stop))
-            indices = torch.tensor([p - first for p in positions], device=hidden.device)
-            targets = torch.tensor(
-                [sequence.prompt_token_ids[p + 1] for p in positions], device=hidden.device
-            )
-            logits = self._runner.logits(hidden, indices)
-            tensors = self._sampler.logprobs_for(logits, targets, k)
-            entries.extend(self._token_logprobs(tensors, i, k) for i in range(len(positions)))
-        if len(entries) == sequence.num_prompt_tokens:
-            sequence.skip_cached_prefix = False
 
     # -- beam search ---------------------------------------------------------------------------
 
@@ -434,7 +421,7 @@ class Engine:
             completion.stop_reason = hypothesis.stop_reason
             if completion.logprobs is not None:
                 completion.logprobs.extend(
-                    beam_logprobs(source, live.request.params.logprobs or 0, self._token_text)
+                    beam_logprobs(source, live.request.params.logprobs or 0, self._logprobs.text)
                     for source in hypothesis.sources
                 )
 

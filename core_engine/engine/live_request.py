@@ -31,6 +31,9 @@ class LiveRequest:
         The search, for a request that asked for one.
     prompt_logprobs : list or None
         One entry per prompt token so far, the first of them None.
+    quiet : Completion or None
+        Its only completion, of which nothing is told or wanted but tokens until it ends; set
+        when it has begun.
     """
 
     def __init__(
@@ -56,12 +59,25 @@ class LiveRequest:
         self.num_cached_tokens = 0
         self._tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
+        self.quiet: Completion | None = None
 
     def start_completion(self, index: int, token_ids: list[int]) -> Completion:
         """Begin the output of sequence ``index`` over its list of tokens."""
         completion = Completion(self.request, index, token_ids, self._tokenizer, self.eos_token_ids)
         self.completions[index] = completion
         return completion
+
+    def quiet_completion(self) -> Completion | None:
+        """Return what ``quiet`` is to be once the request has begun."""
+        params = self.request.params
+        if (
+            self.beam is None
+            and params.num_sequences == 1
+            and params.logprobs is None
+            and params.output_kind == RequestOutputKind.FINAL_ONLY
+        ):
+            return self.completions[0]
+        return None
 
     @property
     def finished(self) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from quire.engine.batch import ForwardBatch
@@ -38,6 +40,7 @@ class ModelRunner:
     ) -> None:
         self.model = model
         self.device = device
+        self._kernels = kernels
         self._kv_caches = [
             kernels.allocate_kv_cache(num_blocks, block_size, num_heads, head_dim, dtype, device)
             for num_heads, head_dim in model.kv_cache_layers()
@@ -50,6 +53,19 @@ class ModelRunner:
     def logits(self, hidden: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Return the logits after the given tokens, ``[num_indices, vocab_size]``, float32."""
         return self.model.compute_logits(hidden.index_select(0, indices))
+
+    def likeliest(
+        self, hidden: torch.Tensor, indices: torch.Tensor
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Return the likeliest tokens after the given ones, and their logits.
+
+        Where it can, without all the other logits ever being in memory. As
+        :meth:`quire.kernels.interface.Backend.argmax` does for logits.
+        """
+        native = self.model.native
+        if native is not None:
+            return native.likeliest(hidden, indices)
+        return self._kernels.argmax(self.logits(hidden, indices))
 
 
 def kv_bytes_per_block(model: Decoder, block_size: int, dtype: torch.dtype) -> int:

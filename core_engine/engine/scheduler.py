@@ -25,17 +25,29 @@ class StepPlan:
         Those among them that did not run before this step.
     preempted : list of Sequence
         Those that lost their blocks in favour of others; released before ``admitted`` enter.
+    grown : list of Sequence
+        Those among ``sequences`` that hold blocks they did not hold before.
+    num_tokens : int
+        Tokens computed in this step.
+    reads_prompts : bool
+        Whether prompt logprobs are wanted of any of the sequences.
     """
 
     sequences: list[Sequence] = field(default_factory=list)
     num_new_tokens: list[int] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
+    grown: list[Sequence] = field(default_factory=list)
+    num_tokens: int = 0
+    reads_prompts: bool = False
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens computed in this step."""
-        return sum(self.num_new_tokens)
+    def add(self, sequence: Sequence, num_new_tokens: int) -> None:
+        """Let a sequence compute its next tokens."""
+        self.sequences.append(sequence)
+        self.num_new_tokens.append(num_new_tokens)
+        self.num_tokens += num_new_tokens
+        if sequence.skip_cached_prefix:
+            self.reads_prompts = True
 
 
 class Scheduler:
@@ -124,28 +136,31 @@ class Scheduler:
 
     def _schedule_running(self, plan: StepPlan) -> int:
         budget = self.max_num_batched_tokens
+        size, running, parked = self.pool.block_size, self.running, SequenceStatus.PARKED
         i = 0
-        while i < len(self.running) and budget > 0:
-            sequence = self.running[i]
-            count = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
-            if sequence.status is SequenceStatus.PARKED or count <= 0:
+        while i < len(running) and budget > 0:
+            sequence = running[i]
+            computed = sequence.num_computed_tokens
+            count = min(sequence.num_tokens - computed, budget)
+            if sequence.status is parked or count <= 0:
                 i += 1
                 continue
-            wanted = self._blocks_wanted(sequence, count)
-            while wanted > self.pool.num_free:
-                victim = self._victim()
-                if victim < sequence:  # it is parked, so not in the plan
-                    i -= 1
-                self._preempt(victim, plan)
-                if victim is sequence:
-                    break
-            else:
-                if wanted > 0:
-                    sequence.block_ids.extend(self.pool.allocate(wanted))
-                plan.sequences.append(sequence)
-                plan.num_new_tokens.append(count)
-                budget -= count
-                i += 1
+            wanted = -(-(computed + count) // size) - len(sequence.block_ids)
+            if wanted > 0:
+                while wanted > self.pool.num_free:
+                    victim = self._victim()
+                    if victim < sequence:  # it is parked, so not in the plan
+                        i -= 1
+                    self._preempt(victim, plan)
+                    if victim is sequence:
+                        break
+                if sequence.status is not SequenceStatus.RUNNING:
+                    continue
+                sequence.block_ids.extend(self.pool.allocate(wanted))
+                plan.grown.append(sequence)
+            plan.add(sequence, count)
+            budget -= count
+            i += 1
         return budget
 
     def _schedule_waiting(self, plan: StepPlan, budget: int) -> None:
@@ -172,9 +187,9 @@ class Scheduler:
                 self._preempt(parked[-1], plan)
                 continue
             self._admit(sequence, hits, wanted)
-            plan.sequences.append(sequence)
-            plan.num_new_tokens.append(count)
+            plan.add(sequence, count)
             plan.admitted.append(sequence)
+            plan.grown.append(sequence)
             budget -= count
         for sequence in deferred:
             heapq.heappush(self._waiting, sequence)
@@ -195,13 +210,12 @@ class Scheduler:
 
     def update(self, plan: StepPlan) -> None:
         """Record that a step has run: its tokens are computed, its full blocks can be found."""
+        size = self.pool.block_size
         for sequence, count in zip(plan.sequences, plan.num_new_tokens, strict=True):
             before = sequence.num_computed_tokens
-            sequence.num_computed_tokens = before + count
-            size = self.pool.block_size
-            first, last = before // size, (before + count) // size
-            if sequence.publish and last > first:
-                self._publish(sequence, first, last)
+            after = sequence.num_computed_tokens = before + count
+            if sequence.publish and after // size > before // size:
+                self._publish(sequence, before // size, after // size)
 
     # -- details -------------------------------------------------------------------------------
 
@@ -256,9 +270,6 @@ class Scheduler:
 
     def _ceil_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.pool.block_size)
-
-    def _blocks_wanted(self, sequence: Sequence, count: int) -> int:
-        return self._ceil_blocks(sequence.num_computed_tokens + count) - len(sequence.block_ids)
 
     def _victim(self) -> Sequence:
         for sequence in reversed(self.running):

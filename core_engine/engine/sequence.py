@@ -24,7 +24,7 @@ class Sequence:
     index : int
         Its number within the request.
     prompt_token_ids : list of int
-        Shared with the other sequences of the request.
+        Shared with the other sequences of the request. ``num_prompt_tokens`` is their number.
     output_token_ids : list of int
     num_computed_tokens : int
         Tokens whose keys and values lie in the blocks. A step lets it catch up with
@@ -48,6 +48,7 @@ class Sequence:
         "index",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_prompt_tokens",
         "order",
         "output_token_ids",
         "prompt_token_ids",
@@ -73,6 +74,7 @@ class Sequence:
         self.request_id = request_id
         self.index = index
         self.prompt_token_ids = prompt_token_ids
+        self.num_prompt_tokens = len(prompt_token_ids)
         self.output_token_ids: list[int] = []
         self.order = order
         self.root_key = root_key
@@ -88,16 +90,11 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         """Prompt and output tokens."""
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Prompt tokens."""
-        return len(self.prompt_token_ids)
+        return self.num_prompt_tokens + len(self.output_token_ids)
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Return the tokens ``start:stop``, over prompt and output."""
-        num_prompt = len(self.prompt_token_ids)
+        num_prompt = self.num_prompt_tokens
         if stop <= num_prompt:
             return self.prompt_token_ids[start:stop]
         if start >= num_prompt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from quire.engine.batch import ForwardBatch
@@ -37,6 +38,7 @@ class SequenceTable:
         self.device = device
         self._token_ids = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int32)
         self._num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
+        self._num_computed = np.zeros(max_num_seqs, dtype=np.int64)
         max_blocks = -(-(max_model_len + 1) // block_size)
         self._block_tables = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         self._num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
@@ -48,6 +50,7 @@ class SequenceTable:
         num_tokens = sequence.num_tokens
         self._token_ids[row, :num_tokens] = sequence.tokens(0, num_tokens)
         self._num_tokens[row] = num_tokens
+        self._num_computed[row] = sequence.num_computed_tokens
         self._num_blocks[row] = 0
 
     def release(self, sequence: Sequence) -> None:
@@ -59,44 +62,52 @@ class SequenceTable:
             self._free_rows.append(row)
             sequence.row = -1
 
-    def append(self, rows: np.ndarray, token_ids: np.ndarray) -> None:
+    def append(self, rows: npt.NDArray[np.int64], token_ids: npt.NDArray[np.int64]) -> None:
         """Add one token to each of the rows."""
         self._token_ids[rows, self._num_tokens[rows]] = token_ids
         self._num_tokens[rows] += 1
 
-    def build(self, plan: StepPlan) -> tuple[ForwardBatch, np.ndarray]:
+    def take_back(self, sequence: Sequence) -> None:
+        """Remove the token that was added last."""
+        self._num_tokens[sequence.row] -= 1
+
+    def advance(self, rows: npt.NDArray[np.int64], plan: StepPlan) -> None:
+        """Record that a step has run: its rows are computed that far."""
+        self._num_computed[rows] += plan.num_new_tokens
+
+    def build(
+        self, plan: StepPlan
+    ) -> tuple[ForwardBatch, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Cut a step's batch.
 
         Returns
         -------
         batch : ForwardBatch
             With logits wanted after the last token of each sequence that has caught up.
-        caught_up : ndarray[num_seqs], bool
-            Which sequences those are.
+        rows : ndarray[num_seqs], int64
+        caught_up : ndarray[num_caught_up], int64
+            Which of the sequences those are.
         """
+        for sequence in plan.grown:
+            row, known = sequence.row, self._num_blocks[sequence.row]
+            self._block_tables[row, known : len(sequence.block_ids)] = sequence.block_ids[known:]
+            self._num_blocks[row] = len(sequence.block_ids)
         num_seqs = len(plan.sequences)
-        rows = np.empty(num_seqs, dtype=np.int64)
-        computed = np.empty(num_seqs, dtype=np.int64)
-        for i, sequence in enumerate(plan.sequences):
-            row = rows[i] = sequence.row
-            computed[i] = sequence.num_computed_tokens
-            known = self._num_blocks[row]
-            if known != len(sequence.block_ids):
-                self._block_tables[row, known : len(sequence.block_ids)] = sequence.block_ids[
-                    known:
-                ]
-                self._num_blocks[row] = len(sequence.block_ids)
-        counts = np.array(plan.num_new_tokens, dtype=np.int64)
-        ends = np.cumsum(counts)
-        starts = ends - counts
-        total = int(ends[-1])
-
-        token_rows = np.repeat(rows, counts)
-        positions = np.arange(total) - np.repeat(starts - computed, counts)
+        rows = np.array([sequence.row for sequence in plan.sequences], dtype=np.int64)
+        computed = self._num_computed[rows]
+        if plan.num_tokens == num_seqs:
+            ends = np.arange(1, num_seqs + 1)
+            seq_lens = computed + 1
+            token_rows, positions = rows, computed
+        else:
+            counts = np.array(plan.num_new_tokens, dtype=np.int64)
+            ends = np.cumsum(counts)
+            seq_lens = computed + counts
+            token_rows = np.repeat(rows, counts)
+            positions = np.arange(ends[-1]) - np.repeat(ends - seq_lens, counts)
         blocks = self._block_tables[token_rows, positions // self.block_size].astype(np.int64)
         slots = blocks * self.block_size + positions % self.block_size
-        seq_lens = computed + counts
-        caught_up = seq_lens == self._num_tokens[rows]
+        caught_up = np.flatnonzero(seq_lens == self._num_tokens[rows])
         width = -(-int(seq_lens.max()) // self.block_size)
         query_start_loc = np.zeros(num_seqs + 1, dtype=np.int32)
         query_start_loc[1:] = ends
@@ -109,12 +120,18 @@ class SequenceTable:
             slot_mapping=self._tensor(slots),
             logits_indices=self._tensor(ends[caught_up] - 1),
         )
-        return batch, caught_up
+        return batch, rows, caught_up
 
     def check_integrity(self, alive: Iterable[Sequence]) -> None:
         """Raise AssertionError unless rows are free or owned by exactly one sequence alive."""
-        rows = sorted([s.row for s in alive if s.row >= 0] + self._free_rows)
+        running = [s for s in alive if s.row >= 0]
+        rows = sorted([s.row for s in running] + self._free_rows)
         assert rows == list(range(len(self._num_tokens))), f"rows lost or doubled: {rows}"
+        for sequence in running:
+            computed = self._num_computed[sequence.row]
+            assert computed == sequence.num_computed_tokens, f"{sequence}: {computed} in the table"
+            known = self._num_tokens[sequence.row]
+            assert known == sequence.num_tokens, f"{sequence}: {known} tokens in the table"
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)

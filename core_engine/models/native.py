@@ -7,6 +7,8 @@ import math
 import weakref
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from quire.errors import OutOfMemoryError, QuireError
@@ -139,6 +141,39 @@ class NativeForward:
             )
         )
         return logits
+
+    def likeliest(
+        self, hidden: torch.Tensor, indices: torch.Tensor
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Return the likeliest token after some rows of what :meth:`forward` returned.
+
+        Parameters
+        ----------
+        hidden : Tensor[num_tokens, hidden_size], float32
+        indices : Tensor[num_rows], int64
+
+        Returns
+        -------
+        token_ids : ndarray[num_rows], int64
+        highest : ndarray[num_rows], float32
+            Their logits; NaN where any of the row's is.
+        """
+        num_rows = indices.shape[0]
+        token_ids = np.empty(num_rows, dtype=np.int64)
+        highest = np.empty(num_rows, dtype=np.float32)
+        self._check(
+            self._library.quire_likeliest(
+                self._context,
+                self._model,
+                hidden.data_ptr(),
+                indices.data_ptr(),
+                num_rows,
+                token_ids.ctypes.data,
+                highest.ctypes.data,
+                torch.get_num_threads(),
+            )
+        )
+        return token_ids, highest
 
     @staticmethod
     def _check(status: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -25,13 +24,11 @@ if TYPE_CHECKING:
 __all__ = ["LogprobsTensors", "Sampler", "SamplerOutput"]
 
 
-class _Need(enum.IntFlag):
-    """What a row needs besides the likeliest token of its logits."""
-
-    DRAW = 1
-    EDIT = 2
-    BEAMS = 4
-    LOGPROBS = 8
+# What a row needs besides the likeliest token of its logits, as bits of one number.
+_DRAW = 1
+_EDIT = 2
+_BEAMS = 4
+_LOGPROBS = 8
 
 
 @dataclass(slots=True)
@@ -140,19 +137,19 @@ class Sampler:
         if self._rows[row] is not None:
             raise ValueError(f"row {row} is taken; remove its sequence first")
         state = Row(params, prompt_token_ids, output_token_ids, eos_token_ids, bad_words_ids)
-        need = _Need(0)
+        need = 0
         asked = params.logprobs
         if not state.is_plain:
-            need |= _Need.EDIT
+            need |= _EDIT
         if params.use_beam_search:
-            need |= _Need.BEAMS
+            need |= _BEAMS
             asked = num_beam_candidates(params, eos_token_ids)
         elif not params.is_greedy:
-            need |= _Need.DRAW
+            need |= _DRAW
         if asked is None and params.num_sequences > params.n:
             asked = 0  # the best are chosen by their cumulative log-probability
         if asked is not None:
-            need |= _Need.LOGPROBS
+            need |= _LOGPROBS
             asked = self._vocab_size if asked == -1 else min(asked, self._vocab_size)
         self._rows[row] = state
         self._needs[row] = need
@@ -167,6 +164,28 @@ class Sampler:
         """Take a row back from its sequence; a free row stays free."""
         self._rows[row] = None
         self._needs[row] = 0
+
+    def needs_logits(self, rows: npt.NDArray[np.int64]) -> bool:
+        """Whether any of the rows needs more than the likeliest token of its logits."""
+        return bool(self._needs[rows].any())
+
+    def take_likeliest(
+        self, token_ids: npt.NDArray[np.int64], highest: npt.NDArray[np.float32]
+    ) -> SamplerOutput:
+        """Choose for rows that need no more than the likeliest token.
+
+        Parameters
+        ----------
+        token_ids : ndarray[num_rows], int64
+            The likeliest tokens.
+        highest : ndarray[num_rows], float32
+            Their logits; NaN where any of the row's is.
+        """
+        failures: dict[int, BaseException] = {}
+        for place in np.flatnonzero(~np.isfinite(highest)).tolist():
+            failures[place] = _model_error(float(highest[place]))
+            token_ids[place] = 0
+        return SamplerOutput(token_ids, None, failures)
 
     @torch.no_grad()
     def sample(self, logits: torch.Tensor, rows: npt.NDArray[np.int64]) -> SamplerOutput:
@@ -187,17 +206,17 @@ class Sampler:
         union = int(np.bitwise_or.reduce(needs)) if len(rows) else 0
         raw = logits.float()
         edited, failures = raw, {}
-        if union & (_Need.EDIT | _Need.BEAMS):
+        if union & (_EDIT | _BEAMS):
             edited = raw.clone()
             failures = self._edit(edited, rows, needs)
         token_ids = self._choose(raw, edited, rows, needs, failures)
         logprobs = None
-        if union & _Need.LOGPROBS:
-            logprobs = self._logprobs(raw, edited, rows, needs, token_ids)
-        chosen = token_ids.cpu().numpy()
+        if union & _LOGPROBS:
+            chosen = torch.from_numpy(token_ids).to(raw.device)
+            logprobs = self._logprobs(raw, edited, rows, needs, chosen)
         if failures:
-            chosen[list(failures)] = 0
-        return SamplerOutput(chosen, logprobs, failures)
+            token_ids[list(failures)] = 0
+        return SamplerOutput(token_ids, logprobs, failures)
 
     @torch.no_grad()
     def logprobs_for(
@@ -218,10 +237,10 @@ class Sampler:
     def _edit(
         self, logits: torch.Tensor, rows: npt.NDArray[np.int64], needs: npt.NDArray[np.int64]
     ) -> dict[int, BaseException]:
-        beams = self._where(needs, _Need.BEAMS)
+        beams = self._where(needs, _BEAMS)
         if len(beams):
             logits[beams] = self._kernels.log_softmax(logits[beams])
-        places = np.flatnonzero(needs & _Need.EDIT).tolist()
+        places = np.flatnonzero(needs & _EDIT).tolist()
         states = [state for place in places if (state := self._rows[rows[place]]) is not None]
         return edit_logits(logits, states, places, self._kernels)
 
@@ -232,28 +251,22 @@ class Sampler:
         rows: npt.NDArray[np.int64],
         needs: npt.NDArray[np.int64],
         failures: dict[int, BaseException],
-    ) -> torch.Tensor:
+    ) -> npt.NDArray[np.int64]:
         """Return the chosen token of each row, adding rows that allow no choice to failures."""
-        drawn = (needs & _Need.DRAW) != 0
-        if not drawn.any():
-            token_ids = self._kernels.argmax(logits)
-            highest = logits.gather(1, token_ids[:, None])[:, 0]
-        else:
-            highest = logits.amax(dim=1)
-        if not torch.isfinite(highest).all():
-            beams = set(np.flatnonzero(needs & _Need.BEAMS).tolist())
+        token_ids, highest = self._kernels.argmax(logits)
+        if not np.isfinite(highest).all():
+            beams = set(np.flatnonzero(needs & _BEAMS).tolist())
             logits = _usable(raw, logits, highest, beams, failures)
-            token_ids = self._kernels.argmax(logits)
-        if not drawn.any():
-            return token_ids
+            token_ids, _ = self._kernels.argmax(logits)
+        drawn = (needs & _DRAW) != 0
         if drawn.all():
             return self._draw(logits, rows)
-        token_ids = self._kernels.argmax(logits)
-        places = self._where(needs, _Need.DRAW)
-        token_ids[places] = self._draw(logits[places], rows[drawn])
+        if drawn.any():
+            places = self._where(needs, _DRAW)
+            token_ids[drawn] = self._draw(logits[places], rows[drawn])
         return token_ids
 
-    def _draw(self, logits: torch.Tensor, rows: npt.NDArray[np.int64]) -> torch.Tensor:
+    def _draw(self, logits: torch.Tensor, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         states = [self._rows[row] for row in rows.tolist()]
         lengths = [len(state.output_token_ids) for state in states if state is not None]
         uniform = uniforms(self._seeds[rows], np.array(lengths, dtype=np.int64))
@@ -274,9 +287,9 @@ class Sampler:
         needs: npt.NDArray[np.int64],
         token_ids: torch.Tensor,
     ) -> LogprobsTensors:
-        counts = np.where(needs & _Need.LOGPROBS, self._num_logprobs[rows], 0)
-        is_beam = (needs & _Need.BEAMS) != 0
-        asks = ((needs & _Need.LOGPROBS) != 0) & ~is_beam
+        counts = np.where(needs & _LOGPROBS, self._num_logprobs[rows], 0)
+        is_beam = (needs & _BEAMS) != 0
+        asks = ((needs & _LOGPROBS) != 0) & ~is_beam
         k = int(counts.max())
         if asks.all():
             return LogprobsTensors(*self._kernels.gather_logprobs(raw, token_ids, k))
@@ -293,7 +306,7 @@ class Sampler:
             result.logprobs[places, : width + 1] = found[1]
             result.ranks[places] = found[2]
         if is_beam.any():
-            places = self._where(needs, _Need.BEAMS)
+            places = self._where(needs, _BEAMS)
             width = int(counts[is_beam].max())
             logprobs, ids = self._kernels.top_logits(edited[places], width)
             result.token_ids[places, : width + 1] = torch.cat((ids[:, :1], ids), dim=1)
@@ -301,14 +314,19 @@ class Sampler:
             result.ranks[places] = 1
         return result
 
-    def _where(self, needs: npt.NDArray[np.int64], need: _Need) -> torch.Tensor:
+    def _where(self, needs: npt.NDArray[np.int64], need: int) -> torch.Tensor:
         return torch.from_numpy(np.flatnonzero(needs & need)).to(self._device)
+
+
+def _model_error(highest: float) -> QuireError:
+    kind = "NaN" if math.isnan(highest) else "infinite"
+    return QuireError(f"the model produced {kind} logits")
 
 
 def _usable(
     raw: torch.Tensor,
     logits: torch.Tensor,
-    highest: torch.Tensor,
+    highest: npt.NDArray[np.float32],
     beams: set[int],
     failures: dict[int, BaseException],
 ) -> torch.Tensor:
@@ -318,14 +336,12 @@ def _usable(
     has no continuation is no failure: others of its search may have.
     """
     logits = logits.clone()
-    for place in (~torch.isfinite(highest)).nonzero()[:, 0].tolist():
+    for place in np.flatnonzero(~np.isfinite(highest)).tolist():
         top = float(raw[place].amax())
         if place in failures:
             pass
-        elif math.isnan(top):
-            failures[place] = QuireError("the model produced NaN logits")
-        elif math.isinf(top):
-            failures[place] = QuireError("the model produced infinite logits")
+        elif not math.isfinite(top):
+            failures[place] = _model_error(top)
         elif highest[place] == torch.inf:
             forced = logits[place] == torch.inf
             logits[place] = torch.where(forced, 0.0, -torch.inf)

@@ -72,19 +72,29 @@ class Detokenizer:
         stream = self._stream
         if self._is_closed:
             return None
+        if stream is None or not self._stops:
+            self.num_tokens_used += len(token_ids)
+            if stream is not None:
+                settled = "".join(map(stream.feed, token_ids))
+                if settled:
+                    self._parts.append(settled)
+                    self._length += len(settled)
+            return None
         for token_id in token_ids:
             self.num_tokens_used += 1
-            if stream is None:
-                continue
             settled = stream.feed(token_id)
             if settled:
                 self._parts.append(settled)
                 self._length += len(settled)
-            if self._stops:
-                found = self._search(settled, stream.tentative())
-                if found is not None:
-                    return found
+            found = self._search(settled, stream.tentative())
+            if found is not None:
+                return found
         return None
+
+    @property
+    def looks_for_stops(self) -> bool:
+        """Whether a token must be read at once, since a stop string may end in it."""
+        return bool(self._stops)
 
     def _search(self, settled: str, tentative: str) -> str | None:
         """Look for stop strings that end in new text, and cut the text at the first."""

@@ -1,4 +1,4 @@
-"""CpuBackend: the reference operations, and a whole decoder as one native call."""
+"""CpuBackend: a whole decoder as one native call, native sampling, else the reference."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import cache
 import torch
 
 from quire.kernels.cpu.library import LibraryError, load_library
+from quire.kernels.cpu.sampling import NativeSampling
 from quire.kernels.reference.backend import ReferenceBackend
 
 
@@ -30,7 +31,7 @@ def why_missing() -> str | None:
     return None
 
 
-class CpuBackend(ReferenceBackend):
+class CpuBackend(NativeSampling, ReferenceBackend):
     """For CPUs, where the native library was built.
 
     A model that :mod:`quire.models.native` can hand over as a whole runs there; any other goes

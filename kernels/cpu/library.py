@@ -23,6 +23,41 @@ _FUNCTIONS = {
         c_int,
         (c_void_p, POINTER(structs.Model), c_void_p, c_int64, c_void_p, c_int),
     ),
+    "quire_likeliest": (
+        c_int,
+        (
+            c_void_p,
+            POINTER(structs.Model),
+            c_void_p,
+            c_void_p,
+            c_int64,
+            c_void_p,
+            c_void_p,
+            c_int,
+        ),
+    ),
+    "quire_argmax": (c_int, (c_void_p, POINTER(structs.Logits), c_void_p, c_void_p, c_int)),
+    "quire_draw": (
+        c_int,
+        (c_void_p, POINTER(structs.Logits), POINTER(structs.Draw), c_void_p, c_int),
+    ),
+    "quire_top": (
+        c_int,
+        (c_void_p, POINTER(structs.Logits), c_int64, c_void_p, c_void_p, c_int),
+    ),
+    "quire_log_probabilities": (
+        c_int,
+        (
+            c_void_p,
+            POINTER(structs.Logits),
+            c_void_p,
+            c_int64,
+            c_void_p,
+            c_void_p,
+            c_void_p,
+            c_int,
+        ),
+    ),
 }
 
 

@@ -116,5 +116,28 @@ class Batch(ctypes.Structure):
     )
 
 
-IN_ORDER = (Norm, Matrix, Layer, Model, Batch)
+class Logits(ctypes.Structure):
+    """Rows of logits."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        ("stride", c_int64),
+        ("num_rows", c_int64),
+        ("vocab", c_int64),
+    )
+
+
+class Draw(ctypes.Structure):
+    """What each row is drawn by."""
+
+    _fields_ = (
+        ("temperature", c_void_p),
+        ("top_k", c_void_p),
+        ("top_p", c_void_p),
+        ("min_p", c_void_p),
+        ("uniform", c_void_p),
+    )
+
+
+IN_ORDER = (Norm, Matrix, Layer, Model, Batch, Logits, Draw)
 """As ``quire_struct_size`` numbers them."""

@@ -33,15 +33,18 @@ _FIRST_CANDIDATES = 128
 _MOST_CANDIDATES = 1024
 """Most likely tokens beyond which sorting the vocabulary is the shorter way."""
 
-_LEAST_TEMPERATURE = 1e-30
+LEAST_TEMPERATURE = 1e-30
 """Below it float32 can no longer tell a temperature from 0; unequal logits are worlds apart."""
 
 
-def argmax(logits: torch.Tensor) -> torch.Tensor:
+def argmax(logits: torch.Tensor) -> tuple[Ints, npt.NDArray[np.float32]]:
     """See `quire.kernels.interface.Backend.argmax`."""
     if logits.device.type == "cpu" and logits.dtype is torch.float32:
-        return torch.from_numpy(logits.numpy().argmax(axis=1))  # vectorised, unlike torch's
-    return logits.argmax(dim=1)
+        rows: npt.NDArray[np.float32] = logits.numpy()
+        ids = rows.argmax(axis=1)  # vectorised, unlike torch's
+        return ids, rows[np.arange(len(rows)), ids]
+    highest, places = logits.max(dim=1)
+    return _host(places), _host(highest.float())
 
 
 def log_softmax(logits: torch.Tensor) -> torch.Tensor:
@@ -97,10 +100,10 @@ def sample_tokens(
     top_p: Floats,
     min_p: Floats,
     uniform: Floats,
-) -> torch.Tensor:
+) -> Ints:
     """See `quire.kernels.interface.Backend.sample_tokens`."""
     vocab_size = logits.shape[1]
-    temperature = np.maximum(temperature, _LEAST_TEMPERATURE)
+    temperature = np.maximum(temperature, LEAST_TEMPERATURE)
     top_k = np.where((top_k > 0) & (top_k < vocab_size), top_k, vocab_size)
     limits = _Limits(temperature, top_k, top_p, min_p, uniform)
     limited = (top_k < vocab_size) | (top_p < 1.0) | (min_p > 0.0)
@@ -112,7 +115,7 @@ def sample_tokens(
         ids = np.empty(len(logits), dtype=np.int64)
         for rows, draw in ((~limited, _draw_from_all), (limited, _draw_from_top)):
             ids[rows] = draw(_take(logits, rows), limits.take(rows))
-    return torch.from_numpy(ids).to(logits.device)
+    return ids
 
 
 class _Limits(NamedTuple):

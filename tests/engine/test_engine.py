@@ -198,21 +198,22 @@ def test_a_forward_that_raises_fails_the_requests_in_it_and_no_others(tiny_llama
         assert llm.get_metrics()["kv_cache_usage"] == 0
 
 
-def test_nan_logits_fail_one_request_and_leave_its_neighbours(tiny_llama, monkeypatch):
-    """NaN in one row's logits is that request's failure only."""
+@pytest.mark.parametrize("logprobs", [None, 0], ids=["likeliest only", "with logits"])
+def test_nan_logits_fail_one_request_and_leave_its_neighbours(tiny_llama, monkeypatch, logprobs):
+    """NaN in one row's logits is that request's failure only, whichever way tokens are chosen."""
     with LLM(tiny_llama, dtype="float32", enable_prefix_caching=False) as llm:
-        params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+        params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=logprobs)
         wanted = list(one(llm, max_tokens=4, ignore_eos=True).outputs[0].token_ids)
         runner = llm.llm_engine._runner
-        logits_of = runner.logits
+        forward = runner.forward
 
-        def poisoned(hidden, indices):
-            logits = logits_of(hidden, indices)
-            if logits.shape[0] == 3:
-                logits[1] = math.nan
-            return logits
+        def poisoned(batch):
+            hidden = forward(batch)
+            if hidden.shape[0] == 3:
+                hidden[1] = math.nan
+            return hidden
 
-        monkeypatch.setattr(runner, "logits", poisoned)
+        monkeypatch.setattr(runner, "forward", poisoned)
         results = llm._run([PROMPT, PROMPT[:5], PROMPT], params)
         assert isinstance(results[1], RequestFailedError)
         assert "NaN" in str(results[1])

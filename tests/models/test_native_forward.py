@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import CONFIGS, VOCAB_SIZE
+from checkpoints import CONFIGS, VOCAB_SIZE, build_config, build_model
 from paged import PagedRunner
 
 from quire.kernels import available_backends, get_backend
@@ -213,6 +213,38 @@ def test_blocks_that_nobody_sees_are_not_read(dtype: torch.dtype, tiny_checkpoin
         return torch.stack(rows)
 
     assert torch.equal(last_rows(spoil=True), last_rows(spoil=False))
+
+
+@pytest.fixture(scope="module")
+def large_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 9,001 tokens: several stretches of logits, the last of them no whole block."""
+    folder = tmp_path_factory.mktemp("large_vocabulary")
+    config = build_config("llama")
+    config.vocab_size = 9001
+    build_model(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["large", "llama", "qwen2-tied", "gemma2", "opt-350m"])
+def test_the_likeliest_token_is_that_of_the_logits(
+    name: str, dtype: torch.dtype, tiny_checkpoint: Make, large_vocabulary: Path
+) -> None:
+    """Bit for bit, though the logits are never all there; NaN shows in the row that has it."""
+    folder = large_vocabulary if name == "large" else tiny_checkpoint(name)
+    native = load(folder, "cpu", dtype).native
+    assert native is not None
+    config = read_config(folder)
+    hidden = torch.randn(40, config["hidden_size"], generator=torch.Generator().manual_seed(1))
+    hidden[7] = torch.nan
+    indices = torch.randperm(40)[:35]
+    ids, highest = native.likeliest(hidden, indices)
+    logits = native.logits(hidden[indices])
+    expected = logits.max(dim=1)
+    assert torch.equal(torch.from_numpy(highest).isnan(), indices == 7)
+    rows = (indices != 7).nonzero()[:, 0]
+    assert torch.equal(torch.from_numpy(highest)[rows], expected.values[rows])
+    assert torch.equal(torch.from_numpy(ids)[rows], logits[rows].argmax(dim=1))
 
 
 def run(program: str, **settings: str) -> subprocess.CompletedProcess[str]:

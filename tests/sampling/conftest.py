@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from quire.kernels import Backend, available_backends, get_backend
+
 
 @pytest.fixture(autouse=True, scope="package")
 def _one_thread() -> Iterator[None]:
@@ -14,3 +16,9 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", params=available_backends())
+def kernels(request: pytest.FixtureRequest) -> Backend:
+    """Every backend that is installed and works on this machine's CPU."""
+    return get_backend("cpu", request.param)

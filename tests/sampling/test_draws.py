@@ -12,7 +12,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from quire.kernels.reference import sampling as kernels
+from quire.kernels import Backend
 
 Floats = npt.NDArray[np.float64]
 
@@ -46,7 +46,7 @@ def naive(
     return ids, weights / weights.sum(), miss
 
 
-def draw(logits: torch.Tensor, uniform: Floats, **limits: Any) -> list[int]:
+def draw(kernels: Backend, logits: torch.Tensor, uniform: Floats, **limits: Any) -> list[int]:
     """Draw one token per number in ``uniform`` from one row of logits."""
     values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | limits
     count = len(uniform)
@@ -88,11 +88,15 @@ LIMITS = st.fixed_dictionaries(
 
 
 def check_against_naive(
-    logits: torch.Tensor, limits: dict[str, Any], uniform: Floats, tolerance: float = 1e-6
+    kernels: Backend,
+    logits: torch.Tensor,
+    limits: dict[str, Any],
+    uniform: Floats,
+    tolerance: float = 1e-6,
 ) -> None:
     ids, probabilities, _ = naive(logits.numpy(), **limits)
     cumulative = probabilities.cumsum()
-    for token_id, number in zip(draw(logits, uniform, **limits), uniform, strict=True):
+    for token_id, number in zip(draw(kernels, logits, uniform, **limits), uniform, strict=True):
         place = int(np.flatnonzero(ids == token_id)[0])
         low = cumulative[place - 1] if place else 0.0
         assert probabilities[place] > 0
@@ -101,17 +105,19 @@ def check_against_naive(
 
 @given(logits=rows(), limits=LIMITS, seed=st.integers(0, 2**20))
 def test_draws_invert_the_naive_cumulative_distribution(
-    logits: torch.Tensor, limits: dict[str, Any], seed: int
+    kernels: Backend, logits: torch.Tensor, limits: dict[str, Any], seed: int
 ) -> None:
     """The token drawn for u is where the naive distribution's running sum passes u."""
     assume(naive(logits.numpy(), **limits)[2] > 1e-6)
     edges = [0.0, 0.5, 1.0 - 2.0**-53]
-    check_against_naive(logits, limits, np.append(np.random.default_rng(seed).random(6), edges))
+    check_against_naive(
+        kernels, logits, limits, np.append(np.random.default_rng(seed).random(6), edges)
+    )
 
 
 @pytest.mark.parametrize("scale", [0.3, 3.0, 12.0])
 @pytest.mark.parametrize("size", [8192, 40_001])
-def test_draws_of_large_vocabularies(size: int, scale: float) -> None:
+def test_draws_of_large_vocabularies(kernels: Backend, size: int, scale: float) -> None:
     """The shortcuts for large vocabularies change nothing, nor does a nucleus of thousands."""
     generator = torch.Generator().manual_seed(size)
     rough = (torch.randn(size, generator=generator) * scale).bfloat16().float()
@@ -125,7 +131,7 @@ def test_draws_of_large_vocabularies(size: int, scale: float) -> None:
         {"top_k": 0, "top_p": 1.0, "min_p": 0.0},
     ):
         # Here single tokens weigh so little that rounding may add one to the kept ones.
-        check_against_naive(rough, {"temperature": 0.9} | limits, uniform, tolerance=1e-4)
+        check_against_naive(kernels, rough, {"temperature": 0.9} | limits, uniform, tolerance=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +143,7 @@ def test_draws_of_large_vocabularies(size: int, scale: float) -> None:
     ],
 )
 def test_kept_tokens_equal_transformers(
-    limits: dict[str, Any], warper: str, arguments: dict[str, Any]
+    kernels: Backend, limits: dict[str, Any], warper: str, arguments: dict[str, Any]
 ) -> None:
     """Where no logits are equal, top_k, top_p and min_p keep what transformers' warpers keep."""
     import transformers
@@ -146,7 +152,7 @@ def test_kept_tokens_equal_transformers(
     warped = getattr(transformers, warper)(**arguments)(torch.empty(1, 0), logits[None].clone())[0]
     kept = set(warped.isfinite().nonzero()[:, 0].tolist())
     assert 1 < len(kept) < 60
-    assert set(draw(logits, np.linspace(0, 1, 4000, endpoint=False), **limits)) == kept
+    assert set(draw(kernels, logits, np.linspace(0, 1, 4000, endpoint=False), **limits)) == kept
 
 
 @pytest.mark.parametrize(
@@ -159,14 +165,14 @@ def test_kept_tokens_equal_transformers(
         {"top_k": 20, "top_p": 0.9, "min_p": 0.01, "temperature": 2.0},
     ],
 )
-def test_frequencies_follow_the_distribution(limits: dict[str, Any]) -> None:
+def test_frequencies_follow_the_distribution(kernels: Backend, limits: dict[str, Any]) -> None:
     """Chi-square over many draws, of seeds and positions as requests have them."""
     from quire.sampling.random import derive_seed, uniforms
 
     logits = torch.randn(40, generator=torch.Generator().manual_seed(5)) * 1.5
     count = 20_000
     seeds = np.array([derive_seed(9, index // 50) for index in range(count)], dtype=np.uint64)
-    drawn = draw(logits, uniforms(seeds, np.arange(count) % 50), **limits)
+    drawn = draw(kernels, logits, uniforms(seeds, np.arange(count) % 50), **limits)
     every = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | limits
     ids, probabilities, _ = naive(logits.numpy(), **every)
     observed = np.bincount(drawn, minlength=40)[ids]
@@ -186,7 +192,7 @@ def test_frequencies_follow_the_distribution(limits: dict[str, Any]) -> None:
     picks=st.lists(LIMITS, min_size=2, max_size=6),
 )
 def test_a_row_is_drawn_alike_alone_and_in_a_batch(
-    seed: int, vocab_size: int, picks: list[dict[str, Any]]
+    kernels: Backend, seed: int, vocab_size: int, picks: list[dict[str, Any]]
 ) -> None:
     """Neighbours decide which shortcut is taken, but never the token, not even at a border."""
     generator = torch.Generator().manual_seed(seed)
@@ -212,7 +218,9 @@ def test_a_row_is_drawn_alike_alone_and_in_a_batch(
 
 
 @given(seed=st.integers(0, 2**20), size=st.sampled_from([3, 128, 1000, 20_000]))
-def test_sums_are_bitwise_alike_alone_and_in_a_batch(seed: int, size: int) -> None:
+def test_sums_are_bitwise_alike_alone_and_in_a_batch(
+    kernels: Backend, seed: int, size: int
+) -> None:
     """Log-probabilities have no trace of how many rows were computed at once."""
     logits = torch.randn(5, size, generator=torch.Generator().manual_seed(seed)) * 4
     together = kernels.log_softmax(logits)
@@ -221,7 +229,9 @@ def test_sums_are_bitwise_alike_alone_and_in_a_batch(seed: int, size: int) -> No
 
 
 @given(logits=rows(), k=st.integers(1, 60))
-def test_top_logits_are_in_order_and_equal_ones_by_token_id(logits: torch.Tensor, k: int) -> None:
+def test_top_logits_are_in_order_and_equal_ones_by_token_id(
+    kernels: Backend, logits: torch.Tensor, k: int
+) -> None:
     """As a stable sort of the whole row says, whatever is selected underneath."""
     batch = torch.stack((logits, logits.flip(0)))
     values, ids = kernels.top_logits(batch, min(k, len(logits)))
@@ -231,7 +241,7 @@ def test_top_logits_are_in_order_and_equal_ones_by_token_id(logits: torch.Tensor
         assert torch.equal(ids[row], order.indices[:k])
 
 
-def test_top_logits_of_a_large_vocabulary() -> None:
+def test_top_logits_of_a_large_vocabulary(kernels: Backend) -> None:
     """Blocks, the tail past the last whole block, and ties across both."""
     generator = torch.Generator().manual_seed(0)
     for size in (128 * 80, 128 * 80 + 1, 128 * 90 + 127):
@@ -245,7 +255,9 @@ def test_top_logits_of_a_large_vocabulary() -> None:
 
 
 @given(logits=rows(), k=st.integers(0, 12), seed=st.integers(0, 2**20))
-def test_logprobs_and_ranks_equal_their_definition(logits: torch.Tensor, k: int, seed: int) -> None:
+def test_logprobs_and_ranks_equal_their_definition(
+    kernels: Backend, logits: torch.Tensor, k: int, seed: int
+) -> None:
     """log softmax in float64; a rank is one more than the number of higher logits."""
     k = min(k, len(logits))
     targets = torch.randint(0, len(logits), (4,), generator=torch.Generator().manual_seed(seed))
@@ -258,8 +270,40 @@ def test_logprobs_and_ranks_equal_their_definition(logits: torch.Tensor, k: int,
     assert torch.equal(ranks, (batch > batch.gather(1, targets[:, None])).sum(dim=1) + 1)
 
 
-def test_argmax_takes_the_first_of_equals() -> None:
+def test_argmax_takes_the_first_of_equals(kernels: Backend) -> None:
     """In float32 and in bfloat16 alike."""
     logits = torch.tensor([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0], [-torch.inf, -torch.inf, -9.0]])
-    assert kernels.argmax(logits).tolist() == [1, 0, 2]
-    assert kernels.argmax(logits.bfloat16()).tolist() == [1, 0, 2]
+    assert kernels.argmax(logits)[0].tolist() == [1, 0, 2]
+    assert kernels.argmax(logits.bfloat16())[0].tolist() == [1, 0, 2]
+
+
+def test_argmax_tells_of_rows_that_are_no_numbers(kernels: Backend) -> None:
+    """Wherever in the row the NaN stands; other rows keep their own highest logit."""
+    for size in (1, 5, 130, 300):
+        for place in {0, size // 2, size - 1}:
+            logits = torch.randn(3, size)
+            logits[1, place] = torch.nan
+            ids, highest = kernels.argmax(logits)
+            assert np.isnan(highest).tolist() == [False, True, False]
+            assert highest[::2].tolist() == logits[::2].max(dim=1).values.tolist()
+            assert ids[::2].tolist() == logits[::2].max(dim=1).indices.tolist()
+
+
+@pytest.mark.parametrize("size", [1, 40, 70_000])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_draw_from_what_cannot_be_drawn_from_ends(
+    kernels: Backend, size: int, value: float
+) -> None:
+    """Logits that are no numbers or all infinite give some token, and no hang; others are right."""
+    logits = torch.zeros(2, size)
+    logits[0, -1] = logits[1, -1] = 50.0
+    logits[0] = value
+    if kernels.name == "reference":
+        pytest.skip("such rows never reach it")
+    for top_k, top_p, min_p in ((0, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.5, 0.0), (0, 1.0, 0.1)):
+        drawn = kernels.sample_tokens(
+            logits, np.ones(2), np.full(2, top_k), np.full(2, top_p), np.full(2, min_p), np.zeros(2)
+        )
+        assert 0 <= drawn[0] < size
+        if (top_k, top_p, min_p) != (0, 1.0, 0.0):
+            assert drawn[1] == size - 1

@@ -5,6 +5,8 @@
 
 namespace quire {
 
+inline int64_t padded(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
+
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1 };
 enum NormKind : int32_t { kNoNorm = 0, kRmsNorm = 1, kLayerNorm = 2 };
 enum Activation : int32_t {
@@ -97,6 +99,23 @@ struct Batch {
   int32_t num_seqs;
   int64_t num_tokens;
   float* hidden;  // out: [num_tokens][hidden_size]
+};
+
+// Rows of logits, `stride` numbers apart.
+struct Logits {
+  const float* data;
+  int64_t stride;
+  int64_t num_rows;
+  int64_t vocab;
+};
+
+// What each row is drawn by; see Backend.sample_tokens in quire/kernels/interface.py.
+struct Draw {
+  const double* temperature;
+  const int64_t* top_k;
+  const double* top_p;
+  const double* min_p;
+  const double* uniform;
 };
 
 }  // namespace quire

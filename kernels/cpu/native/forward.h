@@ -2,6 +2,7 @@
 #pragma once
 #include "attention.h"
 #include "plan.h"
+#include "sampling.h"
 
 namespace quire {
 namespace QUIRE_ISA {
@@ -130,28 +131,66 @@ inline void forward(Thread& thread, const Model& model, const Batch& batch, cons
   normalize_all(thread, model.final_norm, rows.x, count, hidden, batch.hidden);
 }
 
+inline void soften(const Model& model, float* row, int64_t count) {
+  if (model.logits_softcap <= 0.0f) return;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    store(row + i, tanh(load(row + i) / model.logits_softcap) * model.logits_softcap);
+  }
+  for (; i < count; ++i) row[i] = tanh(all(row[i] / model.logits_softcap))[0] * model.logits_softcap;
+}
+
+// What the head is multiplied with: `hidden`, or what is projected from it to `narrow`.
+inline Product head_product(Thread& thread, const Model& model, const float* hidden,
+                            int64_t num_rows, float* narrow) {
+  Product p{hidden, model.hidden_size, num_rows, nullptr, model.head.out, &model.head};
+  if (model.project_out.blocks != nullptr || model.project_out.tail != nullptr) {
+    const int64_t size = model.project_out.out;
+    multiply(thread, {hidden, model.hidden_size, num_rows, narrow, size, &model.project_out});
+    p.x = narrow;
+    p.ldx = size;
+  }
+  return p;
+}
+
 // Logits of some rows of hidden states, [num_rows][vocab_size].
 inline void logits(Thread& thread, const Model& model, const float* hidden, int64_t num_rows,
                    float* narrow, float* out) {
-  const float* x = hidden;
-  int64_t width = model.hidden_size;
-  if (model.project_out.blocks != nullptr || model.project_out.tail != nullptr) {
-    const int64_t size = model.project_out.out;
-    multiply(thread, {x, width, num_rows, narrow, size, &model.project_out});
-    x = narrow;
-    width = size;
-  }
+  Product p = head_product(thread, model, hidden, num_rows, narrow);
+  p.y = out;
+  multiply(thread, p);
   const int64_t vocab = model.head.out;
-  multiply(thread, {x, width, num_rows, out, vocab, &model.head});
-  if (model.logits_softcap <= 0.0f) return;
-  thread.share(num_rows, [&](int64_t r) {
-    float* row = out + r * vocab;
-    int64_t i = 0;
-    for (; i + kLanes <= vocab; i += kLanes) {
-      store(row + i, tanh(load(row + i) / model.logits_softcap) * model.logits_softcap);
-    }
-    for (; i < vocab; ++i) row[i] = tanh(all(row[i] / model.logits_softcap))[0] * model.logits_softcap;
+  thread.share(num_rows, [&](int64_t r) { soften(model, out + r * vocab, vocab); });
+}
+
+// The likeliest token after some rows of hidden states, and its logit: no number where one of the
+// row's logits is none. No more than a stretch of the logits is there at a time.
+inline void likeliest(Thread& thread, const Model& model, const Likeliest& what) {
+  const int64_t hidden = model.hidden_size;
+  thread.share(what.num_rows, [&](int64_t r) {
+    std::memcpy(what.rows + r * hidden, what.hidden + what.indices[r] * hidden,
+                hidden * sizeof(float));
+    what.ids[r] = 0;
+    what.highest[r] = -std::numeric_limits<float>::infinity();
   });
+  Product p = head_product(thread, model, what.rows, what.num_rows, what.narrow);
+  p.y = what.logits;
+  p.ldy = what.width;
+  const Matrix& head = model.head;
+  const int64_t width = head.dtype == kBFloat16 ? 2 : 4;
+  for (int64_t first = 0; first < head.out; first += what.width) {
+    Matrix part = head;
+    part.out = std::min(what.width, head.out - first);
+    part.blocks = static_cast<const char*>(head.blocks) + first * head.in * width;
+    if (head.bias != nullptr) part.bias = head.bias + first;
+    p.weight = &part;
+    multiply(thread, p);
+    thread.share(what.num_rows, [&](int64_t r) {
+      float* logits = what.logits + r * what.width;
+      soften(model, logits, part.out);
+      find_highest(logits, part.out, first, what.ids[r], what.highest[r]);
+    });
+  }
 }
 
 }  // namespace QUIRE_ISA

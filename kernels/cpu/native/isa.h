@@ -6,13 +6,23 @@
 
 namespace quire {
 
-struct Isa {
-  const char* name;
-  bool (*is_supported)();
-  // All are called by every thread of a team at once.
+// All are called by every thread of a team at once.
+struct Functions {
   void (*forward)(Thread&, const Model&, const Batch&, const AttentionPlan&, const Buffers&);
   void (*logits)(Thread&, const Model&, const float* hidden, int64_t num_rows, float* narrow,
                  float* out);
+  void (*likeliest)(Thread&, const Model&, const Likeliest&);
+  void (*argmax)(Thread&, const Logits&, int64_t* ids, float* highest);
+  void (*draw)(Thread&, const Logits&, const Draw&, int64_t* ids);
+  void (*top)(Thread&, const Logits&, int64_t k, float* values, int64_t* ids);
+  void (*log_probabilities)(Thread&, const Logits&, const int64_t* targets, int64_t k,
+                            int64_t* ids, float* values, int64_t* ranks);
+};
+
+struct Isa {
+  const char* name;
+  bool (*is_supported)();
+  Functions functions;
 };
 
 extern const Isa generic_isa;

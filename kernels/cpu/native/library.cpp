@@ -37,12 +37,46 @@ const Isa& isa() {
 // At least as many as a program has: of each layer, and before and after them all.
 constexpr size_t kLoopsPerLayer = 16;
 constexpr size_t kLoopsBeside = 16;
+constexpr size_t kLoopsPerStretch = 4;
 
 // Memory for the steps of one model; one step at a time.
 struct Context {
   std::mutex in_use;
-  Memory x, normed, second, inner, partial, scratch, narrow;
+  Memory x, normed, second, inner, partial, scratch, narrow, rows, logits;
 };
+
+// What a thread of a program that chooses tokens needs room for.
+int64_t sampling_scratch(int64_t vocab) {
+  return padded(vocab, 128) / 64 + 2 * padded(vocab, 16) + 8192 + 64;
+}
+
+// What the functions below have in common: 0, or what went wrong.
+template <typename Body>
+int guarded(void* context, Body body) {
+  try {
+    Context& c = *static_cast<Context*>(context);
+    std::lock_guard<std::mutex> lock(c.in_use);
+    body(c);
+  } catch (const std::bad_alloc&) {
+    return -1;
+  } catch (const std::exception&) {
+    return -2;
+  }
+  return 0;
+}
+
+// Run a program of one loop over rows of logits.
+int choose(void* context, const Logits& logits, int num_threads,
+           const std::function<void(Thread&, const Functions&)>& program) {
+  return guarded(context, [&](Context& c) {
+    const int count = static_cast<int>(std::clamp<int64_t>(logits.num_rows, 1, std::max(num_threads, 1)));
+    const int64_t size = sampling_scratch(logits.vocab);
+    const Functions& use = isa().functions;
+    run_team(count, 1, c.scratch.reserve(count * size), size,
+             [&](Thread& thread) { program(thread, use); });
+  });
+}
+
 
 // 16 rows of a weight, one after the other, into one block.
 template <typename T>
@@ -91,8 +125,8 @@ QUIRE_API int quire_choose_isa(const char* name) {
 
 QUIRE_API int64_t quire_struct_size(int which) {
   const int64_t sizes[] = {sizeof(Norm), sizeof(Matrix), sizeof(Layer), sizeof(Model),
-                           sizeof(Batch)};
-  return which >= 0 && which < 5 ? sizes[which] : -1;
+                           sizeof(Batch), sizeof(Logits), sizeof(Draw)};
+  return which >= 0 && which < 7 ? sizes[which] : -1;
 }
 
 // Bring a weight [out, in] into blocks, in place; what is left over of the last goes to `tail`.
@@ -125,9 +159,7 @@ QUIRE_API void quire_context_free(void* context) { delete static_cast<Context*>(
 QUIRE_API int quire_forward(void* context, const Model* model, const Batch* batch,
                             int num_threads) {
   num_threads = std::max(num_threads, 1);
-  try {
-    Context& c = *static_cast<Context*>(context);
-    std::lock_guard<std::mutex> lock(c.in_use);
+  return guarded(context, [&](Context& c) {
     const AttentionPlan plan = plan_attention(*model, *batch, num_threads);
     int64_t qkv = 0, attended = 0, partial = 0;
     int64_t inner = model->embedding_size;
@@ -152,33 +184,76 @@ QUIRE_API int quire_forward(void* context, const Model* model, const Batch* batc
                           shared,
                           c.partial.reserve(plan.partial_rows * partial),
                           partial};
-    const Isa& use = isa();
+    const Functions& use = isa().functions;
     run_team(num_threads, kLoopsBeside + model->num_layers * kLoopsPerLayer,
              c.scratch.reserve(num_threads * size), size,
              [&](Thread& thread) { use.forward(thread, *model, *batch, plan, buffers); });
-  } catch (const std::bad_alloc&) {
-    return -1;
-  } catch (const std::exception&) {
-    return -2;
-  }
-  return 0;
+  });
 }
 
 QUIRE_API int quire_logits(void* context, const Model* model, const float* hidden,
                            int64_t num_rows, float* out, int num_threads) {
   num_threads = std::max(num_threads, 1);
-  try {
-    Context& c = *static_cast<Context*>(context);
-    std::lock_guard<std::mutex> lock(c.in_use);
+  return guarded(context, [&](Context& c) {
     float* narrow = c.narrow.reserve(num_rows * model->project_out.out);
-    const Isa& use = isa();
+    const Functions& use = isa().functions;
     const int64_t size = scratch_size(*model);
     run_team(num_threads, kLoopsBeside, c.scratch.reserve(num_threads * size), size,
              [&](Thread& thread) { use.logits(thread, *model, hidden, num_rows, narrow, out); });
-  } catch (const std::bad_alloc&) {
-    return -1;
-  } catch (const std::exception&) {
-    return -2;
-  }
-  return 0;
+  });
+}
+
+// The likeliest token after each of some rows of `hidden`, and its logit.
+QUIRE_API int quire_likeliest(void* context, const Model* model, const float* hidden,
+                              const int64_t* indices, int64_t num_rows, int64_t* ids,
+                              float* highest, int num_threads) {
+  num_threads = std::max(num_threads, 1);
+  return guarded(context, [&](Context& c) {
+    const int64_t width = std::min(kStretch, padded(model->head.out, 16));
+    const Likeliest what{hidden,
+                         indices,
+                         num_rows,
+                         c.rows.reserve(num_rows * model->hidden_size),
+                         c.narrow.reserve(num_rows * model->project_out.out),
+                         c.logits.reserve(num_rows * width),
+                         width,
+                         ids,
+                         highest};
+    const Functions& use = isa().functions;
+    const int64_t size = scratch_size(*model);
+    const size_t loops = kLoopsBeside + kLoopsPerStretch * (model->head.out / kStretch + 1);
+    run_team(num_threads, loops, c.scratch.reserve(num_threads * size), size,
+             [&](Thread& thread) { use.likeliest(thread, *model, what); });
+  });
+}
+
+// From here on: what Backend in quire/kernels/interface.py says of the operation of that name.
+
+QUIRE_API int quire_argmax(void* context, const Logits* logits, int64_t* ids, float* highest,
+                           int num_threads) {
+  return choose(context, *logits, num_threads, [&](Thread& thread, const Functions& use) {
+    use.argmax(thread, *logits, ids, highest);
+  });
+}
+
+QUIRE_API int quire_draw(void* context, const Logits* logits, const Draw* how, int64_t* ids,
+                         int num_threads) {
+  return choose(context, *logits, num_threads, [&](Thread& thread, const Functions& use) {
+    use.draw(thread, *logits, *how, ids);
+  });
+}
+
+QUIRE_API int quire_top(void* context, const Logits* logits, int64_t k, float* values,
+                        int64_t* ids, int num_threads) {
+  return choose(context, *logits, num_threads, [&](Thread& thread, const Functions& use) {
+    use.top(thread, *logits, k, values, ids);
+  });
+}
+
+QUIRE_API int quire_log_probabilities(void* context, const Logits* logits, const int64_t* targets,
+                                      int64_t k, int64_t* ids, float* values, int64_t* ranks,
+                                      int num_threads) {
+  return choose(context, *logits, num_threads, [&](Thread& thread, const Functions& use) {
+    use.log_probabilities(thread, *logits, targets, k, ids, values, ranks);
+  });
 }

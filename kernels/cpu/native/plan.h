@@ -51,11 +51,23 @@ struct Buffers {
   int64_t partial_width;
 };
 
-inline int64_t padded(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
+constexpr int64_t kStretch = 4096;  // most logits of a row that are computed before a look at them
+
+// What the likeliest tokens are found in, and where they go.
+struct Likeliest {
+  const float* hidden;
+  const int64_t* indices;  // rows of it
+  int64_t num_rows;
+  float* rows;    // [num_rows][hidden_size]
+  float* narrow;  // [num_rows][embedding_size]
+  float* logits;  // [num_rows][width]
+  int64_t width;  // of a stretch
+  int64_t* ids;
+  float* highest;
+};
 
 // Numbers that one thread needs room for, at one item of any loop.
 int64_t scratch_size(const Model& model);
-
 
 // Memory that only grows, and of which only what is written to is taken from the system. What it
 // held is lost when it grows. It comes from the system itself: an allocator would keep what was

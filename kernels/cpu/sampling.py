@@ -1,0 +1,117 @@
+"""From logits to tokens by the native library; see `quire.kernels.interface.Backend`."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from quire.kernels.cpu import structs
+from quire.kernels.cpu.library import load_library
+from quire.kernels.reference import sampling as reference
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+class _Context(threading.local):
+    """A thread's own memory for the library's calls."""
+
+    def __init__(self) -> None:
+        library = load_library()
+        self.pointer = library.quire_context_new()
+        if not self.pointer:
+            raise MemoryError("no memory for the native kernels")
+        weakref.finalize(self, library.quire_context_free, self.pointer).atexit = False
+
+
+class NativeSampling:
+    """The operations on logits; what is not float32 in rows goes to the reference."""
+
+    def __init__(self) -> None:
+        self._context: _Context | None = None
+
+    def _call(self, name: str, *arguments: object) -> None:
+        if self._context is None:
+            self._context = _Context()
+        function = getattr(load_library(), name)
+        if function(self._context.pointer, *arguments, torch.get_num_threads()):
+            raise MemoryError("no memory to choose tokens in")
+
+    def argmax(self, logits: torch.Tensor) -> tuple[Ints, npt.NDArray[np.float32]]:
+        """See `quire.kernels.interface.Backend.argmax`."""
+        if not _suits(logits):
+            return reference.argmax(logits)
+        ids = np.empty(len(logits), dtype=np.int64)
+        highest = np.empty(len(logits), dtype=np.float32)
+        self._call("quire_argmax", _rows(logits), ids.ctypes.data, highest.ctypes.data)
+        return ids, highest
+
+    def top_logits(self, logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `quire.kernels.interface.Backend.top_logits`."""
+        if not _suits(logits):
+            return reference.top_logits(logits, k)
+        shape = len(logits), min(k, logits.shape[1])
+        values = torch.empty(shape, dtype=torch.float32, device="cpu")
+        ids = torch.empty(shape, dtype=torch.int64, device="cpu")
+        self._call("quire_top", _rows(logits), shape[1], values.data_ptr(), ids.data_ptr())
+        return values, ids
+
+    def gather_logprobs(
+        self, logits: torch.Tensor, token_ids: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `quire.kernels.interface.Backend.gather_logprobs`."""
+        if not _suits(logits):
+            return reference.gather_logprobs(logits, token_ids, k)
+        k = min(k, logits.shape[1])
+        token_ids = token_ids.contiguous()
+        ids = torch.empty((len(logits), k + 1), dtype=torch.int64, device="cpu")
+        logprobs = torch.empty((len(logits), k + 1), dtype=torch.float32, device="cpu")
+        ranks = torch.empty(len(logits), dtype=torch.int64, device="cpu")
+        self._call(
+            "quire_log_probabilities",
+            _rows(logits),
+            token_ids.data_ptr(),
+            k,
+            ids.data_ptr(),
+            logprobs.data_ptr(),
+            ranks.data_ptr(),
+        )
+        return ids, logprobs, ranks
+
+    def sample_tokens(
+        self,
+        logits: torch.Tensor,
+        temperature: Floats,
+        top_k: Ints,
+        top_p: Floats,
+        min_p: Floats,
+        uniform: Floats,
+    ) -> Ints:
+        """See `quire.kernels.interface.Backend.sample_tokens`."""
+        if not _suits(logits):
+            return reference.sample_tokens(logits, temperature, top_k, top_p, min_p, uniform)
+        ids = np.empty(len(logits), dtype=np.int64)
+        temperature = np.maximum(temperature, reference.LEAST_TEMPERATURE)
+        held = [temperature, top_k, top_p, min_p, uniform]
+        held = [np.ascontiguousarray(each) for each in held]
+        how = structs.Draw(*(each.ctypes.data for each in held))
+        self._call("quire_draw", _rows(logits), ctypes.byref(how), ids.ctypes.data)
+        return ids
+
+
+def _suits(logits: torch.Tensor) -> bool:
+    return (
+        logits.dtype is torch.float32
+        and logits.device.type == "cpu"
+        and logits.shape[1] > 0
+        and logits.stride(1) == 1
+    )
+
+
+def _rows(logits: torch.Tensor) -> structs.Logits:
+    return structs.Logits(logits.data_ptr(), logits.stride(0), *logits.shape)
