@@ -42,6 +42,7 @@ class EngineArguments(TypedDict, total=False):
     scheduling_policy: Literal["fcfs", "priority"] | None
     seed: int | None
     device: str | torch.device | None
+    batch_invariant: bool | None
     # Checked, without effect.
     enforce_eager: bool | None
     compilation_config: Any

@@ -65,6 +65,13 @@ def build_engine(config: EngineConfig) -> Engine:
     model = load_model(
         path, hf_config, device=device, dtype=dtype, kernels=kernels, max_model_len=asked_len
     )
+    if config.batch_invariant and model.native is None:
+        raise ConfigError(
+            "batch_invariant=True holds where the native CPU kernels run, on a CPU and in float32 "
+            f"or bfloat16, and here it would be the {kernels.name} kernels on {device} in "
+            f"{str(dtype).removeprefix('torch.')}: use device='cpu', another dtype, an install "
+            "that has them (see `quire collect-env`), or leave the argument out"
+        )
     plan = plan_kv_cache(
         config,
         bytes_per_block=kv_bytes_per_block(model, config.cache.block_size, dtype),

@@ -64,8 +64,9 @@ class LLM:
             The KV cache: :class:`quire.config.CacheConfig`.
         max_num_seqs, max_num_batched_tokens, enable_chunked_prefill, scheduling_policy
             How much runs at once: :class:`quire.config.SchedulerConfig`.
-        seed, device
-            What unseeded requests draw from; where the model runs.
+        seed, device, batch_invariant
+            What unseeded requests draw from; where the model runs; whether the same bits for a
+            request in any company are a condition: :class:`quire.config.EngineConfig`.
 
     Raises
     ------

@@ -162,6 +162,11 @@ class EngineConfig(_Checked):
     device : str
         ``"auto"`` is a GPU where torch finds one, else the CPU; or ``"cpu"``, ``"cuda"``,
         ``"cuda:1"``.
+    batch_invariant : bool or None
+        Whether a request's log-probabilities must have the same bits whatever else is in the
+        batch, and however its prompt is cut, cached or taken up again. The native CPU kernels do
+        so in float32 and bfloat16 at no cost, so None has it wherever they run; True refuses
+        a model or a machine that they do not run on.
     """
 
     model: ModelConfig
@@ -169,6 +174,7 @@ class EngineConfig(_Checked):
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     seed: int = _arg(0, checks.integer(0, 2**64 - 1))
     device: str = _arg("auto", checks.device)
+    batch_invariant: bool | None = _arg(None, checks.boolean)
 
     @classmethod
     def create(cls, model: str | os.PathLike[str], **kwargs: Any) -> EngineConfig:
@@ -179,7 +185,7 @@ class EngineConfig(_Checked):
         model : str or path
         **kwargs
             The fields of :class:`ModelConfig`, :class:`CacheConfig`, :class:`SchedulerConfig`,
-            ``seed``, ``device``, and the names in :mod:`quire.config.compatibility`.
+            ``seed``, ``device``, ``batch_invariant``, and the names in :mod:`quire.config.compatibility`.
             None is the default of any of them.
 
         Raises
@@ -202,11 +208,12 @@ class EngineConfig(_Checked):
             elif name in NO_EFFECT:
                 NO_EFFECT[name](name, value)
 
-        parts = {
+        parts: dict[str, Any] = {
             part: kind(**{name: kwargs.get(name) for name in _names(kind)})
             for part, kind in _PARTS.items()
         }
-        config = cls(seed=kwargs.get("seed"), device=kwargs.get("device"), **parts)  # type: ignore[arg-type]
+        parts.update((name, kwargs.get(name)) for name in _OWN)
+        config = cls(**parts)
         return config._with_budget(asked=kwargs.get("max_num_batched_tokens") is not None)
 
     def _with_budget(self, *, asked: bool) -> EngineConfig:
@@ -224,7 +231,7 @@ class EngineConfig(_Checked):
 
     def to_kwargs(self) -> dict[str, Any]:
         """Return the flat arguments that make an equal configuration, defaults included."""
-        flat = {"seed": self.seed, "device": self.device}
+        flat = {name: getattr(self, name) for name in _OWN}
         for part in _PARTS:
             flat |= {
                 spec.name: getattr(getattr(self, part), spec.name)
@@ -239,13 +246,16 @@ _PARTS: dict[str, type[Any]] = {
     "scheduler": SchedulerConfig,
 }
 
+_OWN = ("seed", "device", "batch_invariant")
+"""The flat arguments that are fields of the whole."""
+
 
 def _names(kind: type[Any]) -> list[str]:
     return [spec.name for spec in dataclasses.fields(kind)]
 
 
 _ARGUMENTS = frozenset(
-    [*NO_EFFECT, *NOT_OFFERED, "seed", "device", *(n for k in _PARTS.values() for n in _names(k))]
+    [*NO_EFFECT, *NOT_OFFERED, *_OWN, *(n for k in _PARTS.values() for n in _names(k))]
 )
 
 

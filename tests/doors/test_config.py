@@ -31,7 +31,7 @@ FIELDS = [
     spec.name
     for part in (ModelConfig, CacheConfig, SchedulerConfig)
     for spec in dataclasses.fields(part)
-] + ["seed", "device"]
+] + ["seed", "device", "batch_invariant"]
 
 VALID = {
     "tokenizer": ["other", Path("other")],
@@ -60,6 +60,7 @@ BOOLEANS = [
     "trust_remote_code",
     "enable_prefix_caching",
     "enable_chunked_prefill",
+    "batch_invariant",
 ]
 INVALID = {
     "tokenizer": ["", 3],

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from quire import LLM, SamplingParams
+from quire.errors import ConfigError
 from quire.kernels import get_backend
 
 # Every line is a way of running the same requests; the first is the plainest.
@@ -108,6 +109,15 @@ def test_logprobs_have_the_same_bits_however_requests_are_run(tiny_checkpoint, n
     assert logprobs() == expected
     assert logprobs(**WAYS["in chunks of 7"], block_size=4) == expected
     assert logprobs(**WAYS["scarce blocks"]) == expected
+
+
+def test_the_same_bits_can_be_made_a_condition(tiny_llama):
+    """batch_invariant=True runs where it holds, and names what stands against it elsewhere."""
+    if get_backend("cpu").name == "cpu":
+        LLM(tiny_llama, dtype="bfloat16", batch_invariant=True).close()
+    with pytest.raises(ConfigError, match=r"batch_invariant=True .* in float16"):
+        LLM(tiny_llama, dtype="float16", batch_invariant=True)
+    LLM(tiny_llama, dtype="float16", batch_invariant=False).close()
 
 
 def test_answers_do_not_depend_on_a_warm_cache(tiny_llama, plain_answers):
