@@ -51,6 +51,25 @@ class NativeSampling:
         self._call("quire_argmax", _rows(logits), ids.ctypes.data, highest.ctypes.data)
         return ids, highest
 
+    def apply_penalties(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        token_ids: torch.Tensor,
+        counts: torch.Tensor,
+        presence: torch.Tensor,
+        frequency: torch.Tensor,
+        repetition: torch.Tensor,
+    ) -> None:
+        """See `quire.kernels.interface.Backend.apply_penalties`."""
+        columns = [rows, token_ids, counts, presence, frequency, repetition]
+        if not _suits(logits):
+            reference.apply_penalties(logits, *columns)
+            return
+        columns = [column.contiguous() for column in columns]
+        what = structs.Penalties(*(column.data_ptr() for column in columns), len(rows))
+        load_library().quire_penalize(logits.data_ptr(), logits.stride(0), ctypes.byref(what))
+
     def top_logits(self, logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See `quire.kernels.interface.Backend.top_logits`."""
         if not _suits(logits):

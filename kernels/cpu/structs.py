@@ -139,5 +139,19 @@ class Draw(ctypes.Structure):
     )
 
 
-IN_ORDER = (Norm, Matrix, Layer, Model, Batch, Logits, Draw)
+class Penalties(ctypes.Structure):
+    """Logits to be lowered, and by what."""
+
+    _fields_ = (
+        ("rows", c_void_p),
+        ("token_ids", c_void_p),
+        ("counts", c_void_p),
+        ("presence", c_void_p),
+        ("frequency", c_void_p),
+        ("repetition", c_void_p),
+        ("num_entries", c_int64),
+    )
+
+
+IN_ORDER = (Norm, Matrix, Layer, Model, Batch, Logits, Draw, Penalties)
 """As ``quire_struct_size`` numbers them."""

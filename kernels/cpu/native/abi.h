@@ -118,4 +118,15 @@ struct Draw {
   const double* uniform;
 };
 
+// Logits to be lowered, and by what; see Backend.apply_penalties there.
+struct Penalties {
+  const int64_t* rows;
+  const int64_t* token_ids;
+  const float* counts;
+  const float* presence;
+  const float* frequency;
+  const float* repetition;
+  int64_t num_entries;
+};
+
 }  // namespace quire

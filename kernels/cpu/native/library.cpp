@@ -125,8 +125,9 @@ QUIRE_API int quire_choose_isa(const char* name) {
 
 QUIRE_API int64_t quire_struct_size(int which) {
   const int64_t sizes[] = {sizeof(Norm), sizeof(Matrix), sizeof(Layer), sizeof(Model),
-                           sizeof(Batch), sizeof(Logits), sizeof(Draw)};
-  return which >= 0 && which < 7 ? sizes[which] : -1;
+                           sizeof(Batch), sizeof(Logits), sizeof(Draw),
+                           sizeof(Penalties)};
+  return which >= 0 && which < 8 ? sizes[which] : -1;
 }
 
 // Bring a weight [out, in] into blocks, in place; what is left over of the last goes to `tail`.
@@ -256,4 +257,12 @@ QUIRE_API int quire_log_probabilities(void* context, const Logits* logits, const
   return choose(context, *logits, num_threads, [&](Thread& thread, const Functions& use) {
     use.log_probabilities(thread, *logits, targets, k, ids, values, ranks);
   });
+}
+
+QUIRE_API void quire_penalize(float* logits, int64_t stride, const Penalties* p) {
+  for (int64_t i = 0; i < p->num_entries; ++i) {
+    float& logit = logits[p->rows[i] * stride + p->token_ids[i]];
+    logit = logit < 0 ? logit * p->repetition[i] : logit / p->repetition[i];
+    logit -= p->frequency[i] * p->counts[i] + (p->counts[i] > 0 ? p->presence[i] : 0.0f);
+  }
 }
