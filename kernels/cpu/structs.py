@@ -114,7 +114,3 @@ class Batch(ctypes.Structure):
         ("num_tokens", c_int64),
         ("hidden", c_void_p),
     )
-
-
-IN_ORDER = (Norm, Matrix, Layer, Model, Batch)
-"""As ``quire_struct_size`` numbers them."""

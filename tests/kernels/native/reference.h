@@ -1,0 +1,29 @@
+// The same computations in double precision, written as they are defined, with estimates of how far
+// off float32 is.
+#pragma once
+#include "model.h"
+
+namespace check {
+
+using Row = std::vector<Estimate>;
+
+// Where an instruction set rounds more than to float32.
+struct Rounding {
+  double bfloat16_product;  // relative, of each term of a product with a bfloat16 weight
+
+  double of_product(int32_t dtype) const { return dtype == kBFloat16 ? bfloat16_product : 0.0; }
+};
+
+Estimate activate(Estimate x, int32_t kind);
+
+// What the product of a row with a weight is, and the bias.
+Row multiply(const Row& x, const Weight& weight, const Rounding& rounding);
+
+// Hidden states of one whole sequence.
+std::vector<Row> forward(const TinyModel& model, const std::vector<int64_t>& ids,
+                         const Rounding& rounding);
+
+// Logits of a hidden state.
+Row logits(const TinyModel& model, const float* hidden, const Rounding& rounding);
+
+}  // namespace check
