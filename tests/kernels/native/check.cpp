@@ -31,10 +31,11 @@ bool same_bits(const float* a, const float* b, int64_t count) {
   return std::memcmp(a, b, count * sizeof(float)) == 0;
 }
 
-// Instructions that multiply bfloat16 round the activations to it.
+// Instructions that multiply bfloat16 round what the weights and the cache meet.
 static Rounding rounding_of(const std::string& isa) {
-  const bool is_narrow = isa == "avx512bf16" || isa == "amx";
-  return {is_narrow ? kBfloat16Unit : 0.0};
+  if (isa.starts_with("amx")) return {kBfloat16Unit, kBfloat16Unit};
+  if (isa.starts_with("avx512bf16")) return {kBfloat16Unit, 0};
+  return {};
 }
 
 static bool check_isa(const std::string& isa, bool is_quick) {

@@ -59,7 +59,7 @@ inline uint16_t to_bfloat16(double x) {
 }
 
 constexpr double kUnit = 0x1p-24;         // the relative error of one float32 operation
-constexpr double kBfloat16Unit = 0x1p-8;  // of rounding to bfloat16, with room to spare
+constexpr double kBfloat16Unit = 0x1p-8;  // twice that of rounding to bfloat16
 constexpr double kTiny = 0x1p-110;        // what may get lost below the normal numbers
 
 // A number in double precision, and the variance of the error that it has when it is computed in

@@ -3,6 +3,11 @@
 namespace check {
 namespace {
 
+// A term that is rounded further: errors are spread evenly, and that bound is twice the largest.
+Estimate blurred(Estimate x, double bound) {
+  return {x.value, x.variance + square(0.3 * bound * x.value)};
+}
+
 // A function of a known slope at most, and its own roundings.
 Estimate with_slope(Estimate x, double value, double slope, double roundings) {
   return rounded(value, square(slope) * x.variance, roundings);
@@ -77,18 +82,20 @@ Row prepared(const Layer& layer, Row qkv, int64_t position) {
 
 // What query head `h` at the last position of `tokens` sees.
 void attend(const Layer& layer, const std::vector<Row>& tokens, int64_t position, int h,
-            Estimate* out) {
+            const Rounding& rounding, Estimate* out) {
   const int64_t dim = layer.head_dim;
   const int64_t kv_head = h / (layer.num_heads / layer.num_kv_heads);
   const int64_t key = (layer.num_heads + kv_head) * dim;
   const int64_t value = key + layer.num_kv_heads * dim;
   const int64_t window = layer.sliding_window;
+  const double blur = rounding.of_attention(layer.cache_dtype);
   const int64_t first = window > 0 ? std::max<int64_t>(0, position + 1 - window) : 0;
   Row scores;
   for (int64_t j = first; j <= position; ++j) {
     Sum products;
     for (int64_t d = 0; d < dim; ++d) {
-      products.add(tokens[position][h * dim + d] * Estimate(layer.scale) * tokens[j][key + d]);
+      const Estimate query = tokens[position][h * dim + d] * Estimate(layer.scale);
+      products.add(blurred(query, blur) * tokens[j][key + d]);
     }
     Estimate score = soft_capped(products.result(), layer.softcap);
     if (layer.alibi_slopes != nullptr) {
@@ -112,7 +119,7 @@ void attend(const Layer& layer, const std::vector<Row>& tokens, int64_t position
   for (int64_t d = 0; d < dim; ++d) {
     Sum terms;
     for (int64_t j = first; j <= position; ++j) {
-      terms.add(weights[j - first] * tokens[j][value + d]);
+      terms.add(blurred(weights[j - first], blur) * tokens[j][value + d]);
     }
     const Estimate sum = terms.result();
     const double result = sum.value / total.value;
@@ -150,7 +157,7 @@ void run_layer(const LayerWeights& w, std::vector<Row>& x, const Rounding& round
   for (size_t t = 0; t < x.size(); ++t) {
     Row attended(layer.num_heads * layer.head_dim);
     for (int h = 0; h < layer.num_heads; ++h) {
-      attend(layer, tokens, t, h, &attended[h * layer.head_dim]);
+      attend(layer, tokens, t, h, rounding, &attended[h * layer.head_dim]);
     }
     const Row before = x[t];
     x[t] = sum_of(x[t], normalized(layer.attention_post_norm, multiply(attended, w.out, rounding)));
@@ -197,14 +204,15 @@ Estimate activate(Estimate x, int32_t kind) {
 
 Row multiply(const Row& x, const Weight& weight, const Rounding& rounding) {
   const Matrix& matrix = weight.matrix;
-  const double more = rounding.of_product(matrix.dtype);
+  const double blur = rounding.of_product(matrix.dtype);
   Row result;
   for (int64_t o = 0; o < matrix.out; ++o) {
     Sum sum;
     if (!weight.bias.empty()) sum.add(weight.bias[o]);
     for (int64_t k = 0; k < matrix.in; ++k) {
-      const double w = weight.values[o * matrix.in + k], term = x[k].value * w;
-      sum.add({term, square(w) * x[k].variance + square(more * term)});
+      const double w = weight.values[o * matrix.in + k];
+      const Estimate input = blurred(x[k], blur);
+      sum.add({input.value * w, input.variance * square(w)});
     }
     result.push_back(sum.result());
   }

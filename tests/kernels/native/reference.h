@@ -7,11 +7,13 @@ namespace check {
 
 using Row = std::vector<Estimate>;
 
-// Where an instruction set rounds more than to float32.
+// Where an instruction set rounds to bfloat16: how far off that makes a term, relatively, at most.
 struct Rounding {
-  double bfloat16_product;  // relative, of each term of a product with a bfloat16 weight
+  double products = 0;   // activations, where the weight is bfloat16
+  double attention = 0;  // queries and attention weights, where the cache is bfloat16
 
-  double of_product(int32_t dtype) const { return dtype == kBFloat16 ? bfloat16_product : 0.0; }
+  double of_product(int32_t dtype) const { return dtype == kBFloat16 ? products : 0.0; }
+  double of_attention(int32_t dtype) const { return dtype == kBFloat16 ? attention : 0.0; }
 };
 
 Estimate activate(Estimate x, int32_t kind);
