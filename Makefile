@@ -25,6 +25,8 @@ help:
 	@echo "make format      let ruff rewrite what it can"
 	@echo "make lint|types|imports|unit    one part of 'make test'; unit takes ARGS='-k name -x'"
 	@echo "make sanitize    the native kernels' tests under AddressSanitizer and UBSan"
+	@echo "make native-check          the native kernels in C++ alone, on every instruction set here"
+	@echo "make native-check-arm64    the same for arm64, in qemu; both take ARGS='--quick avx2'"
 	@echo "make wheel       build dist/quire-*.whl"
 	@echo "make clean       remove everything that git ignores and make can make again"
 	@echo "PYTHON=/path/to/python3.x chooses the interpreter (3.10 to 3.13)"
@@ -115,6 +117,21 @@ sanitize: $(VENV)/.dev
 	ASAN_OPTIONS=detect_leaks=0 HYPOTHESIS_PROFILE=fast \
 	QUIRE_NATIVE_LIBRARY="$$(ls $(SANITIZED)/quire/kernels/cpu/_native.*)" \
 		$(BIN)/pytest tests/kernels/test_native_product.py tests/models/test_native_forward.py $(ARGS)
+
+CHECK := build/native-check
+.PHONY: native-check
+native-check: $(VENV)/.dev
+	$(BIN)/python tests/kernels/native/build.py $(CHECK)/check
+	$(CHECK)/check $(ARGS)
+
+.PHONY: native-check-arm64
+native-check-arm64: $(VENV)/.dev
+	@{ command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null || { \
+		echo "this needs a compiler and an emulator for arm64:" \
+		"on Debian and Ubuntu, install g++-aarch64-linux-gnu and qemu-user"; exit 1; }
+	$(BIN)/python tests/kernels/native/build.py --static --compiler aarch64-linux-gnu-g++ \
+		$(CHECK)/check-arm64
+	qemu-aarch64 $(CHECK)/check-arm64 --quick $(ARGS)
 
 .PHONY: wheel
 wheel: $(VENV)/.dev

@@ -5,6 +5,7 @@ pyproject.toml holds the rest.
 
 import os
 import platform
+import runpy
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -37,28 +38,40 @@ ISA_FLAGS = {
     "isa_avx2.cpp": ["-mavx2", "-mfma"],
     "isa_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
 }
-if platform.machine().lower() not in ("x86_64", "amd64"):
-    ISA_FLAGS = {}  # these files are empty there
 LINK_FLAGS = ["-pthread"]
+SANITIZER_FLAGS = []
 if os.environ.get("QUIRE_SANITIZE") == "1":  # see the Makefile's target of that name
-    SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    FLAGS += [*SANITIZERS, "-O1", "-g1", "-fno-omit-frame-pointer"]
-    LINK_FLAGS += SANITIZERS
-    ISA_FLAGS["isa_generic.cpp"] = ["-DQUIRE_WIDE"]
+    SANITIZER_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    FLAGS += [*SANITIZER_FLAGS, "-O1", "-g1", "-fno-omit-frame-pointer"]
+    LINK_FLAGS += SANITIZER_FLAGS
+if platform.system() == "Linux":
+    # What is weak in a library, such as instances of std's templates, would be anybody's else.
+    LINK_FLAGS += [f"-Wl,--version-script={NATIVE / 'exports.map'}"]
+
+
+def flags_of(machine):
+    """Return the flags that single files are compiled with besides, for a CPU of that name."""
+    flags = dict(ISA_FLAGS) if machine.lower() in ("x86_64", "amd64") else {}  # else all empty
+    if SANITIZER_FLAGS:
+        flags["isa_generic.cpp"] = ["-DQUIRE_WIDE"]
+    hash_of = runpy.run_path("kernels/cpu/sources.py")["hash_of"]
+    flags["library.cpp"] = [f'-DQUIRE_SOURCES="{hash_of(NATIVE)}"']
+    return flags
 
 
 class BuildNative(build_ext):
     """Compiles each file for the instruction set that it is named for."""
 
     def build_extensions(self):
-        """Compile, with the flags of ISA_FLAGS for the files it names."""
+        """Compile, with the flags of `flags_of` for the files it names."""
         compile_one = self.compiler._compile
+        flags = flags_of(platform.machine())
 
-        def compile_for_isa(obj, src, ext, cc_args, extra_postargs, pp_opts):
-            flags = [*extra_postargs, *ISA_FLAGS.get(Path(src).name, [])]
-            compile_one(obj, src, ext, cc_args, flags, pp_opts)
+        def compile_with_own(obj, src, ext, cc_args, extra_postargs, pp_opts):
+            own = [*extra_postargs, *flags.get(Path(src).name, [])]
+            compile_one(obj, src, ext, cc_args, own, pp_opts)
 
-        self.compiler._compile = compile_for_isa
+        self.compiler._compile = compile_with_own
         super().build_extensions()
 
     def get_output_mapping(self):
@@ -67,20 +80,21 @@ class BuildNative(build_ext):
         return {built: place for built, place in mapping.items() if Path(built).exists()}
 
 
-setup(
-    package_dir=ROOTS,
-    packages=packages,
-    ext_modules=[
-        Extension(
-            "quire.kernels.cpu._native",
-            sources=[str(path) for path in sorted(NATIVE.glob("*.cpp"))],
-            depends=[str(path) for path in NATIVE.glob("*.h")],
-            language="c++",
-            extra_compile_args=FLAGS,
-            extra_link_args=LINK_FLAGS,
-            # Without a compiler the package installs all the same, and runs on plain torch.
-            optional=os.environ.get("QUIRE_REQUIRE_NATIVE") != "1",
-        )
-    ],
-    cmdclass={"build_ext": BuildNative},
-)
+if __name__ == "__main__":
+    setup(
+        package_dir=ROOTS,
+        packages=packages,
+        ext_modules=[
+            Extension(
+                "quire.kernels.cpu._native",
+                sources=[str(path) for path in sorted(NATIVE.glob("*.cpp"))],
+                depends=[str(path) for path in NATIVE.iterdir()],
+                language="c++",
+                extra_compile_args=FLAGS,
+                extra_link_args=LINK_FLAGS,
+                # Without a compiler the package installs all the same, and runs on plain torch.
+                optional=os.environ.get("QUIRE_REQUIRE_NATIVE") != "1",
+            )
+        ],
+        cmdclass={"build_ext": BuildNative},
+    )

@@ -10,11 +10,13 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from quire.kernels.cpu import structs
+from quire.kernels.cpu.sources import hash_of
 
 _FUNCTIONS = {
+    "quire_sources": (c_char_p, ()),
     "quire_isa": (c_char_p, ()),
+    "quire_isas": (c_char_p, ()),
     "quire_choose_isa": (c_int, (c_char_p,)),
-    "quire_struct_size": (c_int64, (c_int,)),
     "quire_pack": (c_int, (c_void_p, c_int64, c_int64, c_int32, c_void_p, c_int)),
     "quire_context_new": (c_void_p, ()),
     "quire_context_free": (None, (c_void_p,)),
@@ -83,17 +85,20 @@ def load_library() -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise LibraryError(f"{path} cannot be loaded: {error}") from error
+    stale = LibraryError(
+        f"{path} was built from other sources: install quire again, or, in a checkout, "
+        "`python setup.py build_ext --inplace`"
+    )
     try:
         for name, (result, arguments) in _FUNCTIONS.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
-    except AttributeError as error:
-        raise LibraryError(f"{path} was built from other sources: {error}") from error
-    for which, struct in enumerate(structs.IN_ORDER):
-        if library.quire_struct_size(which) != ctypes.sizeof(struct):
-            raise LibraryError(
-                f"{path} was built from other sources: {struct.__name__} has another size there"
-            )
+    except AttributeError:
+        raise stale from None
+    # They are in a checkout; an installed package has the library that was built with it.
+    sources = Path(__file__).parent / "native"
+    if sources.is_dir() and library.quire_sources().decode() != hash_of(sources):
+        raise stale
     return library
 
 

@@ -151,7 +151,3 @@ class Penalties(ctypes.Structure):
         ("repetition", c_void_p),
         ("num_entries", c_int64),
     )
-
-
-IN_ORDER = (Norm, Matrix, Layer, Model, Batch, Logits, Draw, Penalties)
-"""As ``quire_struct_size`` numbers them."""

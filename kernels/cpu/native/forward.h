@@ -44,13 +44,19 @@ inline void normalize_all(Thread& thread, const Norm& norm, const float* x, int6
   thread.share(num_tokens, [&](int64_t t) { normalize(norm, x + t * size, size, out + t * size); });
 }
 
-// What a norm makes of `x`, added to `out`.
-inline void add_normalized(Thread& thread, const Norm& norm, float* x, int64_t num_tokens, int64_t size,
-                           float* out) {
-  thread.share(num_tokens, [&](int64_t t) {
-    float* row = x + t * size;
-    normalize(norm, row, size, row);
-    for (int64_t i = 0; i < size; ++i) out[t * size + i] += row[i];
+// The product of `count` rows with a weight, and what a norm makes of it, added to `x`.
+inline void add_product(Thread& thread, const float* input, int64_t size, int64_t count,
+                        const Matrix& weight, const Norm& norm, const Buffers& rows) {
+  const int64_t hidden = weight.out;
+  if (norm.kind == kNoNorm) {
+    multiply(thread, {input, size, count, rows.x, hidden, &weight, Then::kAdd});
+    return;
+  }
+  multiply(thread, {input, size, count, rows.normed, hidden, &weight});
+  thread.share(count, [&](int64_t t) {
+    float* row = rows.normed + t * hidden;
+    normalize(norm, row, hidden, row);
+    for (int64_t i = 0; i < hidden; ++i) rows.x[t * hidden + i] += row[i];
   });
 }
 
@@ -73,12 +79,7 @@ inline void run_attention(Thread& thread, const Model& model, const Layer& layer
   attend(thread,
          {&layer, &batch, rows.qkv, width, rows.attended, &plan, rows.partial, rows.partial_width},
          scratch);
-  if (layer.attention_post_norm.kind == kNoNorm) {
-    multiply(thread, {rows.attended, heads, count, rows.x, hidden, &layer.out, Then::kAdd});
-  } else {
-    multiply(thread, {rows.attended, heads, count, rows.normed, hidden, &layer.out});
-    add_normalized(thread, layer.attention_post_norm, rows.normed, count, hidden, rows.x);
-  }
+  add_product(thread, rows.attended, heads, count, layer.out, layer.attention_post_norm, rows);
 }
 
 // The MLP of one layer on `input`, added to `x`.
@@ -92,12 +93,7 @@ inline void run_mlp(Thread& thread, const Model& model, const Layer& layer, cons
     up.then = Then::kActivateAndMultiply;
   }
   multiply(thread, up);
-  if (layer.mlp_post_norm.kind == kNoNorm) {
-    multiply(thread, {rows.inner, size, count, rows.x, hidden, &layer.down, Then::kAdd});
-  } else {
-    multiply(thread, {rows.inner, size, count, rows.normed, hidden, &layer.down});
-    add_normalized(thread, layer.mlp_post_norm, rows.normed, count, hidden, rows.x);
-  }
+  add_product(thread, rows.inner, size, count, layer.down, layer.mlp_post_norm, rows);
 }
 
 inline void forward(Thread& thread, const Model& model, const Batch& batch, const AttentionPlan& plan,

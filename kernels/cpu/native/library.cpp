@@ -6,10 +6,10 @@
 #include <iterator>
 #include <mutex>
 #include <new>
+#include <string>
 
 #include "isa.h"
-
-#define QUIRE_API extern "C" __attribute__((visibility("default")))
+#include "library.h"
 
 namespace quire {
 namespace {
@@ -108,11 +108,21 @@ void pack(Thread& thread, T* weight, int64_t out, int64_t in, T* tail, T* copy) 
 
 using namespace quire;
 
-// Functions return 0, -1 when there is not enough memory, -2 when a thread cannot be started.
+QUIRE_API const char* quire_sources() { return QUIRE_SOURCES; }
 
 QUIRE_API const char* quire_isa() { return isa().name; }
 
-// Use this instruction set from now on, by all threads; -1 if it is unknown or not there.
+QUIRE_API const char* quire_isas() {
+  static const std::string names = [] {
+    std::string all;
+    for (const Isa* each : kAll) {
+      if (each->is_supported()) all += (all.empty() ? "" : " ") + std::string(each->name);
+    }
+    return all;
+  }();
+  return names.c_str();
+}
+
 QUIRE_API int quire_choose_isa(const char* name) {
   for (const Isa* each : kAll) {
     if (std::strcmp(each->name, name) == 0 && each->is_supported()) {
@@ -123,14 +133,6 @@ QUIRE_API int quire_choose_isa(const char* name) {
   return -1;
 }
 
-QUIRE_API int64_t quire_struct_size(int which) {
-  const int64_t sizes[] = {sizeof(Norm), sizeof(Matrix), sizeof(Layer), sizeof(Model),
-                           sizeof(Batch), sizeof(Logits), sizeof(Draw),
-                           sizeof(Penalties)};
-  return which >= 0 && which < 8 ? sizes[which] : -1;
-}
-
-// Bring a weight [out, in] into blocks, in place; what is left over of the last goes to `tail`.
 QUIRE_API int quire_pack(void* weight, int64_t out, int64_t in, int32_t dtype, void* tail,
                          int num_threads) {
   num_threads = std::max(num_threads, 1);
@@ -204,7 +206,6 @@ QUIRE_API int quire_logits(void* context, const Model* model, const float* hidde
   });
 }
 
-// The likeliest token after each of some rows of `hidden`, and its logit.
 QUIRE_API int quire_likeliest(void* context, const Model* model, const float* hidden,
                               const int64_t* indices, int64_t num_rows, int64_t* ids,
                               float* highest, int num_threads) {
@@ -227,8 +228,6 @@ QUIRE_API int quire_likeliest(void* context, const Model* model, const float* hi
              [&](Thread& thread) { use.likeliest(thread, *model, what); });
   });
 }
-
-// From here on: what Backend in quire/kernels/interface.py says of the operation of that name.
 
 QUIRE_API int quire_argmax(void* context, const Logits* logits, int64_t* ids, float* highest,
                            int num_threads) {

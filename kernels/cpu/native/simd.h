@@ -5,6 +5,9 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 namespace quire {
 namespace QUIRE_ISA {
@@ -74,7 +77,14 @@ inline float widen(uint16_t h) {
   std::memcpy(&f, &u, 4);
   return f;
 }
+#if defined(__aarch64__)
+// One instruction each; the compiler would go over the numbers one by one.
+inline vf widen(vh h) { return (vf)vshll_n_u16((uint16x4_t)h, 16); }
+inline vh upper_halves(vu u) { return (vh)vshrn_n_u32((uint32x4_t)u, 16); }
+#else
 inline vf widen(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+inline vh upper_halves(vu u) { return __builtin_convertvector(u >> 16, vh); }
+#endif
 inline vf widen_low(vu pairs) { return (vf)(pairs << 16); }
 inline vf widen_high(vu pairs) { return (vf)(pairs & 0xffff0000u); }
 
@@ -85,7 +95,7 @@ inline vu rounded_bits(vf x) {
   const vu is_number = (vu)(x == x);
   return (is_number & rounded) | (~is_number & quiet);
 }
-inline vh narrow(vf x) { return __builtin_convertvector(rounded_bits(x) >> 16, vh); }
+inline vh narrow(vf x) { return upper_halves(rounded_bits(x)); }
 inline uint16_t narrow(float x) {
   uint32_t u;
   std::memcpy(&u, &x, 4);

@@ -1,0 +1,50 @@
+// The functions that the library offers. They return 0, -1 when there is not enough memory, -2 when
+// a thread cannot be started.
+#pragma once
+#include "abi.h"
+
+#define QUIRE_API extern "C" __attribute__((visibility("default")))
+
+// A hash of the sources that it was built from.
+QUIRE_API const char* quire_sources();
+
+// The instruction set in use.
+QUIRE_API const char* quire_isa();
+
+// Those that this CPU has, the best first, with spaces between.
+QUIRE_API const char* quire_isas();
+
+// Use this instruction set from now on, by all threads; -1 if it is unknown or not there.
+QUIRE_API int quire_choose_isa(const char* name);
+
+// Bring a weight [out, in] into blocks, in place; what is left over of the last goes to `tail`.
+QUIRE_API int quire_pack(void* weight, int64_t out, int64_t in, int32_t dtype, void* tail,
+                         int num_threads);
+
+// Memory for the steps of one model; null when there is not enough.
+QUIRE_API void* quire_context_new();
+QUIRE_API void quire_context_free(void* context);
+
+QUIRE_API int quire_forward(void* context, const quire::Model* model, const quire::Batch* batch,
+                            int num_threads);
+
+// Logits of `hidden` [num_rows][hidden_size].
+QUIRE_API int quire_logits(void* context, const quire::Model* model, const float* hidden,
+                           int64_t num_rows, float* out, int num_threads);
+
+// The likeliest token after each of some rows of `hidden`, and its logit.
+QUIRE_API int quire_likeliest(void* context, const quire::Model* model, const float* hidden,
+                              const int64_t* indices, int64_t num_rows, int64_t* ids,
+                              float* highest, int num_threads);
+
+// From here on: what Backend in quire/kernels/interface.py says of the operation of that name.
+QUIRE_API int quire_argmax(void* context, const quire::Logits* logits, int64_t* ids,
+                           float* highest, int num_threads);
+QUIRE_API int quire_draw(void* context, const quire::Logits* logits, const quire::Draw* how,
+                         int64_t* ids, int num_threads);
+QUIRE_API int quire_top(void* context, const quire::Logits* logits, int64_t k, float* values,
+                        int64_t* ids, int num_threads);
+QUIRE_API int quire_log_probabilities(void* context, const quire::Logits* logits,
+                                      const int64_t* targets, int64_t k, int64_t* ids,
+                                      float* values, int64_t* ranks, int num_threads);
+QUIRE_API void quire_penalize(float* logits, int64_t stride, const quire::Penalties* penalties);
