@@ -5,10 +5,12 @@ pyproject.toml holds the rest.
 
 import os
 import platform
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOTS = {"quire": "core_engine", "quire.kernels": "kernels", "quire.integrations": "integrations"}
 
@@ -33,10 +35,17 @@ FLAGS = [
     "-pthread",
 ]
 # One file per instruction set; which is used is decided when it runs.
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 ISA_FLAGS = {
     "isa_avx2.cpp": ["-mavx2", "-mfma"],
-    "isa_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
+    "isa_avx512.cpp": AVX512,
+    "isa_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "isa_amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "isa_avx512bf16_emulated.cpp": ["-mavx2", "-mfma"],
+    "isa_amx_emulated.cpp": ["-mavx2", "-mfma"],
 }
+# What an older compiler may not know; without them these files are empty.
+OPTIONAL_FLAGS = ("isa_avx512bf16.cpp", "isa_amx.cpp")
 if platform.machine().lower() not in ("x86_64", "amd64"):
     ISA_FLAGS = {}  # these files are empty there
 LINK_FLAGS = ["-pthread"]
@@ -45,6 +54,9 @@ if os.environ.get("QUIRE_SANITIZE") == "1":  # see the Makefile's target of that
     FLAGS += [*SANITIZERS, "-O1", "-g1", "-fno-omit-frame-pointer"]
     LINK_FLAGS += SANITIZERS
     ISA_FLAGS["isa_generic.cpp"] = ["-DQUIRE_WIDE"]
+    FLAGS += ["-DQUIRE_EMULATE_ISAS"]
+elif os.environ.get("QUIRE_EMULATE_ISAS") == "1":  # tests then try them on any CPU
+    FLAGS += ["-DQUIRE_EMULATE_ISAS"]
 
 
 class BuildNative(build_ext):
@@ -53,13 +65,32 @@ class BuildNative(build_ext):
     def build_extensions(self):
         """Compile, with the flags of ISA_FLAGS for the files it names."""
         compile_one = self.compiler._compile
+        isa_flags = {
+            name: flags
+            for name, flags in ISA_FLAGS.items()
+            if name not in OPTIONAL_FLAGS or self.knows(flags)
+        }
 
         def compile_for_isa(obj, src, ext, cc_args, extra_postargs, pp_opts):
-            flags = [*extra_postargs, *ISA_FLAGS.get(Path(src).name, [])]
+            flags = [*extra_postargs, *isa_flags.get(Path(src).name, [])]
             compile_one(obj, src, ext, cc_args, flags, pp_opts)
 
         self.compiler._compile = compile_for_isa
         super().build_extensions()
+
+    def knows(self, flags):
+        """Whether the compiler takes these flags, and the assembler what comes of them."""
+        program = "int main() { "
+        if "-mamx-tile" in flags:
+            program += 'asm volatile("tilerelease"); asm volatile("tdpbf16ps %tmm2,%tmm1,%tmm0"); '
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "knows.cpp")
+            source.write_text(program + "}\n")
+            try:
+                self.compiler.compile([str(source)], folder, extra_preargs=flags)
+            except CompileError:
+                return False
+        return True
 
     def get_output_mapping(self):
         """Return what was built: without a compiler, nothing."""

@@ -13,6 +13,7 @@ from quire.kernels.cpu import structs
 
 _FUNCTIONS = {
     "quire_isa": (c_char_p, ()),
+    "quire_isa_at": (c_char_p, (c_int,)),
     "quire_choose_isa": (c_int, (c_char_p,)),
     "quire_struct_size": (c_int64, (c_int,)),
     "quire_pack": (c_int, (c_void_p, c_int64, c_int64, c_int32, c_void_p, c_int)),

@@ -1,12 +1,14 @@
 // A whole step: tokens in, hidden states out, keys and values into the cache.
 #pragma once
 #include "attention.h"
+#include "dots.h"
 #include "plan.h"
 
 namespace quire {
 namespace QUIRE_ISA {
 
-inline void embed(Thread& thread, const Model& model, const Batch& batch, float* x, float* narrow) {
+inline void embed(Thread& thread, const Model& model, const Batch& batch, float* x, float* narrow,
+                  uint16_t* halves) {
   const int64_t hidden = model.hidden_size, width = model.embedding_size;
   const bool projects = model.project_in.blocks != nullptr || model.project_in.tail != nullptr;
   float* rows = projects ? narrow : x;
@@ -25,7 +27,7 @@ inline void embed(Thread& thread, const Model& model, const Batch& batch, float*
     }
   });
   if (projects) {
-    multiply(thread, {rows, width, batch.num_tokens, x, hidden, &model.project_in});
+    multiply(thread, {rows, width, batch.num_tokens, x, hidden, &model.project_in}, halves);
   }
   if (model.positions == nullptr) return;
   thread.share(batch.num_tokens, [&](int64_t t) {
@@ -60,7 +62,8 @@ inline void run_attention(Thread& thread, const Model& model, const Layer& layer
   const int64_t hidden = model.hidden_size, count = batch.num_tokens;
   const int64_t width = layer.qkv.out, heads = static_cast<int64_t>(layer.num_heads) * layer.head_dim;
   const float* input = layer.residual == kPost ? rows.x : rows.normed;
-  multiply(thread, {input, hidden, count, rows.qkv, width, &layer.qkv});
+  multiply(thread, {input, hidden, count, rows.qkv, width, &layer.qkv},
+             rows.halves);
   thread.share(count, [&](int64_t t) {
     float* qkv = rows.qkv + t * width;
     if (layer.cache_dtype == kBFloat16) {
@@ -73,9 +76,11 @@ inline void run_attention(Thread& thread, const Model& model, const Layer& layer
          {&layer, &batch, rows.qkv, width, rows.attended, &plan, rows.partial, rows.partial_width},
          scratch);
   if (layer.attention_post_norm.kind == kNoNorm) {
-    multiply(thread, {rows.attended, heads, count, rows.x, hidden, &layer.out, Then::kAdd});
+    multiply(thread, {rows.attended, heads, count, rows.x, hidden, &layer.out, Then::kAdd},
+             rows.halves);
   } else {
-    multiply(thread, {rows.attended, heads, count, rows.normed, hidden, &layer.out});
+    multiply(thread, {rows.attended, heads, count, rows.normed, hidden, &layer.out},
+             rows.halves);
     add_normalized(thread, layer.attention_post_norm, rows.normed, count, hidden, rows.x);
   }
 }
@@ -90,21 +95,24 @@ inline void run_mlp(Thread& thread, const Model& model, const Layer& layer, cons
     up.factor = &layer.up;
     up.then = Then::kActivateAndMultiply;
   }
-  multiply(thread, up);
+  multiply(thread, up, rows.halves);
   if (layer.mlp_post_norm.kind == kNoNorm) {
-    multiply(thread, {rows.inner, size, count, rows.x, hidden, &layer.down, Then::kAdd});
+    multiply(thread, {rows.inner, size, count, rows.x, hidden, &layer.down, Then::kAdd},
+             rows.halves);
   } else {
-    multiply(thread, {rows.inner, size, count, rows.normed, hidden, &layer.down});
+    multiply(thread, {rows.inner, size, count, rows.normed, hidden, &layer.down},
+             rows.halves);
     add_normalized(thread, layer.mlp_post_norm, rows.normed, count, hidden, rows.x);
   }
 }
 
 inline void forward(Thread& thread, const Model& model, const Batch& batch, const AttentionPlan& plan,
                     const Buffers& rows) {
+  const TileSession session;
   const int64_t hidden = model.hidden_size, count = batch.num_tokens;
   AttentionScratch scratch;
   scratch.memory = thread.scratch();
-  embed(thread, model, batch, rows.x, rows.inner);
+  embed(thread, model, batch, rows.x, rows.inner, rows.halves);
   for (int32_t i = 0; i < model.num_layers; ++i) {
     const Layer& layer = model.layers[i];
     if (layer.residual != kPost) {
@@ -132,17 +140,18 @@ inline void forward(Thread& thread, const Model& model, const Batch& batch, cons
 
 // Logits of some rows of hidden states, [num_rows][vocab_size].
 inline void logits(Thread& thread, const Model& model, const float* hidden, int64_t num_rows,
-                   float* narrow, float* out) {
+                   float* narrow, uint16_t* halves, float* out) {
+  const TileSession session;
   const float* x = hidden;
   int64_t width = model.hidden_size;
   if (model.project_out.blocks != nullptr || model.project_out.tail != nullptr) {
     const int64_t size = model.project_out.out;
-    multiply(thread, {x, width, num_rows, narrow, size, &model.project_out});
+    multiply(thread, {x, width, num_rows, narrow, size, &model.project_out}, halves);
     x = narrow;
     width = size;
   }
   const int64_t vocab = model.head.out;
-  multiply(thread, {x, width, num_rows, out, vocab, &model.head});
+  multiply(thread, {x, width, num_rows, out, vocab, &model.head}, halves);
   if (model.logits_softcap <= 0.0f) return;
   thread.share(num_rows, [&](int64_t r) {
     float* row = out + r * vocab;

@@ -12,7 +12,7 @@ struct Isa {
   // All are called by every thread of a team at once.
   void (*forward)(Thread&, const Model&, const Batch&, const AttentionPlan&, const Buffers&);
   void (*logits)(Thread&, const Model&, const float* hidden, int64_t num_rows, float* narrow,
-                 float* out);
+                 uint16_t* halves, float* out);
 };
 
 extern const Isa generic_isa;
@@ -20,5 +20,11 @@ extern const Isa generic_isa;
 extern const Isa avx2_isa;
 extern const Isa avx512_isa;
 #endif
+// Null where they were not built: by a compiler that does not know the instructions, or, of those
+// that are computed otherwise, unless QUIRE_EMULATE_ISAS is defined.
+extern const Isa* const avx512bf16_isa;
+extern const Isa* const amx_isa;
+extern const Isa* const avx512bf16_emulated_isa;
+extern const Isa* const amx_emulated_isa;
 
 }  // namespace quire

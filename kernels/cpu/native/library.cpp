@@ -14,34 +14,44 @@
 namespace quire {
 namespace {
 
+// The best first; those that are only for tests come after what runs everywhere.
 const Isa* const kAll[] = {
+    amx_isa,
+    avx512bf16_isa,
 #if defined(__x86_64__)
     &avx512_isa,
     &avx2_isa,
 #endif
     &generic_isa,
+    amx_emulated_isa,
+    avx512bf16_emulated_isa,
 };
+
+bool is_usable(const Isa* isa) { return isa != nullptr && isa->is_supported(); }
 
 std::atomic<const Isa*> chosen{nullptr};
 
 const Isa& isa() {
   const Isa* found = chosen.load(std::memory_order_acquire);
   if (found == nullptr) {
-    found = *std::find_if(std::begin(kAll), std::end(kAll),
-                          [](const Isa* each) { return each->is_supported(); });
+    found = *std::find_if(std::begin(kAll), std::end(kAll), is_usable);
     chosen.store(found, std::memory_order_release);
   }
   return *found;
 }
 
 // At least as many as a program has: of each layer, and before and after them all.
-constexpr size_t kLoopsPerLayer = 16;
+constexpr size_t kLoopsPerLayer = 24;
 constexpr size_t kLoopsBeside = 16;
 
 // Memory for the steps of one model; one step at a time.
 struct Context {
   std::mutex in_use;
-  Memory x, normed, second, inner, partial, scratch, narrow;
+  Memory x, normed, second, inner, partial, scratch, narrow, halves;
+
+  uint16_t* reserve_halves(const Model& model, int64_t num_rows) {
+    return reinterpret_cast<uint16_t*>(halves.reserve(halves_size(model, num_rows)));
+  }
 };
 
 // 16 rows of a weight, one after the other, into one block.
@@ -78,10 +88,18 @@ using namespace quire;
 
 QUIRE_API const char* quire_isa() { return isa().name; }
 
+// The name of each instruction set that this machine has, the best first; null after the last.
+QUIRE_API const char* quire_isa_at(int index) {
+  for (const Isa* each : kAll) {
+    if (is_usable(each) && index-- == 0) return each->name;
+  }
+  return nullptr;
+}
+
 // Use this instruction set from now on, by all threads; -1 if it is unknown or not there.
 QUIRE_API int quire_choose_isa(const char* name) {
   for (const Isa* each : kAll) {
-    if (std::strcmp(each->name, name) == 0 && each->is_supported()) {
+    if (is_usable(each) && std::strcmp(each->name, name) == 0) {
       chosen.store(each, std::memory_order_release);
       return 0;
     }
@@ -151,7 +169,8 @@ QUIRE_API int quire_forward(void* context, const Model* model, const Batch* batc
                           shared + padded(count * qkv, 16),
                           shared,
                           c.partial.reserve(plan.partial_rows * partial),
-                          partial};
+                          partial,
+                          c.reserve_halves(*model, count)};
     const Isa& use = isa();
     run_team(num_threads, kLoopsBeside + model->num_layers * kLoopsPerLayer,
              c.scratch.reserve(num_threads * size), size,
@@ -171,10 +190,13 @@ QUIRE_API int quire_logits(void* context, const Model* model, const float* hidde
     Context& c = *static_cast<Context*>(context);
     std::lock_guard<std::mutex> lock(c.in_use);
     float* narrow = c.narrow.reserve(num_rows * model->project_out.out);
+    uint16_t* halves = c.reserve_halves(*model, num_rows);
     const Isa& use = isa();
     const int64_t size = scratch_size(*model);
     run_team(num_threads, kLoopsBeside, c.scratch.reserve(num_threads * size), size,
-             [&](Thread& thread) { use.logits(thread, *model, hidden, num_rows, narrow, out); });
+             [&](Thread& thread) {
+               use.logits(thread, *model, hidden, num_rows, narrow, halves, out);
+             });
   } catch (const std::bad_alloc&) {
     return -1;
   } catch (const std::exception&) {
