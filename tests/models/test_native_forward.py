@@ -86,8 +86,12 @@ def test_every_instruction_set_computes_the_same(isa: str, tiny_checkpoint: Make
         ours = torch.cat(prefill(decoder, prompts, seed=1))
         with use_isa("generic"):
             exact = torch.cat(prefill(decoder, prompts, seed=1))
-        bound = 0.05 if rounds_activations(isa) else 0.01  # of 2**-8 for each rounding in a row
-        assert (ours - exact).abs().max() <= bound * exact.abs().max(), name
+        # Where activations are rounded as well: no further off than plain torch is.
+        bound = 1e-3 * exact.norm()
+        if rounds_activations(isa):
+            plain = torch.cat(prefill(load(folder, "reference", torch.bfloat16), prompts, seed=1))
+            bound = 1.25 * (plain - exact).norm()
+        assert (ours - exact).norm() <= bound, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -93,19 +93,24 @@ inline void tile_store(void* to, int64_t stride) {
 
 template <int Sums, int A, int B>
 inline void tile_dot() {
+  static_assert(kLanes == 16);
+  vf b_lower[16], b_upper[16];
+  for (int k = 0; k < 16; ++k) {
+    const vu pairs = load_as<vu>(tile_rows(B)[k]);
+    b_lower[k] = flush(widen_low(pairs));
+    b_upper[k] = flush(widen_high(pairs));
+  }
   for (int r = 0; r < 16; ++r) {
-    for (int c = 0; c < 16; c += kLanes) {
-      vf lower = all(0.0f), upper = all(0.0f);
-      for (int k = 0; k < 16; ++k) {
-        const vu a = tile_rows(A)[r][k] + vu{};
-        const vu b = load_as<vu>(&tile_rows(B)[k][c]);
-        lower = add_product(widen_low(a), widen_low(b), lower);
-        upper = add_product(widen_high(a), widen_high(b), upper);
-      }
-      uint32_t* sums = &tile_rows(Sums)[r][c];
-      const vf sum = flush(flush(load_as<vf>(sums)) + flush(lower + upper));
-      std::memcpy(sums, &sum, sizeof sum);
+    const vu pairs = load_as<vu>(tile_rows(A)[r]);
+    const vf a_lower = flush(widen_low(pairs)), a_upper = flush(widen_high(pairs));
+    vf lower = all(0.0f), upper = all(0.0f);
+    for (int k = 0; k < 16; ++k) {
+      lower = flush(b_lower[k] * a_lower[k] + lower);
+      upper = flush(b_upper[k] * a_upper[k] + upper);
     }
+    uint32_t* sums = tile_rows(Sums)[r];
+    const vf sum = flush(flush(load_as<vf>(sums)) + flush(lower + upper));
+    std::memcpy(sums, &sum, sizeof sum);
   }
 }
 
