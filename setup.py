@@ -6,10 +6,12 @@ pyproject.toml holds the rest.
 import os
 import platform
 import runpy
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOTS = {"quire": "core_engine", "quire.kernels": "kernels", "quire.integrations": "integrations"}
 
@@ -34,16 +36,25 @@ FLAGS = [
     "-pthread",
 ]
 # One file per instruction set; which is used is decided when it runs.
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 ISA_FLAGS = {
     "isa_avx2.cpp": ["-mavx2", "-mfma"],
-    "isa_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
+    "isa_avx512.cpp": AVX512,
+    "isa_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "isa_amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "isa_avx512bf16_emulated.cpp": ["-mavx2", "-mfma"],
+    "isa_amx_emulated.cpp": ["-mavx2", "-mfma"],
 }
+# What an older compiler may not know; without them these files are empty.
+OPTIONAL_FLAGS = ("isa_avx512bf16.cpp", "isa_amx.cpp")
 LINK_FLAGS = ["-pthread"]
 SANITIZER_FLAGS = []
 if os.environ.get("QUIRE_SANITIZE") == "1":  # see the Makefile's target of that name
     SANITIZER_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     FLAGS += [*SANITIZER_FLAGS, "-O1", "-g1", "-fno-omit-frame-pointer"]
     LINK_FLAGS += SANITIZER_FLAGS
+if "1" in (os.environ.get("QUIRE_SANITIZE"), os.environ.get("QUIRE_EMULATE_ISAS")):
+    FLAGS += ["-DQUIRE_EMULATE_ISAS"]  # tests then try on any CPU what it has no instructions for
 if platform.system() == "Linux":
     # What is weak in a library, such as instances of std's templates, would be anybody's else.
     LINK_FLAGS += [f"-Wl,--version-script={NATIVE / 'exports.map'}"]
@@ -65,7 +76,11 @@ class BuildNative(build_ext):
     def build_extensions(self):
         """Compile, with the flags of `flags_of` for the files it names."""
         compile_one = self.compiler._compile
-        flags = flags_of(platform.machine())
+        flags = {
+            name: own
+            for name, own in flags_of(platform.machine()).items()
+            if name not in OPTIONAL_FLAGS or self.knows(own)
+        }
 
         def compile_with_own(obj, src, ext, cc_args, extra_postargs, pp_opts):
             own = [*extra_postargs, *flags.get(Path(src).name, [])]
@@ -73,6 +88,20 @@ class BuildNative(build_ext):
 
         self.compiler._compile = compile_with_own
         super().build_extensions()
+
+    def knows(self, flags):
+        """Whether the compiler takes these flags, and the assembler what comes of them."""
+        program = "int main() { "
+        if "-mamx-tile" in flags:
+            program += 'asm volatile("tilerelease"); asm volatile("tdpbf16ps %tmm2,%tmm1,%tmm0"); '
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "knows.cpp")
+            source.write_text(program + "}\n")
+            try:
+                self.compiler.compile([str(source)], folder, extra_preargs=flags)
+            except CompileError:
+                return False
+        return True
 
     def get_output_mapping(self):
         """Return what was built: without a compiler, nothing."""

@@ -89,7 +89,7 @@ def test_answers_of_other_kinds_of_models_do_not_depend_on_it_either(tiny_checkp
 @pytest.mark.skipif(get_backend("cpu").name != "cpu", reason="the native kernels promise it")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mpt"])
-def test_logprobs_have_the_same_bits_however_requests_are_run(tiny_checkpoint, name, dtype):
+def test_logprobs_have_the_same_bits_however_requests_are_run(isa, tiny_checkpoint, name, dtype):
     """Natively nothing is summed in an order that company, chunks, cache or blocks decide."""
 
     def logprobs(**options):

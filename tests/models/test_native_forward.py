@@ -6,13 +6,14 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import CONFIGS, VOCAB_SIZE, build_config, build_model
+from isas import rounds_activations, use_isa
 from paged import PagedRunner
 
 from quire.kernels import available_backends, get_backend
@@ -53,23 +54,6 @@ def prefill(decoder: Decoder, prompts: list[list[int]], **options: Any) -> list[
     return runner.prefill(prompts, **options)
 
 
-def instruction_sets() -> list[str]:
-    if "cpu" not in available_backends():
-        return []
-    names: bytes = get_backend(CPU, "cpu").library.quire_isas()
-    return names.decode().split()
-
-
-@pytest.fixture(params=instruction_sets())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set that this machine has."""
-    library = get_backend(CPU, "cpu").library
-    best = library.quire_isa()
-    assert library.quire_choose_isa(request.param.encode()) == 0
-    yield request.param
-    library.quire_choose_isa(best)
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_those_of_transformers_in_exact_arithmetic(
     name: str, tiny_checkpoint: Make
@@ -98,14 +82,22 @@ def test_every_instruction_set_computes_the_same(isa: str, tiny_checkpoint: Make
         ours = torch.cat(prefill(load(folder, "cpu"), prompts, seed=1))
         plain = torch.cat(prefill(load(folder, "reference"), prompts, seed=1))
         torch.testing.assert_close(ours, plain, atol=1e-3, rtol=0)
-        halves = torch.cat(prefill(load(folder, "cpu", torch.bfloat16), prompts, seed=1))
-        assert torch.isfinite(halves).all()
+        decoder = load(folder, "cpu", torch.bfloat16)
+        ours = torch.cat(prefill(decoder, prompts, seed=1))
+        with use_isa("generic"):
+            exact = torch.cat(prefill(decoder, prompts, seed=1))
+        # Where activations are rounded as well: no further off than plain torch is.
+        bound = 1e-3 * exact.norm()
+        if rounds_activations(isa):
+            plain = torch.cat(prefill(load(folder, "reference", torch.bfloat16), prompts, seed=1))
+            bound = 1.25 * (plain - exact).norm()
+        assert (ours - exact).norm() <= bound, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mpt", "gpt-neox", "qwen3", "opt-350m"])
 def test_a_sequence_has_the_same_bits_in_any_company(
-    name: str, dtype: torch.dtype, tiny_checkpoint: Make
+    isa: str, name: str, dtype: torch.dtype, tiny_checkpoint: Make
 ) -> None:
     """Alone or among others, in whatever chunks and blocks, on however many threads."""
     decoder = load(tiny_checkpoint(name), "cpu", dtype)
@@ -124,7 +116,7 @@ def test_a_sequence_has_the_same_bits_in_any_company(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_long_sequences_have_the_same_bits_however_their_keys_are_shared_out(
-    dtype: torch.dtype, tiny_checkpoint: Make
+    isa: str, dtype: torch.dtype, tiny_checkpoint: Make
 ) -> None:
     """Keys of one sequence are split among idle threads; one thread goes over them in order."""
     decoder = load(tiny_checkpoint("llama"), "cpu", dtype)
@@ -145,8 +137,13 @@ def test_long_sequences_have_the_same_bits_however_their_keys_are_shared_out(
     assert torch.equal(results[0], results[2])
 
 
-def test_bfloat16_weights_are_multiplied_in_float32(tiny_checkpoint: Make, tmp_path: Path) -> None:
-    """The same as a float32 model of the same rounded weights, but for the KV cache's rounding."""
+def test_bfloat16_weights_are_multiplied_in_float32(
+    isa: str, tiny_checkpoint: Make, tmp_path: Path
+) -> None:
+    """The same as a float32 model of the same rounded weights, but for what is rounded to 8 bits.
+
+    That is the KV cache, and activations where the instruction set takes them so.
+    """
     from safetensors.torch import load_file, save_file
 
     folder = tiny_checkpoint("llama")
@@ -164,11 +161,12 @@ def test_bfloat16_weights_are_multiplied_in_float32(tiny_checkpoint: Make, tmp_p
     prompt = prompts_of([1])
     ours = prefill(load(folder, "cpu", torch.bfloat16), prompt, seed=0)[0]
     exact = prefill(load(rounded, "cpu", torch.float32), prompt, seed=0)[0]
-    # One token: attention returns its value, which the cache rounds to 8 bits.
-    assert (ours - exact).abs().max() < 0.02 * exact.abs().max()
+    # One token: attention returns its value, which the cache rounds.
+    bound = 0.04 if rounds_activations(isa) else 0.02
+    assert (ours - exact).abs().max() < bound * exact.abs().max()
 
 
-def test_a_broken_number_stays_in_its_sequence(tiny_checkpoint: Make) -> None:
+def test_a_broken_number_stays_in_its_sequence(isa: str, tiny_checkpoint: Make) -> None:
     """NaN in the embedding of one token makes nothing of its neighbours' logits."""
     decoder = load(tiny_checkpoint("gpt2"), "reference")
     assert decoder.native is None
@@ -190,7 +188,9 @@ def test_a_broken_number_stays_in_its_sequence(tiny_checkpoint: Make) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_blocks_that_nobody_sees_are_not_read(dtype: torch.dtype, tiny_checkpoint: Make) -> None:
+def test_blocks_that_nobody_sees_are_not_read(
+    isa: str, dtype: torch.dtype, tiny_checkpoint: Make
+) -> None:
     """Behind a sliding window the block table may hold anything, and blocks be another's."""
     decoder = load(tiny_checkpoint("mistral"), "cpu", dtype)
     window = decoder.spec.layers[0].attention.sliding_window

@@ -5,123 +5,20 @@
 // parts are merged in ascending order. So a token's result has the same bits whatever is computed
 // beside it, and on however many threads.
 #pragma once
-#include <utility>
-
-#include "plan.h"
-#include "rows.h"
+#include "attention_tiles.h"
+#include "chunk.h"
 
 namespace quire {
 namespace QUIRE_ISA {
 
-struct Attention {
-  const Layer* layer;
-  const Batch* batch;
-  const float* qkv;
-  int64_t qkv_width;
-  float* out;  // [num_tokens][num_heads * head_dim]
-  const AttentionPlan* plan;
-  float* partial;
-  int64_t partial_width;
-};
-
-#if defined(__AVX2__) && !defined(__AVX512F__)
-// Neighbours within halves of a vector first: these shuffles are one instruction each.
-inline void transpose(vf (&rows)[8]) {
-  vf t[8];
-#pragma GCC unroll 4
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = __builtin_shuffle(rows[i], rows[i + 1], vi{0, 8, 1, 9, 4, 12, 5, 13});
-    t[i + 1] = __builtin_shuffle(rows[i], rows[i + 1], vi{2, 10, 3, 11, 6, 14, 7, 15});
-  }
-  vf u[8];
-#pragma GCC unroll 2
-  for (int i = 0; i < 8; i += 4) {
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      u[i + 2 * h] = __builtin_shuffle(t[i + h], t[i + 2 + h], vi{0, 1, 8, 9, 4, 5, 12, 13});
-      u[i + 2 * h + 1] =
-          __builtin_shuffle(t[i + h], t[i + 2 + h], vi{2, 3, 10, 11, 6, 7, 14, 15});
-    }
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    rows[i] = __builtin_shuffle(u[i], u[i + 4], vi{0, 1, 2, 3, 8, 9, 10, 11});
-    rows[i + 4] = __builtin_shuffle(u[i], u[i + 4], vi{4, 5, 6, 7, 12, 13, 14, 15});
-  }
-}
-#else
-template <int Half, int... Lane>
-inline void transpose_halves(vf (&rows)[kLanes], std::integer_sequence<int, Lane...>) {
-  // Constants: masks that are made lane by lane take longer than what they are for.
-  constexpr vi kFirst = {((Lane & Half) == 0 ? Lane : kLanes + Lane - Half)...};
-  constexpr vi kSecond = {((Lane & Half) == 0 ? Lane + Half : kLanes + Lane)...};
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    if ((i & Half) != 0) continue;
-    const vf a = rows[i], b = rows[i + Half];
-    rows[i] = __builtin_shuffle(a, b, kFirst);
-    rows[i + Half] = __builtin_shuffle(a, b, kSecond);
-  }
-  if constexpr (Half > 1) {
-    transpose_halves<Half / 2>(rows, std::make_integer_sequence<int, kLanes>());
-  }
-}
-
-inline void transpose(vf (&rows)[kLanes]) {
-  transpose_halves<kLanes / 2>(rows, std::make_integer_sequence<int, kLanes>());
-}
-#endif
-
-// One thread's memory for attention, laid out anew for each piece.
-struct AttentionScratch {
-  float* memory;
-  float *query, *key, *value, *scores, *part_values, *sum_values;
-  float *part_highest, *part_total, *sum_highest, *sum_total;
-
-  void lay_out(int64_t rows, int64_t dim) {
-    const int64_t wide = padded(dim, kBlock), row = padded(rows, kBlock);
-    const int64_t sizes[] = {rows * wide, wide * kChunk, wide * kChunk, rows * kChunk, rows * wide,
-                             rows * wide, row,           row,           row,           row};
-    float** places[] = {&query,      &key,          &value,      &scores,      &part_values,
-                        &sum_values, &part_highest, &part_total, &sum_highest, &sum_total};
-    float* next = memory;
-    for (int i = 0; i < 10; ++i) {
-      *places[i] = next;
-      next += sizes[i];
-    }
-  }
-};
-
-// A chunk of keys as blocks [16 keys][dim][16], of values as blocks [16 dims][keys][16]. Those
-// before `low`, which nobody sees, may lie in blocks that are another sequence's by now: slot 0
-// stands for them, of the block that is always zero.
+// A chunk of keys as blocks [16 keys][dim][16], of values as blocks [16 dims][keys][16].
 template <typename T>
 inline void load_chunk(const Attention& a, int sequence, int head, int64_t first, int low,
                        int count, AttentionScratch& s) {
   const Layer& layer = *a.layer;
-  const int64_t dim = layer.head_dim, width = layer.num_kv_heads * dim;
-  const int64_t wide = padded(dim, kBlock);
+  const int64_t dim = layer.head_dim, wide = padded(dim, kBlock);
   const T *keys[kChunk], *values[kChunk];
-  const int32_t* block = a.batch->block_tables + sequence * a.batch->block_table_stride +
-                         (first + low) / a.batch->block_size;
-  int64_t offset = (first + low) % a.batch->block_size;
-  for (int i = 0; i < count; ++i) {
-    int64_t at = head * dim;
-    if (i >= low) {
-      at += (*block * a.batch->block_size + offset) * width;
-      if (++offset == a.batch->block_size) {
-        offset = 0;
-        ++block;
-      }
-    }
-    keys[i] = static_cast<const T*>(layer.key_cache) + at;
-    values[i] = static_cast<const T*>(layer.value_cache) + at;
-    // Blocks lie anywhere: ask for all of them before the first is waited for.
-    for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) {
-      __builtin_prefetch(keys[i] + d);
-      __builtin_prefetch(values[i] + d);
-    }
-  }
+  find_rows(a, sequence, head, first, low, count, keys, values);
   for (int i = 0; i < count; ++i) {
     const T* value = values[i];
     int64_t d = 0;
@@ -173,59 +70,11 @@ inline void all_rows(int64_t rows, const float* x, int64_t ldx, int64_t depth, c
 inline void attend_chunk(const Layer& layer, int head, int64_t rows, int64_t first, int count,
                          int64_t first_position, AttentionScratch& s) {
   const int64_t dim = layer.head_dim, wide = padded(dim, kBlock);
-  const int group = layer.num_heads / layer.num_kv_heads;
-  const float none = -std::numeric_limits<float>::infinity();
   const int used = static_cast<int>(padded(count, kBlock));
   for (int b = 0; b < used; b += kBlock) {
     all_rows<false>(rows, s.query, dim, dim, s.key + b * dim, s.scores + b, kChunk);
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    float* scores = s.scores + r * kChunk;
-    const int64_t position = first_position + r / group;
-    // Keys first + low up to first + high - 1 are seen.
-    const int64_t high = std::min<int64_t>(count, position + 1 - first);
-    const int64_t low =
-        layer.sliding_window > 0
-            ? std::max<int64_t>(0, position + 1 - layer.sliding_window - first)
-            : 0;
-    if (high <= low) {
-      std::fill(scores, scores + used, 0.0f);
-      continue;
-    }
-    if (layer.softcap > 0.0f) {
-      for (int i = 0; i < used; i += kLanes) {
-        store(scores + i, tanh(load(scores + i) / layer.softcap) * layer.softcap);
-      }
-    }
-    if (layer.alibi_slopes != nullptr) {
-      const float slope = layer.alibi_slopes[head * group + r % group];
-      for (int i = 0; i < used; ++i) {
-        scores[i] += slope * static_cast<float>(first + i - position);
-      }
-    }
-    for (int64_t i = 0; i < low; ++i) scores[i] = none;
-    for (int64_t i = high; i < used; ++i) scores[i] = none;
-    vf most = all(none);
-    for (int i = 0; i < used; i += kLanes) most = max(load(scores + i), most);
-    const float old = s.part_highest[r];
-    const float highest = std::max(largest(most), old);
-    // Scores that are all -inf weigh nothing; what is no number shows in the sum.
-    if (highest == none && std::none_of(scores, scores + used, [](float x) { return x != x; })) {
-      std::fill(scores, scores + used, 0.0f);
-      continue;
-    }
-    vf total = all(0.0f);
-    for (int i = 0; i < used; i += kLanes) {
-      const vf weight = exp(load(scores + i) - highest);
-      store(scores + i, weight);
-      total += weight;
-    }
-    const float shrink = exp(all(old - highest))[0];
-    s.part_total[r] = s.part_total[r] * shrink + sum(total);
-    s.part_highest[r] = highest;
-    float* values = s.part_values + r * wide;
-    for (int64_t d = 0; d < wide; d += kLanes) store(values + d, load(values + d) * shrink);
-  }
+  weigh_rows<false>(layer, head, rows, first, count, used, first_position, s);
   for (int64_t d = 0; d < wide; d += kBlock) {
     all_rows<true>(rows, s.scores, kChunk, used, s.value + d * kChunk, s.part_values + d, wide);
   }
@@ -280,15 +129,20 @@ inline void attend_piece(const Attention& a, const Piece& piece, int head, Atten
   const int64_t dim = layer.head_dim, wide = padded(dim, kBlock);
   const int group = layer.num_heads / layer.num_kv_heads;
   const int64_t rows = static_cast<int64_t>(piece.num_queries) * group;
-  s.lay_out(rows, dim);
+  constexpr bool by_tiles = kTiles && sizeof(T) == 2;
+  s.lay_out(by_tiles ? padded(rows, 16) : rows, dim);
   const int64_t start = batch.query_start_loc[piece.sequence];
   const int64_t num_new = batch.query_start_loc[piece.sequence + 1] - start;
   const int64_t first_position = batch.seq_lens[piece.sequence] - num_new + piece.first_query;
   const int64_t end = first_position + piece.num_queries;  // of the keys that are seen
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t token = start + piece.first_query + r / group;
-    const float* query = a.qkv + token * a.qkv_width + (head * group + r % group) * dim;
-    for (int64_t d = 0; d < dim; ++d) s.query[r * dim + d] = query[d] * layer.scale;
+  if constexpr (by_tiles) {
+    tile_queries(a, start + piece.first_query, head, rows, s);
+  } else {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t token = start + piece.first_query + r / group;
+      const float* query = a.qkv + token * a.qkv_width + (head * group + r % group) * dim;
+      for (int64_t d = 0; d < dim; ++d) s.query[r * dim + d] = query[d] * layer.scale;
+    }
   }
   int64_t first_seen = 0;
   if (layer.sliding_window > 0) {
@@ -309,8 +163,12 @@ inline void attend_piece(const Attention& a, const Piece& piece, int head, Atten
          first += kChunk) {
       const int count = static_cast<int>(std::min<int64_t>(kChunk, end - first));
       const int low = static_cast<int>(std::max<int64_t>(0, first_seen - first));
-      load_chunk<T>(a, piece.sequence, head, first, low, count, s);
-      attend_chunk(layer, head, rows, first, count, first_position, s);
+      if constexpr (by_tiles) {
+        attend_chunk_by_tiles(a, piece.sequence, head, rows, first, low, count, first_position, s);
+      } else {
+        load_chunk<T>(a, piece.sequence, head, first, low, count, s);
+        attend_chunk(layer, head, rows, first, count, first_position, s);
+      }
     }
     if (is_whole) {
       merge_rows(rows, wide, s.part_highest, s.part_total, 1, s.part_values, wide, s);

@@ -1,13 +1,15 @@
 // A whole step: tokens in, hidden states out, keys and values into the cache.
 #pragma once
 #include "attention.h"
+#include "dots.h"
 #include "plan.h"
 #include "sampling.h"
 
 namespace quire {
 namespace QUIRE_ISA {
 
-inline void embed(Thread& thread, const Model& model, const Batch& batch, float* x, float* narrow) {
+inline void embed(Thread& thread, const Model& model, const Batch& batch, float* x, float* narrow,
+                  uint16_t* halves) {
   const int64_t hidden = model.hidden_size, width = model.embedding_size;
   const bool projects = model.project_in.blocks != nullptr || model.project_in.tail != nullptr;
   float* rows = projects ? narrow : x;
@@ -26,7 +28,7 @@ inline void embed(Thread& thread, const Model& model, const Batch& batch, float*
     }
   });
   if (projects) {
-    multiply(thread, {rows, width, batch.num_tokens, x, hidden, &model.project_in});
+    multiply(thread, {rows, width, batch.num_tokens, x, hidden, &model.project_in}, halves);
   }
   if (model.positions == nullptr) return;
   thread.share(batch.num_tokens, [&](int64_t t) {
@@ -49,10 +51,10 @@ inline void add_product(Thread& thread, const float* input, int64_t size, int64_
                         const Matrix& weight, const Norm& norm, const Buffers& rows) {
   const int64_t hidden = weight.out;
   if (norm.kind == kNoNorm) {
-    multiply(thread, {input, size, count, rows.x, hidden, &weight, Then::kAdd});
+    multiply(thread, {input, size, count, rows.x, hidden, &weight, Then::kAdd}, rows.halves);
     return;
   }
-  multiply(thread, {input, size, count, rows.normed, hidden, &weight});
+  multiply(thread, {input, size, count, rows.normed, hidden, &weight}, rows.halves);
   thread.share(count, [&](int64_t t) {
     float* row = rows.normed + t * hidden;
     normalize(norm, row, hidden, row);
@@ -67,7 +69,8 @@ inline void run_attention(Thread& thread, const Model& model, const Layer& layer
   const int64_t hidden = model.hidden_size, count = batch.num_tokens;
   const int64_t width = layer.qkv.out, heads = static_cast<int64_t>(layer.num_heads) * layer.head_dim;
   const float* input = layer.residual == kPost ? rows.x : rows.normed;
-  multiply(thread, {input, hidden, count, rows.qkv, width, &layer.qkv});
+  multiply(thread, {input, hidden, count, rows.qkv, width, &layer.qkv},
+             rows.halves);
   thread.share(count, [&](int64_t t) {
     float* qkv = rows.qkv + t * width;
     if (layer.cache_dtype == kBFloat16) {
@@ -92,16 +95,17 @@ inline void run_mlp(Thread& thread, const Model& model, const Layer& layer, cons
     up.factor = &layer.up;
     up.then = Then::kActivateAndMultiply;
   }
-  multiply(thread, up);
+  multiply(thread, up, rows.halves);
   add_product(thread, rows.inner, size, count, layer.down, layer.mlp_post_norm, rows);
 }
 
 inline void forward(Thread& thread, const Model& model, const Batch& batch, const AttentionPlan& plan,
                     const Buffers& rows) {
+  const TileSession session;
   const int64_t hidden = model.hidden_size, count = batch.num_tokens;
   AttentionScratch scratch;
   scratch.memory = thread.scratch();
-  embed(thread, model, batch, rows.x, rows.inner);
+  embed(thread, model, batch, rows.x, rows.inner, rows.halves);
   for (int32_t i = 0; i < model.num_layers; ++i) {
     const Layer& layer = model.layers[i];
     if (layer.residual != kPost) {
@@ -138,11 +142,12 @@ inline void soften(const Model& model, float* row, int64_t count) {
 
 // What the head is multiplied with: `hidden`, or what is projected from it to `narrow`.
 inline Product head_product(Thread& thread, const Model& model, const float* hidden,
-                            int64_t num_rows, float* narrow) {
+                            int64_t num_rows, float* narrow, uint16_t* halves) {
   Product p{hidden, model.hidden_size, num_rows, nullptr, model.head.out, &model.head};
   if (model.project_out.blocks != nullptr || model.project_out.tail != nullptr) {
     const int64_t size = model.project_out.out;
-    multiply(thread, {hidden, model.hidden_size, num_rows, narrow, size, &model.project_out});
+    multiply(thread, {hidden, model.hidden_size, num_rows, narrow, size, &model.project_out},
+             halves);
     p.x = narrow;
     p.ldx = size;
   }
@@ -151,10 +156,11 @@ inline Product head_product(Thread& thread, const Model& model, const float* hid
 
 // Logits of some rows of hidden states, [num_rows][vocab_size].
 inline void logits(Thread& thread, const Model& model, const float* hidden, int64_t num_rows,
-                   float* narrow, float* out) {
-  Product p = head_product(thread, model, hidden, num_rows, narrow);
+                   float* narrow, uint16_t* halves, float* out) {
+  const TileSession session;
+  Product p = head_product(thread, model, hidden, num_rows, narrow, halves);
   p.y = out;
-  multiply(thread, p);
+  multiply(thread, p, halves);
   const int64_t vocab = model.head.out;
   thread.share(num_rows, [&](int64_t r) { soften(model, out + r * vocab, vocab); });
 }
@@ -162,6 +168,7 @@ inline void logits(Thread& thread, const Model& model, const float* hidden, int6
 // The likeliest token after some rows of hidden states, and its logit: no number where one of the
 // row's logits is none. No more than a stretch of the logits is there at a time.
 inline void likeliest(Thread& thread, const Model& model, const Likeliest& what) {
+  const TileSession session;
   const int64_t hidden = model.hidden_size;
   thread.share(what.num_rows, [&](int64_t r) {
     std::memcpy(what.rows + r * hidden, what.hidden + what.indices[r] * hidden,
@@ -169,7 +176,7 @@ inline void likeliest(Thread& thread, const Model& model, const Likeliest& what)
     what.ids[r] = 0;
     what.highest[r] = -std::numeric_limits<float>::infinity();
   });
-  Product p = head_product(thread, model, what.rows, what.num_rows, what.narrow);
+  Product p = head_product(thread, model, what.rows, what.num_rows, what.narrow, what.halves);
   p.y = what.logits;
   p.ldy = what.width;
   const Matrix& head = model.head;
@@ -180,7 +187,7 @@ inline void likeliest(Thread& thread, const Model& model, const Likeliest& what)
     part.blocks = static_cast<const char*>(head.blocks) + first * head.in * width;
     if (head.bias != nullptr) part.bias = head.bias + first;
     p.weight = &part;
-    multiply(thread, p);
+    multiply(thread, p, what.halves);
     thread.share(what.num_rows, [&](int64_t r) {
       float* logits = what.logits + r * what.width;
       soften(model, logits, part.out);

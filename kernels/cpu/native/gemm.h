@@ -249,14 +249,5 @@ inline void multiply_blocks(Thread& thread, const Product& p) {
   });
 }
 
-// To be called by all threads of the team, which all leave it when the product is complete.
-inline void multiply(Thread& thread, const Product& p) {
-  if (p.weight->dtype == kBFloat16) {
-    multiply_blocks<uint16_t>(thread, p);
-  } else {
-    multiply_blocks<float>(thread, p);
-  }
-}
-
 }  // namespace QUIRE_ISA
 }  // namespace quire

@@ -10,7 +10,7 @@ namespace quire {
 struct Functions {
   void (*forward)(Thread&, const Model&, const Batch&, const AttentionPlan&, const Buffers&);
   void (*logits)(Thread&, const Model&, const float* hidden, int64_t num_rows, float* narrow,
-                 float* out);
+                 uint16_t* halves, float* out);
   void (*likeliest)(Thread&, const Model&, const Likeliest&);
   void (*argmax)(Thread&, const Logits&, int64_t* ids, float* highest);
   void (*draw)(Thread&, const Logits&, const Draw&, int64_t* ids);
@@ -30,5 +30,11 @@ extern const Isa generic_isa;
 extern const Isa avx2_isa;
 extern const Isa avx512_isa;
 #endif
+// Null where they were not built: by a compiler that does not know the instructions, or, of those
+// that are computed otherwise, unless QUIRE_EMULATE_ISAS is defined.
+extern const Isa* const avx512bf16_isa;
+extern const Isa* const amx_isa;
+extern const Isa* const avx512bf16_emulated_isa;
+extern const Isa* const amx_emulated_isa;
 
 }  // namespace quire

@@ -14,35 +14,45 @@
 namespace quire {
 namespace {
 
+// The best first; those that are only for tests come after what runs everywhere.
 const Isa* const kAll[] = {
+    amx_isa,
+    avx512bf16_isa,
 #if defined(__x86_64__)
     &avx512_isa,
     &avx2_isa,
 #endif
     &generic_isa,
+    amx_emulated_isa,
+    avx512bf16_emulated_isa,
 };
+
+bool is_usable(const Isa* isa) { return isa != nullptr && isa->is_supported(); }
 
 std::atomic<const Isa*> chosen{nullptr};
 
 const Isa& isa() {
   const Isa* found = chosen.load(std::memory_order_acquire);
   if (found == nullptr) {
-    found = *std::find_if(std::begin(kAll), std::end(kAll),
-                          [](const Isa* each) { return each->is_supported(); });
+    found = *std::find_if(std::begin(kAll), std::end(kAll), is_usable);
     chosen.store(found, std::memory_order_release);
   }
   return *found;
 }
 
 // At least as many as a program has: of each layer, and before and after them all.
-constexpr size_t kLoopsPerLayer = 16;
+constexpr size_t kLoopsPerLayer = 24;
 constexpr size_t kLoopsBeside = 16;
 constexpr size_t kLoopsPerStretch = 4;
 
 // Memory for the steps of one model; one step at a time.
 struct Context {
   std::mutex in_use;
-  Memory x, normed, second, inner, partial, scratch, narrow, rows, logits;
+  Memory x, normed, second, inner, partial, scratch, narrow, halves, rows, logits;
+
+  uint16_t* reserve_halves(const Model& model, int64_t num_rows) {
+    return reinterpret_cast<uint16_t*>(halves.reserve(halves_size(model, num_rows)));
+  }
 };
 
 // What a thread of a program that chooses tokens needs room for.
@@ -116,7 +126,7 @@ QUIRE_API const char* quire_isas() {
   static const std::string names = [] {
     std::string all;
     for (const Isa* each : kAll) {
-      if (each->is_supported()) all += (all.empty() ? "" : " ") + std::string(each->name);
+      if (is_usable(each)) all += (all.empty() ? "" : " ") + std::string(each->name);
     }
     return all;
   }();
@@ -125,7 +135,7 @@ QUIRE_API const char* quire_isas() {
 
 QUIRE_API int quire_choose_isa(const char* name) {
   for (const Isa* each : kAll) {
-    if (std::strcmp(each->name, name) == 0 && each->is_supported()) {
+    if (is_usable(each) && std::strcmp(each->name, name) == 0) {
       chosen.store(each, std::memory_order_release);
       return 0;
     }
@@ -186,7 +196,8 @@ QUIRE_API int quire_forward(void* context, const Model* model, const Batch* batc
                           shared + padded(count * qkv, 16),
                           shared,
                           c.partial.reserve(plan.partial_rows * partial),
-                          partial};
+                          partial,
+                          c.reserve_halves(*model, count)};
     const Functions& use = isa().functions;
     run_team(num_threads, kLoopsBeside + model->num_layers * kLoopsPerLayer,
              c.scratch.reserve(num_threads * size), size,
@@ -199,10 +210,13 @@ QUIRE_API int quire_logits(void* context, const Model* model, const float* hidde
   num_threads = std::max(num_threads, 1);
   return guarded(context, [&](Context& c) {
     float* narrow = c.narrow.reserve(num_rows * model->project_out.out);
+    uint16_t* halves = c.reserve_halves(*model, num_rows);
     const Functions& use = isa().functions;
     const int64_t size = scratch_size(*model);
     run_team(num_threads, kLoopsBeside, c.scratch.reserve(num_threads * size), size,
-             [&](Thread& thread) { use.logits(thread, *model, hidden, num_rows, narrow, out); });
+             [&](Thread& thread) {
+               use.logits(thread, *model, hidden, num_rows, narrow, halves, out);
+             });
   });
 }
 
@@ -217,6 +231,7 @@ QUIRE_API int quire_likeliest(void* context, const Model* model, const float* hi
                          num_rows,
                          c.rows.reserve(num_rows * model->hidden_size),
                          c.narrow.reserve(num_rows * model->project_out.out),
+                         c.reserve_halves(*model, num_rows),
                          c.logits.reserve(num_rows * width),
                          width,
                          ids,

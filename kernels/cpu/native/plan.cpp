@@ -10,6 +10,16 @@ namespace quire {
 namespace {
 // Numbers that partial results may take at most: beyond, there is work enough for all threads.
 constexpr int64_t kMostPartial = 1 << 23;
+
+// Inputs of the widest product.
+int64_t widest_input(const Model& model) {
+  int64_t widest = std::max({model.head.in, model.project_in.in, model.project_out.in});
+  for (int32_t i = 0; i < model.num_layers; ++i) {
+    const Layer& layer = model.layers[i];
+    widest = std::max({widest, layer.qkv.in, layer.out.in, layer.up.in, layer.down.in});
+  }
+  return widest;
+}
 }  // namespace
 
 AttentionPlan plan_attention(const Model& model, const Batch& batch, int num_threads) {
@@ -59,16 +69,18 @@ AttentionPlan plan_attention(const Model& model, const Batch& batch, int num_thr
 
 int64_t scratch_size(const Model& model) {
   // Of products, two blocks of 16 outputs, widened.
-  int64_t widest = std::max({model.head.in, model.project_in.in, model.project_out.in});
-  int64_t size = 0;
+  int64_t size = 2 * 16 * widest_input(model);
   for (int32_t i = 0; i < model.num_layers; ++i) {
     const Layer& layer = model.layers[i];
     const int64_t rows = padded(kQueries * (layer.num_heads / layer.num_kv_heads), 16);
     const int64_t wide = padded(layer.head_dim, 16);
     size = std::max(size, 3 * rows * wide + 2 * wide * kChunk + rows * kChunk + 4 * rows);
-    widest = std::max({widest, layer.qkv.in, layer.out.in, layer.up.in, layer.down.in});
   }
-  return std::max(size, 2 * 16 * widest);
+  return size;
+}
+
+int64_t halves_size(const Model& model, int64_t num_rows) {
+  return padded(num_rows, 16) * padded(widest_input(model), kDepth) / 2;
 }
 
 Memory::~Memory() {

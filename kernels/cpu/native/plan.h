@@ -10,6 +10,7 @@ namespace quire {
 constexpr int kChunk = 64;     // keys that are loaded together
 constexpr int kPart = 512;     // keys that one piece goes over at least, if it has as many
 constexpr int kQueries = 16;   // tokens of one sequence that are computed together
+constexpr int kDepth = 32;     // inputs of a tile, in which products of bfloat16 are computed
 
 // A run of queries of one sequence, to be computed over all parts of its keys, or over one part
 // alone, whose result goes to the partial results from row `slot` on.
@@ -49,6 +50,7 @@ struct Buffers {
   float* inner;     // [num_tokens][widest MLP or embedding]
   float* partial;   // [partial_rows][partial_width]: values, highest score, sum
   int64_t partial_width;
+  uint16_t* halves;  // the input of a product, rounded to bfloat16, where that is done
 };
 
 constexpr int64_t kStretch = 4096;  // most logits of a row that are computed before a look at them
@@ -60,6 +62,7 @@ struct Likeliest {
   int64_t num_rows;
   float* rows;    // [num_rows][hidden_size]
   float* narrow;  // [num_rows][embedding_size]
+  uint16_t* halves;
   float* logits;  // [num_rows][width]
   int64_t width;  // of a stretch
   int64_t* ids;
@@ -68,6 +71,9 @@ struct Likeliest {
 
 // Numbers that one thread needs room for, at one item of any loop.
 int64_t scratch_size(const Model& model);
+
+// Numbers of 32 bits that so many rows of any product's input take when they are rounded.
+int64_t halves_size(const Model& model, int64_t num_rows);
 
 // Memory that only grows, and of which only what is written to is taken from the system. What it
 // held is lost when it grows. It comes from the system itself: an allocator would keep what was

@@ -44,7 +44,7 @@ inline vf all(float x) {
 }
 
 // Of two of which one is no number, the second.
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(QUIRE_WIDE)
 inline vf max(vf a, vf b) { return __builtin_ia32_maxps256(a, b); }
 inline vf min(vf a, vf b) { return __builtin_ia32_minps256(a, b); }
 #else

@@ -38,7 +38,7 @@ def build(output: Path, compiler: str = "c++", *, is_static: bool = False) -> No
             own = ["-Wall", "-Wextra", f"-I{NATIVE}"] if source.parent == CHECK else []
             special = flags_of.get(source.name, [])
             subprocess.run(
-                [compiler, *flags, *own, *special, "-c", str(source), "-o", built], check=True
+                [compiler, *flags, *own, *special, "-DQUIRE_EMULATE_ISAS", "-c", str(source), "-o", built], check=True
             )
             return built
 

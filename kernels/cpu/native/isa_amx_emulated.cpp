@@ -1,0 +1,28 @@
+// What isa_amx.cpp computes, on CPUs that cannot: for tests.
+#include "isa.h"
+
+#if defined(QUIRE_EMULATE_ISAS)
+#define QUIRE_ISA amx_emulated
+#define QUIRE_EMULATE
+#define QUIRE_WIDE
+#define QUIRE_TILES
+#include "functions.h"
+
+namespace quire {
+namespace {
+bool is_supported() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return true;
+#endif
+}
+constexpr Isa kIsa{"amx-emulated", is_supported, amx_emulated::kFunctions};
+}  // namespace
+const Isa* const amx_emulated_isa = &kIsa;
+}  // namespace quire
+#else
+namespace quire {
+const Isa* const amx_emulated_isa = nullptr;
+}  // namespace quire
+#endif
