@@ -35,7 +35,7 @@ def test_every_instruction_set_is_right_and_the_same_in_any_company(tmp_path: Pa
     """Products, activations, whole models: inside their bounds, and bit for bit batch-invariant."""
     build(tmp_path / "check")
     names = run(str(tmp_path / "check"))
-    assert names[-1] in ("generic", "neon")
+    assert {"generic", "neon"} & set(names)
 
 
 @pytest.mark.slow
@@ -46,4 +46,4 @@ def test_arm64_is_right_and_the_same_in_any_company(tmp_path: Path) -> None:
         assert os.environ.get("QUIRE_REQUIRE_ARM64") != "1", f"not installed: {missing}"
         pytest.skip(f"not installed: {' and '.join(missing)}")
     build(tmp_path / "check", "--static", "--compiler", CROSS_COMPILER)
-    assert run(EMULATOR, str(tmp_path / "check"), "--quick") == ["neon"]
+    assert "neon" in run(EMULATOR, str(tmp_path / "check"), "--quick")
