@@ -34,6 +34,11 @@ struct IsBefore {
   }
 };
 
+// A type of its own: what the library makes of it is then of this instruction set, and no other's.
+struct IsLess {
+  bool operator()(float a, float b) const { return a < b; }
+};
+
 struct Bucket {
   int64_t count;
   double mass;
@@ -119,7 +124,7 @@ struct Row {
     float least = -std::numeric_limits<float>::infinity();
     if (count <= num_spans) {
       std::copy(maxima, maxima + num_spans, spare);
-      std::nth_element(spare, spare + (num_spans - count), spare + num_spans);
+      std::nth_element(spare, spare + (num_spans - count), spare + num_spans, IsLess{});
       least = spare[num_spans - count];
     }
     for (int64_t s = 0; s < num_spans; ++s) {

@@ -14,7 +14,8 @@ class Findings {
   void fail(const std::string& what);
   bool failed() const { return num_failures_ > 0; }
 
-  int num_products = 0, num_models = 0, num_tokens = 0, num_activations = 0, num_same = 0;
+  int num_products = 0, num_models = 0, num_tokens = 0, num_activations = 0, num_same = 0,
+      num_rows = 0;
   Worst products, models, activations;
 
  private:
@@ -42,6 +43,7 @@ bool same_bits(const float* a, const float* b, int64_t count);
 
 void check_products(Random& random, int count, const Rounding& rounding, Findings& found);
 void check_activations(Findings& found);
+void check_sampling(Random& random, int count, Findings& found);
 void check_models(Random& random, int count, const Rounding& rounding, Findings& found);
 
 }  // namespace check

@@ -48,13 +48,14 @@ static bool check_isa(const std::string& isa, bool is_quick) {
   Random random(20240229);
   check_products(random, is_quick ? 60 : 300, rounding, found);
   check_activations(found);
+  check_sampling(random, is_quick ? 30 : 200, found);
   check_models(random, is_quick ? 12 : 40, rounding, found);
   std::printf(
       "%s: %d products, worst error %.3f of the bound; %d activations, %.3f; %d models of %d tokens, "
-      "%.4f; %d times the same bits alone and in company: %s\n",
+      "%.4f; %d rows of logits; %d times the same bits alone and in company: %s\n",
       isa.c_str(), found.num_products, found.products.part(), found.num_activations,
       found.activations.part(), found.num_models, found.num_tokens, found.models.part(),
-      found.num_same, found.failed() ? "FAILED" : "ok");
+      found.num_rows, found.num_same, found.failed() ? "FAILED" : "ok");
   std::fflush(stdout);
   return !found.failed();
 }
