@@ -1,129 +1,139 @@
-"""``quire bench``: throughput, latency, startup."""
+"""``quire bench``: throughput, prefix, latency, startup, kernels."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from quire.bench import report
-from quire.bench.checkpoint import DIMENSIONS, random_checkpoint
-from quire.bench.contest import BenchError, Contestant, Measurement, alternate
-from quire.bench.limit import ModelSize, measure_limit
+from quire.bench.chart import Bar, draw
+from quire.bench.contest import BenchError, Measurement
+from quire.bench.dataset import read_pairs, sample_pairs
+from quire.bench.options import (
+    Chart,
+    Checkpoint,
+    Dtype,
+    GgufType,
+    Json,
+    Model,
+    PeerEnv,
+    PeerPython,
+    Peers,
+    Random,
+    Repeats,
+    Seed,
+    Vs,
+    find_checkpoint,
+)
 from quire.bench.products import measure_products
+from quire.bench.record import Entry, Record, record
 from quire.bench.startup import measure_startup
 from quire.bench.workload import Workload, mixed, shared_prefix, uniform
+from quire.models.hf_config import max_length
 from quire.models.hub import resolve
 
 app = typer.Typer(
     help="Measure quire, beside its peers and on the same tokens.", no_args_is_help=True
 )
 
-
-Model = Annotated[
-    str | None, typer.Option(help="A checkpoint to measure with; else --random makes one.")
-]
-Random = Annotated[
-    str, typer.Option(help=f"Dimensions of the random checkpoint: {', '.join(DIMENSIONS)}.")
-]
-Dtype = Annotated[str, typer.Option(help="Of the weights: bfloat16, float32 or float16.")]
-Vs = Annotated[
-    str, typer.Option(help="Peers to measure beside: transformers, vllm, both with a comma, none.")
-]
-PeerPython = Annotated[
-    str | None,
-    typer.Option(help="The interpreter of an environment that has vLLM; quire need not be there."),
-]
-PeerEnv = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME=VALUE", help="An environment variable for vLLM's process."),
-]
-Repeats = Annotated[int, typer.Option(min=1, help="Counted runs per side.")]
+_DATASET_LEN = 1024  # most tokens of a dataset's prompts, and of its answers
+_MIN_LEN = 16  # least of mixed ones
 
 
-def _writable(path: Path | None) -> Path | None:
-    """Refuse a file that cannot be written before hours are spent on its content."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise typer.BadParameter(f"{path}: no file can be written there")
-    return path
+def _quire(checkpoint: Checkpoint, label: str = "quire", **options: Any) -> Entry:
+    return Entry(label, "quire", str(checkpoint.folder), options, sys.executable)
 
 
-Json = Annotated[
-    Path | None,
-    typer.Option("--json", callback=_writable, help="Write all figures to this file."),
-]
-
-
-def _checkpoint(model: str | None, random: str, dtype: str) -> tuple[str, int]:
-    """Return the model's folder or name, and the size of its vocabulary."""
-    if model is None:
-        if random not in DIMENSIONS:
-            raise typer.BadParameter(f"--random {random!r}: one of {', '.join(DIMENSIONS)}")
-        return str(random_checkpoint(random, dtype)), int(DIMENSIONS[random]["vocab_size"])
-    from quire.models.hf_config import read_config
-
-    return model, int(read_config(resolve(model))["vocab_size"])
-
-
-def _peers(vs: str) -> list[str]:
-    names = [name.strip() for name in vs.split(",") if name.strip() not in ("", "none")]
-    for name in names:
-        if name not in ("transformers", "vllm"):
-            raise typer.BadParameter(f"--vs {name!r}: choose transformers, vllm or none")
-    return names
-
-
-def _assignment(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise typer.BadParameter(f"--peer-env takes NAME=VALUE, not {text!r}")
-    return name, value
-
-
-def _contest(
-    entries: list[tuple[str, str, dict[str, Any]]],
-    model: str,
+def _measure(
+    checkpoint: Checkpoint,
     workload: Workload,
+    entries: list[Entry],
     repeats: int,
-    output: Path | None,
-    peer_python: str | None = None,
-    peer_env: list[str] | None = None,
-) -> list[Measurement]:
-    """Run the sides in turns; print each run as it comes; write the JSON file."""
-    vocab_size = max(max(prompt) for prompt in workload.prompts) + 11
-    with contextlib.ExitStack() as stack:
-        contestants = []
-        for label, side, options in entries:
-            place: dict[str, Any] = {}
-            if side == "vllm":
-                variables = dict(_assignment(text) for text in peer_env or ())
-                place = {"python": peer_python or sys.executable, "environment": variables}
-            contestants.append(
-                stack.enter_context(Contestant(label, side, model, options, **place))
-            )
-        versions = {c.label: c.versions for c in contestants}
-        typer.echo(f"{workload.name}; {json.dumps(report.machine())}; {json.dumps(versions)}")
-        measurements = alternate(
-            contestants,
-            workload,
-            repeats=repeats,
-            warmup=uniform(2, 16, 4, vocab_size=vocab_size),
-            on_run=lambda label, figures: typer.echo(f"  {label}: {figures['seconds']:.2f} s"),
+    json_file: Path | None,
+) -> Record:
+    """Measure, and write the JSON file."""
+    done = record(
+        checkpoint.name,
+        checkpoint.folder,
+        checkpoint.vocab_size,
+        workload,
+        entries,
+        repeats,
+        typer.echo,
+    )
+    if json_file is not None:
+        done.write(json_file)
+    return done
+
+
+def _show(done: Record, table: str, rate: str, limit: float, chart: Path | None) -> None:
+    """Print the tables, and draw the chart.
+
+    Parameters
+    ----------
+    done : Record
+    table : str
+    rate : str
+        The speed that is drawn: ``output`` or ``decode`` tokens per second.
+    limit : float
+        The most that it can be.
+    chart : Path or None
+    """
+    typer.echo(table)
+    typer.echo(
+        f"limit: {done.limit.bytes_per_second / 1e9:.1f} GB/s read, "
+        f"{done.limit.flops / 1e9:.0f} GFLOP/s multiplied\n"
+    )
+    typer.echo(done.sides_table())
+    if chart is not None:
+        bars = []
+        for entry, measurement in zip(done.entries, done.measurements, strict=True):
+            if rates := measurement.runs.get(f"{rate}_tokens_per_second"):
+                bars.append(Bar(entry.label, entry.side, rates))
+        title = f"{done.model}\n{done.workload.name}"
+        draw(chart, title, f"{rate} tokens/s", bars, limit)
+
+
+def _show_throughput(done: Record, chart: Path | None) -> None:
+    limit = done.workload.num_output_tokens / done.limit_seconds
+    table = report.throughput_table(done.measurements, done.limit_seconds, limit)
+    _show(done, table, "output", limit, chart)
+
+
+def _dataset(
+    file: Path,
+    checkpoint: Checkpoint,
+    tokenizer: str | None,
+    num_prompts: int,
+    input_len: int,
+    output_len: int,
+    seed: int,
+) -> Workload:
+    """Draw prompts from a file; what is wrong with it is an error of usage."""
+    from quire.tokenizer.loader import load_tokenizer
+
+    folder = checkpoint.folder if tokenizer is None else resolve(tokenizer, field="tokenizer")
+    tokens = load_tokenizer(folder, model_config=checkpoint.config)
+    try:
+        return sample_pairs(
+            read_pairs(file),
+            tokens.encode,
+            partial(tokens.encode, add_special_tokens=False),
+            num_prompts=num_prompts,
+            input_len=input_len,
+            output_len=output_len,
+            total_len=min(input_len + output_len, max_length(checkpoint.config)),
+            seed=seed,
+            name=file.name,
         )
-    if output is not None:
-        document = {
-            "workload": workload.name,
-            "machine": report.machine(),
-            "versions": versions,
-            "runs": {m.label: m.runs for m in measurements},
-        }
-        output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    return measurements
+    except ValueError as error:
+        raise typer.BadParameter(f"--dataset: {error}") from error
 
 
 @app.command()
@@ -133,49 +143,104 @@ def throughput(
     dtype: Dtype = "bfloat16",
     vs: Vs = "transformers",
     workload: Annotated[
-        str,
-        typer.Option(help="uniform, mixed, or prefix (against quire without prefix caching)."),
-    ] = "uniform",
+        str | None,
+        typer.Option(
+            help="uniform or mixed: the lengths of random prompts.", show_default="uniform"
+        ),
+    ] = None,
+    dataset: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="ShareGPT-format JSON: first questions, with their answers' length.",
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="For --dataset.", show_default="the model's")
+    ] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts.")] = 32,
     input_len: Annotated[
-        int, typer.Option(min=1, help="Tokens of a prompt; most, if mixed.")
-    ] = 128,
-    output_len: Annotated[int, typer.Option(min=1, help="Tokens generated; most, if mixed.")] = 128,
-    prefix_len: Annotated[int, typer.Option(min=1, help="Shared tokens, for prefix.")] = 1024,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of a prompt; most, if mixed or of a dataset.",
+            show_default=f"128; {_DATASET_LEN} for a dataset",
+        ),
+    ] = None,
+    output_len: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens generated; most, if mixed or of a dataset.",
+            show_default=f"128; {_DATASET_LEN} for a dataset",
+        ),
+    ] = None,
+    seed: Seed = 0,
     peer_python: PeerPython = None,
     peer_env: PeerEnv = None,
+    gguf_type: GgufType = None,
     repeats: Repeats = 3,
     json_file: Json = None,
+    chart: Chart = None,
 ) -> None:
     """Output tokens per second over many prompts given at once."""
-    path, vocab_size = _checkpoint(model, random, dtype)
-    options = {"dtype": dtype}
-    entries: list[tuple[str, str, dict[str, Any]]] = [("quire", "quire", options)]
-    if workload == "uniform":
-        work = uniform(num_prompts, input_len, output_len, vocab_size=vocab_size)
-    elif workload == "mixed":
-        work = mixed(
-            num_prompts,
-            (min(16, input_len), input_len),
-            (min(16, output_len), output_len),
-            vocab_size=vocab_size,
+    if workload is not None and dataset is not None:
+        raise typer.BadParameter(f"--workload {workload!r} and --dataset {dataset}: give one")
+    if workload not in (None, "uniform", "mixed"):
+        raise typer.BadParameter(f"--workload {workload!r}: uniform or mixed")
+    if tokenizer is not None and dataset is None:
+        raise typer.BadParameter(f"--tokenizer {tokenizer!r} is for --dataset")
+    if dataset is not None and model is None and tokenizer is None:
+        raise typer.BadParameter(
+            f"--dataset {dataset}: a random checkpoint has no tokenizer; "
+            "give --model or --tokenizer"
         )
-    elif workload == "prefix":
-        work = shared_prefix(num_prompts, prefix_len, input_len, output_len, vocab_size=vocab_size)
-        cold = {**options, "enable_prefix_caching": False}
-        entries.append(("quire, no prefix cache", "quire", cold))
+    peers = Peers.parse(vs, peer_python, peer_env, gguf_type, dtype)
+    checkpoint = find_checkpoint(model, random, dtype)
+    default = 128 if dataset is None else _DATASET_LEN
+    ins, outs = input_len or default, output_len or default
+    size = checkpoint.vocab_size
+    if dataset is not None:
+        work = _dataset(dataset, checkpoint, tokenizer, num_prompts, ins, outs, seed)
+    elif workload == "mixed":
+        lens = (min(_MIN_LEN, ins), ins), (min(_MIN_LEN, outs), outs)
+        work = mixed(num_prompts, *lens, vocab_size=size, seed=seed)
     else:
-        raise typer.BadParameter(f"--workload {workload!r}: uniform, mixed or prefix")
-    if workload != "prefix" or vs != "transformers":
-        entries += [(name, name, options) for name in _peers(vs)]
-    measurements = _contest(entries, path, work, repeats, json_file, peer_python, peer_env)
-    limit = measure_limit()
-    seconds = limit.seconds(work, ModelSize.of(resolve(path), vocab_size))
-    typer.echo(report.throughput_table(measurements, work.num_output_tokens, seconds))
-    typer.echo(
-        f"limit: {limit.bytes_per_second / 1e9:.1f} GB/s read, "
-        f"{limit.flops / 1e9:.0f} GFLOP/s multiplied"
+        work = uniform(num_prompts, ins, outs, vocab_size=size, seed=seed)
+    entries = [_quire(checkpoint, dtype=dtype), *peers.entries(checkpoint, dtype)]
+    _show_throughput(_measure(checkpoint, work, entries, repeats, json_file), chart)
+
+
+@app.command()
+def prefix(
+    model: Model = None,
+    random: Random = "qwen2.5-0.5b",
+    dtype: Dtype = "bfloat16",
+    vs: Vs = "none",
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts.")] = 16,
+    prefix_len: Annotated[int, typer.Option(min=1, help="Tokens that all prompts share.")] = 1024,
+    input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt's own, after.")] = 32,
+    output_len: Annotated[int, typer.Option(min=1, help="Tokens generated.")] = 32,
+    seed: Seed = 0,
+    peer_python: PeerPython = None,
+    peer_env: PeerEnv = None,
+    gguf_type: GgufType = None,
+    repeats: Repeats = 3,
+    json_file: Json = None,
+    chart: Chart = None,
+) -> None:
+    """What the prefix cache is worth where prompts begin alike: quire with it and without."""
+    peers = Peers.parse(vs, peer_python, peer_env, gguf_type, dtype)
+    checkpoint = find_checkpoint(model, random, dtype)
+    work = shared_prefix(
+        num_prompts, prefix_len, input_len, output_len, vocab_size=checkpoint.vocab_size, seed=seed
     )
+    entries = [
+        _quire(checkpoint, dtype=dtype, enable_prefix_caching=True),
+        *peers.entries(checkpoint, dtype, {"enable_prefix_caching": True}),
+        _quire(checkpoint, "quire, no prefix cache", dtype=dtype, enable_prefix_caching=False),
+    ]
+    _show_throughput(_measure(checkpoint, work, entries, repeats, json_file), chart)
 
 
 @app.command()
@@ -183,30 +248,38 @@ def latency(
     model: Model = None,
     random: Random = "qwen2.5-0.5b",
     dtype: Dtype = "bfloat16",
+    vs: Vs = "none",
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
     input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 128,
     output_len: Annotated[int, typer.Option(min=2, help="Tokens generated.")] = 128,
     detokenize: Annotated[
-        bool, typer.Option("--detokenize", help="With the outputs' text; needs a tokenizer.")
+        bool,
+        typer.Option("--detokenize", help="quire with the outputs' text; needs a tokenizer."),
     ] = False,
+    seed: Seed = 0,
+    peer_python: PeerPython = None,
+    peer_env: PeerEnv = None,
+    gguf_type: GgufType = None,
     repeats: Repeats = 3,
     json_file: Json = None,
+    chart: Chart = None,
 ) -> None:
-    """Time to the first token, and what a step costs: the model's part, and all the rest."""
-    path, vocab_size = _checkpoint(model, random, dtype)
-    work = uniform(batch, input_len, output_len, vocab_size=vocab_size)
-    options = {"dtype": dtype, "detokenize": detokenize}
-    [measured] = _contest([("quire", "quire", options)], path, work, repeats, json_file)
-    rows = [["figure", "median (range)"]]
-    for name, label, digits, scale in (
-        ("first_token_seconds", "first token, ms", 1, 1e3),
-        ("forward_ms_per_step", "model per step, ms", 3, 1.0),
-        ("overhead_ms_per_step", "engine overhead per step, ms", 3, 1.0),
-        ("seconds", "all, s", 2, 1.0),
-        ("peak_bytes", "peak memory, GB", 2, 1e-9),
-    ):
-        rows.append([label, report.spread(measured, name, digits, scale)])
-    typer.echo(report.table(rows))
+    """Time to the first token, tokens per second after it, and what a step costs."""
+    peers = Peers.parse(vs, peer_python, peer_env, gguf_type, dtype)
+    checkpoint = find_checkpoint(model, random, dtype)
+    work = uniform(batch, input_len, output_len, vocab_size=checkpoint.vocab_size, seed=seed)
+    entries = [
+        _quire(checkpoint, dtype=dtype, detokenize=detokenize),
+        *peers.entries(checkpoint, dtype, {"disable_log_stats": False}),
+    ]
+    done = _measure(checkpoint, work, entries, repeats, json_file)
+    table = report.latency_table(
+        done.measurements,
+        done.limit_seconds,
+        done.limit_first_token_seconds,
+        done.limit_decode_rate,
+    )
+    _show(done, table, "decode", done.limit_decode_rate, chart)
 
 
 @app.command()

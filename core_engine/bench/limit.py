@@ -70,9 +70,9 @@ class Limit:
     def seconds(self, workload: Workload, size: ModelSize, max_num_seqs: int = 256) -> float:
         """Return the least time for a workload.
 
-        Every prompt token costs two operations per weight of the layers. Every further step
-        reads all weights once, or computes a token for each sequence that still runs, whichever
-        takes longer. Attention, KV cache and everything else are left out.
+        To `first_token_seconds` every further step adds the time to read all weights once, or to
+        compute a token for each sequence that still runs, whichever takes longer. Attention,
+        KV cache and everything else are left out.
 
         Parameters
         ----------
@@ -83,7 +83,7 @@ class Limit:
         """
         token = 2 * (size.layer_weights + size.head_weights) / self.flops
         reading = size.step_bytes / self.bytes_per_second
-        total = sum(map(len, workload.prompts)) * 2 * size.layer_weights / self.flops
+        total = self.first_token_seconds(workload, size)
         # Sequences in waves, the longest outputs together, as a perfect scheduler would.
         lens = sorted((n - 1 for n in workload.output_lens), reverse=True)
         for first in range(0, len(lens), max_num_seqs):
@@ -92,6 +92,16 @@ class Limit:
                 running = sum(1 for n in wave if n > step)
                 total += max(reading, running * token)
         return total
+
+    def first_token_seconds(self, workload: Workload, size: ModelSize) -> float:
+        """Return the least time until every prompt is computed.
+
+        A prompt token costs two operations per weight of the layers, a token that prompts share
+        costs them once, and all weights are read once at least.
+        """
+        tokens = workload.num_computed_tokens
+        computing = tokens * 2 * size.layer_weights / self.flops
+        return max(computing, size.step_bytes / self.bytes_per_second)
 
 
 def measure_limit(num_threads: int | None = None) -> Limit:

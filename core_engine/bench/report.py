@@ -53,7 +53,7 @@ def spread(measurement: Measurement, name: str, digits: int = 2, scale: float = 
 
 
 def throughput_table(
-    measurements: list[Measurement], num_output_tokens: int, limit_seconds: float
+    measurements: list[Measurement], limit_seconds: float, limit_rate: float
 ) -> str:
     """Return seconds, tokens per second, and ratios to the last side and to the limit.
 
@@ -61,24 +61,69 @@ def throughput_table(
     ----------
     measurements : list of Measurement
         The last is the baseline.
-    num_output_tokens : int
     limit_seconds : float
         The least time on this machine.
+    limit_rate : float
+        The most tokens per second.
     """
-    baseline = measurements[-1].median("seconds")
-    rows = [["side", "seconds: median (range)", "output tok/s", "speed-up", "of limit", "peak GB"]]
+    baseline = measurements[-1]
+    rows = [["side", "seconds: median (range)", "output tok/s", "of limit", "peak GB"]]
+    alone = len(measurements) == 1
+    if not alone:
+        rows[0].insert(3, f"vs {baseline.label}")
     for measurement in measurements:
         seconds = measurement.median("seconds")
-        rows.append(
-            [
-                measurement.label,
-                spread(measurement, "seconds"),
-                f"{num_output_tokens / seconds:.1f}",
-                f"{baseline / seconds:.2f}x",
-                f"{limit_seconds / seconds:.0%}",
-                spread(measurement, "peak_bytes", scale=1e-9),
-            ]
-        )
-    rate = num_output_tokens / limit_seconds
-    rows.append(["limit", f"{limit_seconds:.2f}", f"{rate:.1f}", "", "100%", ""])
+        row = [
+            measurement.label,
+            spread(measurement, "seconds"),
+            f"{measurement.median('output_tokens_per_second'):.1f}",
+            f"{limit_seconds / seconds:.0%}",
+            spread(measurement, "peak_bytes", scale=1e-9),
+        ]
+        if not alone:
+            row.insert(3, f"{baseline.median('seconds') / seconds:.2f}x")
+        rows.append(row)
+    last = ["limit", f"{limit_seconds:.2f}", f"{limit_rate:.1f}", "100%", ""]
+    if not alone:
+        last.insert(3, "")
+    rows.append(last)
+    return table(rows)
+
+
+_LATENCY = (
+    ("first_token_seconds", "first token, ms", 1, 1e3),
+    ("decode_tokens_per_second", "decode tok/s", 1, 1.0),
+    ("seconds", "all, s", 2, 1.0),
+    ("forward_ms_per_step", "model, ms/step", 3, 1.0),
+    ("overhead_ms_per_step", "engine, ms/step", 3, 1.0),
+    ("peak_bytes", "peak GB", 2, 1e-9),
+)
+
+
+def latency_table(
+    measurements: list[Measurement],
+    limit_seconds: float,
+    limit_first_token_seconds: float,
+    limit_decode_rate: float,
+) -> str:
+    """Return each side's time to the first token, its rate after that, and what else it told.
+
+    Parameters
+    ----------
+    measurements : list of Measurement
+    limit_seconds, limit_first_token_seconds : float
+        The least times on this machine.
+    limit_decode_rate : float
+        The most tokens per second after the first.
+    """
+    rows = [["side", *(label for _, label, _, _ in _LATENCY)]]
+    rows[0].insert(3, "of limit")
+    for measurement in measurements:
+        row = [spread(measurement, name, digits, scale) for name, _, digits, scale in _LATENCY]
+        told = "decode_tokens_per_second" in measurement.runs
+        share = measurement.median("decode_tokens_per_second") / limit_decode_rate if told else 0
+        row.insert(2, f"{share:.0%}" if told else "-")
+        rows.append([measurement.label, *row])
+    first, rate = f"{1e3 * limit_first_token_seconds:.1f}", f"{limit_decode_rate:.1f}"
+    rows.append(["limit", first, rate, "100%", f"{limit_seconds:.2f}", "", "", ""])
     return table(rows)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Protocol
 
+from quire.bench.llama_cpp import LlamaCppSide
 from quire.bench.workload import Workload
 
 
@@ -14,7 +15,10 @@ class Side(Protocol):
     """One contestant, inside a process of its own."""
 
     def run(self, workload: Workload) -> dict[str, float]:
-        """Run a workload; return ``seconds`` and whatever else was measured."""
+        """Run a workload; return ``seconds`` and whatever else was measured.
+
+        ``first_token_seconds`` is the mean over the prompts, each from the start of the run.
+        """
 
     def versions(self) -> dict[str, str]:
         """Return the versions of what is measured."""
@@ -65,7 +69,7 @@ class QuireSide:
         overhead = delta["step_seconds"] - delta["forward_seconds"]
         return {
             "seconds": seconds,
-            "first_token_seconds": min(firsts),
+            "first_token_seconds": sum(firsts) / len(firsts),
             "steps": delta["num_steps"],
             "overhead_ms_per_step": 1e3 * overhead / steps,
             "forward_ms_per_step": 1e3 * delta["forward_seconds"] / steps,
@@ -101,18 +105,22 @@ class TransformersSide:
     def run(self, workload: Workload) -> dict[str, float]:
         """Generate batch by batch, each until its longest output is complete."""
         started = time.perf_counter()
-        generated = []
+        generated, firsts = [], []
         for low in range(0, len(workload.prompts), self._batch_size):
             high = low + self._batch_size
             lens = workload.output_lens[low:high]
-            self._generate(workload.prompts[low:high], max(lens))
+            first = self._generate(workload.prompts[low:high], max(lens))
+            firsts.extend([first - started] * len(lens))
             generated.extend(lens)
         seconds = time.perf_counter() - started
         _check(workload, generated)
-        return {"seconds": seconds}
+        return {"seconds": seconds, "first_token_seconds": sum(firsts) / len(firsts)}
 
-    def _generate(self, prompts: list[list[int]], count: int) -> None:
+    def _generate(self, prompts: list[list[int]], count: int) -> float:
+        """Generate, and return when the first tokens were there."""
         import torch
+
+        clock = _Clock()
 
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
@@ -125,9 +133,11 @@ class TransformersSide:
                 min_new_tokens=count,
                 do_sample=False,
                 pad_token_id=0,
+                streamer=clock,
             )
         if output.shape[1] != width + count:
             raise RuntimeError(f"transformers generated {output.shape[1] - width} of {count}")
+        return clock.times[1]  # the first call brings the prompts
 
     def versions(self) -> dict[str, str]:
         """Return transformers' and torch's versions."""
@@ -137,8 +147,23 @@ class TransformersSide:
         return {"transformers": transformers.__version__, "torch": torch.__version__}
 
 
+class _Clock:
+    """A streamer, for transformers, that notes when tokens come."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, token_ids: object) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
 class VllmSide:
     """vLLM's ``LLM``, in an environment of its own.
+
+    With ``disable_log_stats=False`` it tells the time to the first token.
 
     Parameters
     ----------
@@ -165,7 +190,13 @@ class VllmSide:
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - started
         _check(workload, [len(output.outputs[0].token_ids) for output in outputs])
-        return {"seconds": seconds}
+        figures = {"seconds": seconds}
+        metrics = [getattr(output, "metrics", None) for output in outputs]
+        firsts = [getattr(each, "first_token_latency", None) for each in metrics]
+        known = [first for first in firsts if first]  # not told, it is 0
+        if len(known) == len(outputs):
+            figures["first_token_seconds"] = sum(known) / len(known)
+        return figures
 
     def versions(self) -> dict[str, str]:
         """Return vLLM's and torch's versions."""
@@ -183,4 +214,5 @@ SIDES: dict[str, Callable[..., Side]] = {
     "quire": QuireSide,
     "transformers": TransformersSide,
     "vllm": VllmSide,
+    "llama-cpp": LlamaCppSide,
 }

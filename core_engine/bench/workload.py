@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from itertools import takewhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,16 @@ class Workload:
     def num_output_tokens(self) -> int:
         """Tokens that are generated."""
         return sum(self.output_lens)
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Prompt tokens to compute where a beginning that prompts share is computed once."""
+        total, before = 0, list[int]()
+        for prompt in sorted(self.prompts):
+            pairs = zip(before, prompt, strict=False)
+            total += len(prompt) - sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            before = prompt
+        return total
 
 
 def _tokens(rng: random.Random, count: int, vocab_size: int) -> list[int]:

@@ -6,13 +6,16 @@ import json
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from quire.bench import report
+from quire.bench import products, report
 from quire.bench.checkpoint import random_checkpoint
 from quire.bench.cli import app
 from quire.bench.contest import BenchError, Contestant, Measurement, alternate
 from quire.bench.limit import Limit, ModelSize, measure_limit
+from quire.bench.sides import TransformersSide
 from quire.bench.workload import Workload, mixed, shared_prefix, uniform
 
 
@@ -67,6 +70,17 @@ def test_sides_run_in_turns(tiny_llama):
     assert measured[1].median("steps") > measured[0].median("steps")
 
 
+def test_transformers_tells_when_first_tokens_came(tiny_llama):
+    """After the prompt and before the rest, with batches one after the other."""
+    work = Workload("w", [[5, 6, 7], [8, 9]], [30, 20])
+    side = TransformersSide(str(tiny_llama), dtype="float32", batch_size=2)
+    together = side.run(work)
+    assert 0 < together["first_token_seconds"] < together["seconds"] / 2
+    assert "transformers" in side.versions()
+    with pytest.raises(IndexError):
+        side.run(Workload("w", [[10**6]], [1]))
+
+
 def test_a_side_that_cannot_start_says_why(tmp_path):
     """The reason comes back from the side's process."""
     with pytest.raises(BenchError, match=r"config\.json"):
@@ -94,7 +108,13 @@ def test_latency_and_startup_tell_their_phases(tmp_path, tiny_llama):
     for arguments, figures in (
         (
             ["latency", "--dtype", "float32", "--batch", "2", "--input-len", "8"],
-            {"seconds", "first_token_seconds", "forward_ms_per_step", "overhead_ms_per_step"},
+            {
+                "seconds",
+                "first_token_seconds",
+                "decode_tokens_per_second",
+                "forward_ms_per_step",
+                "overhead_ms_per_step",
+            },
         ),
         (["startup"], {"import_quire", "import_torch", "load", "first_token", "after_torch"}),
     ):
@@ -115,14 +135,25 @@ def test_the_limit_is_what_reading_and_multiplying_take_at_least():
     limit = Limit(bytes_per_second=1e9, flops=1e12)
     size = ModelSize(layer_weights=400_000_000, head_weights=100_000_000, step_bytes=10**9)
     one = uniform(1, 100, 11, vocab_size=300)
-    assert limit.seconds(one, size) == pytest.approx(100 * 2 * 4e8 / 1e12 + 10 * 1.0)
-    many = uniform(2000, 1, 3, vocab_size=300)
+    assert limit.seconds(one, size) == pytest.approx(1.0 + 10 * 1.0), "a prompt reads weights, too"
+    long = uniform(1, 5000, 1, vocab_size=300)
+    assert limit.seconds(long, size) == pytest.approx(5000 * 2 * 4e8 / 1e12)
+    assert limit.first_token_seconds(long, size) == limit.seconds(long, size)
+    many = Workload("w", [[i] for i in range(2000)], [3] * 2000)
     assert limit.seconds(many, size, 2000) == pytest.approx(2000 * 8e-4 + 2 * 2000 * 1e-3)
     waves = limit.seconds(many, size, 500)
     assert waves == pytest.approx(2000 * 8e-4 + 4 * 2 * 1.0)
     measured = measure_limit(1)
     assert measured.bytes_per_second > 1e8
     assert measured.flops > 1e8
+
+
+@given(prompts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1))
+def test_shared_beginnings_are_computed_once(prompts):
+    """As many tokens as there are different beginnings of prompts."""
+    beginnings = {tuple(p[: i + 1]) for p in prompts for i in range(len(p))}
+    work = Workload("w", prompts, [1] * len(prompts))
+    assert work.num_computed_tokens == len(beginnings)
 
 
 def test_a_models_size_counts_what_a_step_reads(tiny_checkpoint):
@@ -137,8 +168,9 @@ def test_a_models_size_counts_what_a_step_reads(tiny_checkpoint):
         assert size.step_bytes == whole * (size.layer_weights + size.head_weights) // weights
 
 
-def test_products_are_measured_in_turns(tmp_path):
+def test_products_are_measured_in_turns(tmp_path, monkeypatch):
     """Every side, number of rows and repeat has a time, and the command a table of them."""
+    monkeypatch.setattr(products, "_MEMORY_BYTES", 1 << 16)
     file = tmp_path / "figures.json"
     arguments = ["kernels", "--in-features", "64", "--out-features", "40", "--rows", "1,3"]
     run = CliRunner().invoke(app, [*arguments, "--repeats", "2", "--json", str(file)])
@@ -164,7 +196,9 @@ def test_a_peer_runs_in_an_environment_without_quire(tmp_path, monkeypatch):
     python.chmod(0o755)
     with Contestant("v", "vllm", "m", python=str(python), environment={"MARK": "7"}) as peer:
         assert peer.versions == {"vllm": "fake-7", "torch": "0"}
-        assert peer.run(work)["seconds"] > 0
+        figures = peer.run(work)
+    assert figures["seconds"] > 0
+    assert figures["first_token_seconds"] == 0.25
 
 
 FAKE_VLLM = """
@@ -176,5 +210,7 @@ class LLM:
     def __init__(self, model, skip_tokenizer_init): pass
     def reset_prefix_cache(self): pass
     def generate(self, prompts, params, use_tqdm):
-        return [Space(outputs=[Space(token_ids=[1] * each.max_tokens)]) for each in params]
+        metrics = Space(first_token_latency=0.25)
+        outputs = [[Space(token_ids=[1] * each.max_tokens)] for each in params]
+        return [Space(outputs=each, metrics=metrics) for each in outputs]
 """

@@ -74,7 +74,9 @@ def test_extras_bring_what_they_are_named_for(project: dict) -> None:
         name: {requirements.Requirement(line).name for line in lines}
         for name, lines in project["optional-dependencies"].items()
     }
-    assert set(extras) == {"langchain", "outlines", "openai", "server", "gpu", "dev", "all"}
+    named = {"bench", "langchain", "outlines", "openai", "server", "gpu", "dev", "all"}
+    assert set(extras) == named
+    assert extras["bench"] == {"matplotlib"}
     assert extras["langchain"] == {"langchain-core"}
     assert "openai" in extras["openai"]
     assert "triton" in extras["gpu"]
