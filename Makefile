@@ -116,7 +116,8 @@ sanitize: $(VENV)/.dev
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 HYPOTHESIS_PROFILE=fast \
 	QUIRE_NATIVE_LIBRARY="$$(ls $(SANITIZED)/quire/kernels/cpu/_native.*)" \
-		$(BIN)/pytest tests/kernels/test_native_product.py tests/models/test_native_forward.py $(ARGS)
+		$(BIN)/pytest tests/kernels/test_native_product.py tests/kernels/test_native_attention.py \
+			tests/models/test_native_forward.py $(ARGS)
 
 CHECK := build/native-check
 .PHONY: native-check

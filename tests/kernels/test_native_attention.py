@@ -86,9 +86,7 @@ class OneLayer:
         out_features, in_features = weight.shape
         packed = weight.clone()
         tail = torch.zeros(structs.BLOCK * in_features)
-        self.library.quire_pack(
-            packed.data_ptr(), out_features, in_features, 0, tail.data_ptr(), 1
-        )
+        self.library.quire_pack(packed.data_ptr(), out_features, in_features, 0, tail.data_ptr(), 1)
         self.kept += [packed, tail]
         return structs.Matrix(packed.data_ptr(), tail.data_ptr(), None, in_features, out_features)
 

@@ -20,43 +20,50 @@ struct Attention {
   int64_t partial_width;
 };
 
+// Lanes of two vectors, counted through.
+template <int... Lane>
+inline vf shuffle(vf a, vf b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, Lane...);
+#else
+  constexpr vi kLane = {Lane...};  // a constant: made lane by lane, it takes longer than its use
+  return __builtin_shuffle(a, b, kLane);
+#endif
+}
+
 #if defined(__AVX2__) && !defined(__AVX512F__) && !defined(QUIRE_WIDE)
 // Neighbours within halves of a vector first: these shuffles are one instruction each.
 inline void transpose(vf (&rows)[8]) {
   vf t[8];
 #pragma GCC unroll 4
   for (int i = 0; i < 8; i += 2) {
-    t[i] = __builtin_shuffle(rows[i], rows[i + 1], vi{0, 8, 1, 9, 4, 12, 5, 13});
-    t[i + 1] = __builtin_shuffle(rows[i], rows[i + 1], vi{2, 10, 3, 11, 6, 14, 7, 15});
+    t[i] = shuffle<0, 8, 1, 9, 4, 12, 5, 13>(rows[i], rows[i + 1]);
+    t[i + 1] = shuffle<2, 10, 3, 11, 6, 14, 7, 15>(rows[i], rows[i + 1]);
   }
   vf u[8];
 #pragma GCC unroll 2
   for (int i = 0; i < 8; i += 4) {
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
-      u[i + 2 * h] = __builtin_shuffle(t[i + h], t[i + 2 + h], vi{0, 1, 8, 9, 4, 5, 12, 13});
-      u[i + 2 * h + 1] =
-          __builtin_shuffle(t[i + h], t[i + 2 + h], vi{2, 3, 10, 11, 6, 7, 14, 15});
+      u[i + 2 * h] = shuffle<0, 1, 8, 9, 4, 5, 12, 13>(t[i + h], t[i + 2 + h]);
+      u[i + 2 * h + 1] = shuffle<2, 3, 10, 11, 6, 7, 14, 15>(t[i + h], t[i + 2 + h]);
     }
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    rows[i] = __builtin_shuffle(u[i], u[i + 4], vi{0, 1, 2, 3, 8, 9, 10, 11});
-    rows[i + 4] = __builtin_shuffle(u[i], u[i + 4], vi{4, 5, 6, 7, 12, 13, 14, 15});
+    rows[i] = shuffle<0, 1, 2, 3, 8, 9, 10, 11>(u[i], u[i + 4]);
+    rows[i + 4] = shuffle<4, 5, 6, 7, 12, 13, 14, 15>(u[i], u[i + 4]);
   }
 }
 #else
 template <int Half, int... Lane>
 inline void transpose_halves(vf (&rows)[kLanes], std::integer_sequence<int, Lane...>) {
-  // Constants: masks that are made lane by lane take longer than what they are for.
-  constexpr vi kFirst = {((Lane & Half) == 0 ? Lane : kLanes + Lane - Half)...};
-  constexpr vi kSecond = {((Lane & Half) == 0 ? Lane + Half : kLanes + Lane)...};
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
     if ((i & Half) != 0) continue;
     const vf a = rows[i], b = rows[i + Half];
-    rows[i] = __builtin_shuffle(a, b, kFirst);
-    rows[i + Half] = __builtin_shuffle(a, b, kSecond);
+    rows[i] = shuffle<((Lane & Half) == 0 ? Lane : kLanes + Lane - Half)...>(a, b);
+    rows[i + Half] = shuffle<((Lane & Half) == 0 ? Lane + Half : kLanes + Lane)...>(a, b);
   }
   if constexpr (Half > 1) {
     transpose_halves<Half / 2>(rows, std::make_integer_sequence<int, kLanes>());

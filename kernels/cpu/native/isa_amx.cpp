@@ -1,6 +1,6 @@
 #include "isa.h"
 
-#if defined(__AMX_BF16__) && defined(__AVX512F__)
+#if defined(__AMX_BF16__) || defined(__AMXBF16__)  // the latter in older clang
 #define QUIRE_TILES
 #define QUIRE_ISA amx
 #include "cpu_x86.h"

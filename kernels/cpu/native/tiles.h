@@ -142,9 +142,7 @@ inline void tile_zero() {
 
 template <int Tile>
 inline void tile_load(const void* from, int64_t stride) {
-  // The last operand says that memory is read from there on, however far.
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(Tile),
-               "m"(*static_cast<const char(*)[]>(from)));
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(Tile) : "memory");
 }
 
 template <int Tile>
