@@ -185,8 +185,8 @@ class EngineConfig(_Checked):
         model : str or path
         **kwargs
             The fields of :class:`ModelConfig`, :class:`CacheConfig`, :class:`SchedulerConfig`,
-            ``seed``, ``device``, ``batch_invariant``, and the names in :mod:`quire.config.compatibility`.
-            None is the default of any of them.
+            ``seed``, ``device``, ``batch_invariant``, and the names in
+            :mod:`quire.config.compatibility`. None is the default of any of them.
 
         Raises
         ------

@@ -35,10 +35,12 @@ def build(output: Path, compiler: str = "c++", *, is_static: bool = False) -> No
 
         def compile_one(source: Path) -> str:
             built = f"{folder}/{source.stem}.o"
-            own = ["-Wall", "-Wextra", f"-I{NATIVE}"] if source.parent == CHECK else []
+            own = ["-DQUIRE_EMULATE_ISAS"]
+            if source.parent == CHECK:
+                own += ["-Wall", "-Wextra", f"-I{NATIVE}"]
             special = flags_of.get(source.name, [])
             subprocess.run(
-                [compiler, *flags, *own, *special, "-DQUIRE_EMULATE_ISAS", "-c", str(source), "-o", built], check=True
+                [compiler, *flags, *own, *special, "-c", str(source), "-o", built], check=True
             )
             return built
 
