@@ -11,12 +11,6 @@
 namespace quire {
 namespace QUIRE_ISA {
 
-#if defined(QUIRE_TILES) || defined(QUIRE_PAIRS)
-constexpr bool kRounds = true;
-#else
-constexpr bool kRounds = false;
-#endif
-
 // Where a row's inputs lie, 32 at a time, once rounded: the row behind the one before; or, of
 // tiles, in the tile of 16 rows. What is missing of the last 32 is zero.
 inline int64_t place_of(int64_t row, int64_t k, int64_t depth) {

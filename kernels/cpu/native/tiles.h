@@ -191,7 +191,8 @@ struct TileRow {
   int64_t step;
 };
 
-// Add `count` products of tiles, in order. Bs are asked for `Ahead` tiles early; 0: they are near.
+// Add `count` products of tiles, in order. Bs, which then lie without a gap, are asked for `Ahead`
+// tiles early, but not beyond the last; 0: they are near.
 template <int As, int Bs, int Ahead>
 inline void add_tiles(const TileRow& a, const TileRow& b, int64_t count) {
   const uint16_t *a0 = a.first[0], *a1 = a.first[1], *b0 = b.first[0], *b1 = b.first[1];
