@@ -409,6 +409,22 @@ class Backend(Protocol):
             The penalties of the entry's row.
         """
 
+    def apply_bitmask(
+        self, logits: torch.Tensor, rows: torch.Tensor, bitmask: torch.Tensor
+    ) -> None:
+        """Rule out, in place, the tokens that a grammar does not allow.
+
+        Parameters
+        ----------
+        logits : Tensor[num_rows, vocab_size], float32
+            Changed: -inf where a token is not allowed.
+        rows : Tensor[num_masks], int64
+            Which rows are masked, each named once; the others stay.
+        bitmask : Tensor[num_masks, num_words], int32
+            Bit ``i % 32`` of word ``i // 32`` is 1 where token ``i`` is allowed. Tokens past the
+            last word are not.
+        """
+
     def top_logits(self, logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Find each row's `k` highest logits, in descending order.
 

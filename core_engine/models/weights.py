@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from quire.errors import ModelLoadError, OutOfMemoryError
+from quire.utils import huge_pages
 
 Layout = Literal["plain", "transposed", "grouped"]
 
@@ -74,7 +75,10 @@ class Weights:
             The device has no room for it.
         """
         try:
-            tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
+            if self.device.type == "cpu":
+                tensor = huge_pages.allocate(shape, self.dtype)
+            else:
+                tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
         except (RuntimeError, MemoryError) as error:
             needed = math.prod(shape) * self.dtype.itemsize
             raise OutOfMemoryError(

@@ -44,6 +44,10 @@ _FUNCTIONS = {
         (c_void_p, POINTER(structs.Logits), POINTER(structs.Draw), c_void_p, c_int),
     ),
     "quire_penalize": (None, (c_void_p, c_int64, POINTER(structs.Penalties))),
+    "quire_mask": (
+        None,
+        (c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int64),
+    ),
     "quire_top": (
         c_int,
         (c_void_p, POINTER(structs.Logits), c_int64, c_void_p, c_void_p, c_int),

@@ -70,6 +70,24 @@ class NativeSampling:
         what = structs.Penalties(*(column.data_ptr() for column in columns), len(rows))
         load_library().quire_penalize(logits.data_ptr(), logits.stride(0), ctypes.byref(what))
 
+    def apply_bitmask(
+        self, logits: torch.Tensor, rows: torch.Tensor, bitmask: torch.Tensor
+    ) -> None:
+        """See `quire.kernels.interface.Backend.apply_bitmask`."""
+        if not _suits(logits):
+            reference.apply_bitmask(logits, rows, bitmask)
+            return
+        rows, bitmask = rows.contiguous(), bitmask.contiguous()
+        load_library().quire_mask(
+            logits.data_ptr(),
+            logits.stride(0),
+            logits.shape[1],
+            rows.data_ptr(),
+            len(rows),
+            bitmask.data_ptr(),
+            bitmask.shape[1],
+        )
+
     def top_logits(self, logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See `quire.kernels.interface.Backend.top_logits`."""
         if not _suits(logits):

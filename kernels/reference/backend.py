@@ -13,6 +13,7 @@ from quire.kernels.reference.linear import linear
 from quire.kernels.reference.norm import add_rms_norm, layer_norm, rms_norm
 from quire.kernels.reference.rotary import rotary_embedding
 from quire.kernels.reference.sampling import (
+    apply_bitmask,
     apply_penalties,
     argmax,
     gather_logprobs,
@@ -48,6 +49,7 @@ class ReferenceBackend:
     argmax = staticmethod(argmax)
     log_softmax = staticmethod(log_softmax)
     apply_penalties = staticmethod(apply_penalties)
+    apply_bitmask = staticmethod(apply_bitmask)
     top_logits = staticmethod(top_logits)
     gather_logprobs = staticmethod(gather_logprobs)
     sample_tokens = staticmethod(sample_tokens)

@@ -69,6 +69,17 @@ def apply_penalties(
     logits[rows, token_ids] = chosen
 
 
+def apply_bitmask(logits: torch.Tensor, rows: torch.Tensor, bitmask: torch.Tensor) -> None:
+    """See `quire.kernels.interface.Backend.apply_bitmask`."""
+    vocab_size = logits.shape[1]
+    bits = torch.arange(32, dtype=torch.int32, device=bitmask.device)
+    allowed = ((bitmask[:, :, None] >> bits) & 1).flatten(1)[:, :vocab_size].bool()
+    masked = logits[rows]
+    masked[:, allowed.shape[1] :] = -torch.inf
+    masked[:, : allowed.shape[1]].masked_fill_(~allowed, -torch.inf)
+    logits[rows] = masked
+
+
 def top_logits(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See `quire.kernels.interface.Backend.top_logits`."""
     vocab_size = logits.shape[1]

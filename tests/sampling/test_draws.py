@@ -307,3 +307,29 @@ def test_a_draw_from_what_cannot_be_drawn_from_ends(
         assert 0 <= drawn[0] < size
         if (top_k, top_p, min_p) != (0, 1.0, 0.0):
             assert drawn[1] == size - 1
+
+
+@given(
+    vocab_size=st.integers(1, 200),
+    num_words=st.integers(0, 7),
+    rows=st.lists(st.integers(0, 4), unique=True),
+    seed=st.integers(0, 2**20),
+)
+def test_a_bitmask_leaves_what_it_allows(
+    kernels: Backend, vocab_size: int, num_words: int, rows: list[int], seed: int
+) -> None:
+    """Bit by bit as in Python's integers; past the last word nothing is allowed."""
+    rng = np.random.default_rng(seed)
+    words = rng.integers(0, 2**32, (len(rows), num_words), dtype=np.uint32)
+    words[rng.random(words.shape) < 0.3] = 0
+    words[rng.random(words.shape) < 0.3] = 2**32 - 1
+    logits = torch.from_numpy(rng.standard_normal((5, vocab_size), dtype=np.float32))
+    expected = logits.clone()
+    for row, mask in zip(rows, words.tolist(), strict=True):
+        bits = sum(word << (32 * i) for i, word in enumerate(mask))
+        for token_id in range(vocab_size):
+            if not bits >> token_id & 1:
+                expected[row, token_id] = -torch.inf
+    index = torch.tensor(rows, dtype=torch.int64)
+    kernels.apply_bitmask(logits, index, torch.from_numpy(words.view(np.int32)))
+    assert torch.equal(logits, expected)

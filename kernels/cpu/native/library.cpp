@@ -4,6 +4,7 @@
 #include <cstring>
 #include <exception>
 #include <iterator>
+#include <limits>
 #include <mutex>
 #include <new>
 #include <string>
@@ -278,5 +279,25 @@ QUIRE_API void quire_penalize(float* logits, int64_t stride, const Penalties* p)
     float& logit = logits[p->rows[i] * stride + p->token_ids[i]];
     logit = logit < 0 ? logit * p->repetition[i] : logit / p->repetition[i];
     logit -= p->frequency[i] * p->counts[i] + (p->counts[i] > 0 ? p->presence[i] : 0.0f);
+  }
+}
+
+QUIRE_API void quire_mask(float* logits, int64_t stride, int64_t vocab, const int64_t* rows,
+                          int64_t num_masks, const uint32_t* words, int64_t num_words) {
+  constexpr float kNone = -std::numeric_limits<float>::infinity();
+  for (int64_t m = 0; m < num_masks; ++m, words += num_words) {
+    float* row = logits + rows[m] * stride;
+    for (int64_t w = 0; w * 32 < vocab; ++w) {
+      // A grammar allows few tokens, or nearly all: whole words are the rule.
+      const uint32_t word = w < num_words ? words[w] : 0;
+      const int64_t first = w * 32, count = std::min<int64_t>(32, vocab - first);
+      if (word == 0) {
+        std::fill(row + first, row + first + count, kNone);
+      } else if (word != ~uint32_t{0}) {
+        for (int64_t i = 0; i < count; ++i) {
+          if ((word >> i & 1) == 0) row[first + i] = kNone;
+        }
+      }
+    }
   }
 }

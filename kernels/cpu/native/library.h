@@ -48,3 +48,5 @@ QUIRE_API int quire_log_probabilities(void* context, const quire::Logits* logits
                                       const int64_t* targets, int64_t k, int64_t* ids,
                                       float* values, int64_t* ranks, int num_threads);
 QUIRE_API void quire_penalize(float* logits, int64_t stride, const quire::Penalties* penalties);
+QUIRE_API void quire_mask(float* logits, int64_t stride, int64_t vocab, const int64_t* rows,
+                          int64_t num_masks, const uint32_t* words, int64_t num_words);
