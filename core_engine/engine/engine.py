@@ -150,23 +150,26 @@ class Engine:
         self.scheduler.add(live.sequences[0])
         self.metrics_data.num_requests += 1
 
-    def abort(self, request_ids: Iterable[str]) -> list[RequestOutput]:
+    def abort(self, request_ids: Iterable[str]) -> list[StepOutput]:
         """End requests now; ids that are not in flight are passed over.
 
         Returns
         -------
-        list of RequestOutput
-            Their last outputs, with ``finish_reason="abort"``.
+        list of RequestOutput or RequestFailedError
+            Their last outputs, with ``finish_reason="abort"``; or why there can be none.
         """
-        outputs = []
+        outputs: list[StepOutput] = []
         for request_id in request_ids:
             live = self._requests.get(request_id)
             if live is not None:
                 live.abort()
                 self._drop(live)
-                output = live.output()
-                assert output is not None
-                outputs.append(output)
+                try:
+                    output = live.output()
+                    assert output is not None
+                    outputs.append(output)
+                except Exception as error:  # such as a tokenizer's
+                    outputs.append(_failure(request_id, error))
         return outputs
 
     # -- the step ------------------------------------------------------------------------------
@@ -177,25 +180,23 @@ class Engine:
 
         A step that raises fails the requests in it, and no others.
         """
-        if self._runner is None or not self._requests:
+        runner = self._runner
+        if runner is None or not self._requests:
             return []
         started = time.perf_counter()
         plan = self.scheduler.schedule()
         self._admit(plan)
         if not plan.sequences:
             raise RuntimeError(f"nothing can be scheduled: {self.scheduler.running}")
-        runner = self._runner
         try:
             batch, rows, caught_up = self._table.build(plan)
             chosen_rows = rows[caught_up]
             forward_started = time.perf_counter()
             hidden = runner.forward(batch)
             logits = likeliest = None
-            if not len(chosen_rows):
-                pass
-            elif self._sampler.needs_logits(chosen_rows):
+            if self._sampler.needs_logits(chosen_rows):
                 logits = runner.logits(hidden, batch.logits_indices)
-            else:
+            elif len(chosen_rows):
                 likeliest = runner.likeliest(hidden, batch.logits_indices)
             self.metrics_data.forward_seconds += time.perf_counter() - forward_started
         except Exception as error:  # whatever a model raises, the engine goes on
@@ -206,11 +207,11 @@ class Engine:
         outputs: list[StepOutput] = []
         if len(chosen_rows):
             try:
-                if logits is not None:
-                    sampled = self._sampler.sample(logits, chosen_rows)
-                else:
-                    assert likeliest is not None
+                if likeliest is not None:
                     sampled = self._sampler.take_likeliest(*likeliest)
+                else:
+                    assert logits is not None
+                    sampled = self._sampler.sample(logits, chosen_rows)
                 sequences = plan.sequences
                 if len(caught_up) < len(sequences):
                     sequences = [sequences[i] for i in caught_up]
@@ -448,11 +449,7 @@ class Engine:
     def _fail(self, live: LiveRequest, error: BaseException) -> RequestFailedError:
         self._drop(live)
         self.metrics_data.num_failed_requests += 1
-        if isinstance(error, RequestFailedError):
-            return error
-        failure = RequestFailedError(live.request.request_id, str(error) or type(error).__name__)
-        failure.__cause__ = error
-        return failure
+        return _failure(live.request.request_id, error)
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
         ids = dict.fromkeys(s.request_id for s in plan.sequences if s.request_id in self._requests)
@@ -492,3 +489,11 @@ class Engine:
         """Drop all requests and let weights and KV cache go."""
         self._runner = None
         self.abort(list(self._requests))
+
+
+def _failure(request_id: str, error: BaseException) -> RequestFailedError:
+    if isinstance(error, RequestFailedError):
+        return error
+    failure = RequestFailedError(request_id, str(error) or type(error).__name__)
+    failure.__cause__ = error
+    return failure

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from quire.errors import QuireError
 from quire.outputs import Logprob, TokenLogprobs
 from quire.sampling.sampler import LogprobsTensors, Sampler
 
@@ -85,6 +86,8 @@ class TokenLogprobsMaker:
             )
             logits = runner.logits(hidden, indices)
             tensors = sampler.logprobs_for(logits, targets, k)
+            if tensors.logprobs[:, 0].isnan().any():
+                raise QuireError("the model produced NaN logits")
             entries.extend(self.entries(tensors, i, k) for i in range(len(positions)))
         if len(entries) == sequence.num_prompt_tokens:
             sequence.skip_cached_prefix = False
