@@ -58,6 +58,13 @@ def _measure(
     json_file: Path | None,
 ) -> Record:
     """Measure, and write the JSON file."""
+    pairs = zip(workload.prompts, workload.output_lens, strict=True)
+    longest, most = max(len(prompt) + n for prompt, n in pairs), max_length(checkpoint.config)
+    if longest > most:
+        raise typer.BadParameter(
+            f"a prompt and its output have up to {longest} tokens together, and "
+            f"{checkpoint.name} takes {most}: lower --input-len or --output-len"
+        )
     done = record(
         checkpoint.name,
         checkpoint.folder,
