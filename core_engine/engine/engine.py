@@ -180,8 +180,8 @@ class Engine:
 
         A step that raises fails the requests in it, and no others.
         """
-        runner = self._runner
-        if runner is None or not self._requests:
+        # No name here for the runner: an error that somebody keeps would keep it, by its frames.
+        if self._runner is None or not self._requests:
             return []
         started = time.perf_counter()
         plan = self.scheduler.schedule()
@@ -192,12 +192,12 @@ class Engine:
             batch, rows, caught_up = self._table.build(plan)
             chosen_rows = rows[caught_up]
             forward_started = time.perf_counter()
-            hidden = runner.forward(batch)
+            hidden = self._runner.forward(batch)
             logits = likeliest = None
             if self._sampler.needs_logits(chosen_rows):
-                logits = runner.logits(hidden, batch.logits_indices)
+                logits = self._logits(hidden, batch.logits_indices)
             elif len(chosen_rows):
-                likeliest = runner.likeliest(hidden, batch.logits_indices)
+                likeliest = self._runner.likeliest(hidden, batch.logits_indices)
             self.metrics_data.forward_seconds += time.perf_counter() - forward_started
         except Exception as error:  # whatever a model raises, the engine goes on
             return self._fail_step(plan, error)
@@ -224,6 +224,10 @@ class Engine:
         self.metrics_data.num_computed_tokens += plan.num_tokens
         self.metrics_data.step_seconds += time.perf_counter() - started
         return outputs
+
+    def _logits(self, hidden: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        assert self._runner is not None
+        return self._runner.logits(hidden, indices)
 
     def _admit(self, plan: StepPlan) -> None:
         for sequence in plan.preempted:
@@ -345,14 +349,13 @@ class Engine:
         failed: dict[str, BaseException] = {}
         if not plan.reads_prompts:
             return failed
-        assert self._runner is not None
         start = 0
         for sequence, count in zip(plan.sequences, plan.num_new_tokens, strict=True):
             if sequence.skip_cached_prefix:
                 live = self._requests[sequence.request_id]
                 own = hidden[start : start + count]
                 try:
-                    self._logprobs.extend_prompt(live, sequence, own, self._runner, self._sampler)
+                    self._logprobs.extend_prompt(live, sequence, own, self._logits, self._sampler)
                 except Exception as error:  # it concerns this request alone
                     failed[sequence.request_id] = error
             start += count
@@ -492,8 +495,8 @@ class Engine:
 
 
 def _failure(request_id: str, error: BaseException) -> RequestFailedError:
-    if isinstance(error, RequestFailedError):
-        return error
-    failure = RequestFailedError(request_id, str(error) or type(error).__name__)
-    failure.__cause__ = error
+    failure = error
+    if not isinstance(failure, RequestFailedError):
+        failure = RequestFailedError(request_id, str(error) or type(error).__name__)
+        failure.__cause__ = error
     return failure
