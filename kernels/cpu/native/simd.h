@@ -77,7 +77,7 @@ inline float widen(uint16_t h) {
   std::memcpy(&f, &u, 4);
   return f;
 }
-#if defined(__aarch64__)
+#if defined(__aarch64__) && !defined(QUIRE_WIDE)
 // One instruction each; the compiler would go over the numbers one by one.
 inline vf widen(vh h) { return (vf)vshll_n_u16((uint16x4_t)h, 16); }
 inline vh upper_halves(vu u) { return (vh)vshrn_n_u32((uint32x4_t)u, 16); }
