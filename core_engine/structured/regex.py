@@ -1,0 +1,63 @@
+r"""Regular expressions as Python reads them, in the dialect that automata libraries read.
+
+These are written in Rust, and theirs is Rust's: nearly Python's, but for what a class may hold, for
+the letters that ``\w`` stands for, and for anchors, which say nothing of a whole text.
+"""
+
+from __future__ import annotations
+
+import re
+
+_WORD = r"\p{L}\p{N}_"
+_TOKEN = re.compile(r"\\.|\{,\d+\}|.", re.DOTALL)
+_SET_OPERATORS = "[&~-"
+
+
+def to_rust(pattern: str) -> str:
+    """Return a regex that matches, as a whole, what ``re.fullmatch`` does with ``pattern``.
+
+    What cannot be expressed is left as it is, for the library to refuse.
+    """
+    tokens = _TOKEN.findall(pattern)
+    if tokens and tokens[0] in ("^", r"\A"):
+        del tokens[0]
+    if tokens and tokens[-1] in ("$", r"\Z"):
+        del tokens[-1]
+    parts: list[str] = []
+    in_class = 0  # tokens since a class began, or 0 outside of one
+    for i, token in enumerate(tokens):
+        if in_class:
+            if token == "]" and in_class > 1:
+                in_class = 0
+            elif token == "^" and tokens[i - 1] == "[" and in_class == 1:
+                parts.append(token)
+                continue  # what follows is still the first of the class
+            else:
+                in_class += 1
+                parts.append(_in_class(token, tokens[i + 1 : i + 2]))
+                continue
+        elif token == "[":
+            in_class = 1
+        elif token.startswith("{,") and len(token) > 2:
+            token = "{0" + token[1:]
+        elif token == r"\w":
+            token = f"[{_WORD}]"
+        elif token == r"\W":
+            token = f"[^{_WORD}]"
+        elif token in (r"\<", r"\>"):  # a word's ends, in Rust
+            token = token[1]
+        parts.append(token)
+    return "".join(parts)
+
+
+def _in_class(token: str, following: list[str]) -> str:
+    if token == r"\w":
+        return _WORD
+    if token == r"\W":
+        return f"[^{_WORD}]"
+    if token in (r"\<", r"\>"):
+        return token[1]
+    # Rust nests classes, and has operators of two characters between them.
+    if token in ("[", "]") or (token in _SET_OPERATORS and following == [token]):
+        return "\\" + token
+    return token
