@@ -201,14 +201,13 @@ class Engine:
         return outputs
 
     def _compute(self) -> list[StepOutput]:
-        if self._runner is None:
-            return []
+        # No local name for the runner: a processor's exception keeps this frame with its locals.
+        assert self._runner is not None
         started = time.perf_counter()
         plan = self.scheduler.schedule()
         self._admit(plan)
         if not plan.sequences:
             raise RuntimeError(f"nothing can be scheduled: {self.scheduler.running}")
-        runner = self._runner
         masks = None
         try:
             batch, rows, caught_up = self._table.build(plan)
@@ -218,14 +217,14 @@ class Engine:
                 sequences = [sequences[i] for i in caught_up]
             masks = self._constraints.start_masks(sequences, self._requests)
             forward_started = time.perf_counter()
-            hidden = runner.forward(batch)
+            hidden = self._runner.forward(batch)
             logits = likeliest = None
             if not len(chosen_rows):
                 pass
             elif self._sampler.needs_logits(chosen_rows):
-                logits = runner.logits(hidden, batch.logits_indices)
+                logits = self._runner.logits(hidden, batch.logits_indices)
             else:
-                likeliest = runner.likeliest(hidden, batch.logits_indices)
+                likeliest = self._runner.likeliest(hidden, batch.logits_indices)
             self.metrics_data.forward_seconds += time.perf_counter() - forward_started
         except Exception as error:  # whatever a model raises, the engine goes on
             if masks is not None:

@@ -66,7 +66,9 @@ SCALARS = st.one_of(
         st.integers(0, 3),
         st.integers(0, 4),
     ),
-    st.builds(lambda values: {"enum": values}, st.lists(st.integers(-(2**53), 2**53) | NAMES, min_size=1)),
+    st.builds(
+        lambda values: {"enum": values}, st.lists(st.integers(-(2**53), 2**53) | NAMES, min_size=1)
+    ),
     st.builds(lambda value: {"const": value}, st.integers(0, 99) | NAMES | st.booleans()),
     st.just({"type": "string", "pattern": "^[a-c]{1,4}$"}),
     st.just({"type": "string", "format": "date"}),
