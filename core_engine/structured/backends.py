@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from quire.structured.vocabulary import Vocabulary
 
 
-def load_constraint_backend(name: str, vocabulary: Vocabulary) -> ConstraintBackend:
+def load_constraint_backend(
+    name: str, vocabulary: Vocabulary, deadline: float
+) -> ConstraintBackend:
     """Return a backend for a vocabulary.
 
     Parameters
@@ -20,6 +22,8 @@ def load_constraint_backend(name: str, vocabulary: Vocabulary) -> ConstraintBack
     name : str
         One of :data:`quire.structured_outputs.BACKENDS`.
     vocabulary : Vocabulary
+    deadline : float
+        Seconds after which nobody waits for a compilation any more.
 
     Raises
     ------
@@ -33,5 +37,5 @@ def load_constraint_backend(name: str, vocabulary: Vocabulary) -> ConstraintBack
             f"structured_outputs with backend {name!r} needs the package {name}, which cannot be "
             f"imported ({error}): pip install {name}"
         ) from error
-    backend: ConstraintBackend = module.Backend(vocabulary)
+    backend: ConstraintBackend = module.Backend(vocabulary, deadline)
     return backend

@@ -23,7 +23,6 @@ _STACK_BYTES = 256 * 2**20
 """Of a compiling thread, as address space: the libraries walk through grammars by recursion."""
 
 Key = tuple[str, "ConstraintSpec"]
-BackendLoader = Callable[[str], "ConstraintBackend"]
 
 
 class Compilation:
@@ -63,7 +62,7 @@ class ConstraintCompiler:
     capacity : int, default 128
         Compiled constraints that are kept; the one least recently used goes.
     load_backend : callable, optional
-        Takes a backend's name and the vocabulary.
+        Takes a backend's name, the vocabulary and the deadline.
     """
 
     def __init__(
@@ -72,7 +71,9 @@ class ConstraintCompiler:
         *,
         deadline: float,
         capacity: int = 128,
-        load_backend: Callable[[str, Vocabulary], ConstraintBackend] = load_constraint_backend,
+        load_backend: Callable[
+            [str, Vocabulary, float], ConstraintBackend
+        ] = load_constraint_backend,
     ) -> None:
         self.deadline = deadline
         self._make_vocabulary = make_vocabulary
@@ -195,7 +196,7 @@ class ConstraintCompiler:
             self._vocabulary = self._make_vocabulary()
         backend = self._backends.get(compilation.backend)
         if backend is None:
-            backend = self._load_backend(compilation.backend, self._vocabulary)
+            backend = self._load_backend(compilation.backend, self._vocabulary, self.deadline)
             self._backends[compilation.backend] = backend
         with self._changed:
             compilation.clock = time.monotonic()

@@ -73,10 +73,12 @@ class Backend:
     Parameters
     ----------
     vocabulary : Vocabulary
+    deadline : float
+        Not looked at: the library bounds its own work.
     """
 
     @_panics_are_errors
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, deadline: float) -> None:
         wrapper = llguidance.TokenizerWrapper(_Tokens(vocabulary))
         self._tokenizer = llguidance.LLTokenizer(wrapper, eos_token=vocabulary.end_id)
         self._special_tokens = frozenset(vocabulary.special_tokens.values())

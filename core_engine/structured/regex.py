@@ -61,3 +61,8 @@ def _in_class(token: str, following: list[str]) -> str:
     if token in ("[", "]") or (token in _SET_OPERATORS and following == [token]):
         return "\\" + token
     return token
+
+
+def escape_rust(text: str) -> str:
+    """Return a regex that matches a text and nothing else."""
+    return "".join(f"\\x{{{ord(c):x}}}" if not c.isalnum() else c for c in text)

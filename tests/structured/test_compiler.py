@@ -44,7 +44,7 @@ def library():
 @pytest.fixture
 def compiler(library):
     return ConstraintCompiler(
-        lambda: None, deadline=0.05, capacity=3, load_backend=lambda name, vocabulary: library
+        lambda: None, deadline=0.05, capacity=3, load_backend=lambda *whose: library
     )
 
 

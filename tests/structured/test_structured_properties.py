@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quire import SamplingParams, StructuredOutputsParams
-from quire.structured.llguidance_backend import Backend
+from quire.structured.backends import load_constraint_backend
+from quire.structured.closed_schema import why_open
 
 PROMPT = {"prompt_token_ids": [1, 40, 41, 42]}
 MAX_TOKENS = 100
@@ -55,6 +56,7 @@ def _compiles(pattern: str) -> bool:
 NAMES = st.text(st.sampled_from('abcé"\\ 1'), min_size=1, max_size=4)
 SCALARS = st.one_of(
     st.just({"type": "boolean"}),
+    st.just({"type": "integer"}),
     st.just({"type": "null"}),
     st.builds(
         lambda low, span: {"type": "integer", "minimum": low, "maximum": low + span},
@@ -75,7 +77,7 @@ SCALARS = st.one_of(
 )
 
 
-def _objects(inner):
+def _objects(inner, names, fewest):
     def make(properties, optional, extra):
         names = sorted(properties)
         return {
@@ -87,31 +89,51 @@ def _objects(inner):
 
     return st.builds(
         make,
-        st.dictionaries(NAMES, inner, max_size=3),
+        st.dictionaries(names, inner, min_size=fewest, max_size=3),
         st.integers(0, 2),
         st.just(False),
     )
 
 
-SCHEMAS = st.recursive(
-    SCALARS,
-    lambda inner: st.one_of(
-        _objects(inner),
-        st.builds(
-            lambda items, least, span: {
-                "type": "array",
-                "items": items,
-                "minItems": least,
-                "maxItems": least + span,
-            },
-            inner,
-            st.integers(0, 2),
-            st.integers(0, 2),
+def _schemas(scalars, names=NAMES, fewest=0):
+    return st.recursive(
+        scalars,
+        lambda inner: st.one_of(
+            _objects(inner, names, fewest),
+            st.builds(
+                lambda items, least, span: {
+                    "type": "array",
+                    "items": items,
+                    "minItems": least,
+                    "maxItems": least + span,
+                },
+                inner,
+                st.integers(0, 2),
+                st.integers(0, 2),
+            ),
+            st.builds(lambda one, two: {"anyOf": [one, two]}, inner, inner),
         ),
-        st.builds(lambda one, two: {"anyOf": [one, two]}, inner, inner),
-    ),
-    max_leaves=5,
-)
+        max_leaves=5,
+    )
+
+
+def _params(backend, schema, space):
+    return StructuredOutputsParams(json=schema, backend=backend, **space)
+
+
+def regex_constraints(backend):
+    one = REGEXES.map(lambda pattern: StructuredOutputsParams(regex=pattern, backend=backend))
+    return st.lists(one, min_size=4, max_size=8)
+
+
+def json_constraints(backend):
+    schemas = _schemas(SCALARS)
+    if backend == "outlines_core":  # it refuses the others
+        closed = SCALARS.filter(lambda schema: why_open(schema) is None)
+        schemas = _schemas(closed, names=st.text("abcé 1", min_size=1, max_size=4), fewest=1)
+    spaces = [{"disable_any_whitespace": True}, {"whitespace_pattern": "[ \n]?"}]
+    one = st.builds(_params, st.just(backend), schemas, st.sampled_from(spaces))
+    return st.lists(one, min_size=4, max_size=8)
 
 
 def generate(llm, constraints, seed):
@@ -131,13 +153,9 @@ def _plain(llm):
     generate.plain = llm.generate([PROMPT], PLAIN, use_tqdm=False)[0].outputs[0].token_ids
 
 
-@pytest.fixture(scope="module")
-def backend(vocabulary):
-    return Backend(vocabulary)
-
-
-def complete(backend, vocabulary, constraint, token_ids) -> str:
+def complete(vocabulary, constraint, token_ids) -> str:
     """Walk from an unfinished text through its grammar to some end; return the whole text."""
+    backend = load_constraint_backend(constraint.backend, vocabulary, 30.0)
     matcher = backend.compile(constraint.spec).start()
     matcher.accept(token_ids)
     rng = random.Random(0)
@@ -161,7 +179,7 @@ def complete(backend, vocabulary, constraint, token_ids) -> str:
 tally = {"finished": 0, "all": 0}
 
 
-def check(llm, backend, vocabulary, constraints, matches, seed):
+def check(llm, vocabulary, constraints, matches, seed):
     for completion, constraint in zip(generate(llm, constraints, seed), constraints, strict=True):
         tally["all"] += 1
         if completion.finish_reason == "stop":
@@ -169,7 +187,7 @@ def check(llm, backend, vocabulary, constraints, matches, seed):
             assert matches(constraint, completion.text), (constraint, completion.text)
         else:
             assert completion.finish_reason == "length"
-            text = complete(backend, vocabulary, constraint, completion.token_ids)
+            text = complete(vocabulary, constraint, completion.token_ids)
             assert matches(constraint, text), (constraint, text)
 
 
@@ -185,33 +203,44 @@ def json_matches(constraint, text):
 
 
 SEEDS = st.integers(0, 2**32)
-REGEX_CONSTRAINTS = st.lists(
-    REGEXES.map(lambda pattern: StructuredOutputsParams(regex=pattern)), min_size=4, max_size=8
-)
-JSON_CONSTRAINTS = st.lists(
-    st.builds(
-        lambda schema, space: StructuredOutputsParams(json=schema, **space),
-        SCHEMAS,
-        st.sampled_from([{"disable_any_whitespace": True}, {"whitespace_pattern": "[ \n]?"}]),
-    ),
-    min_size=4,
-    max_size=8,
-)
-FEW = settings(max_examples=30, suppress_health_check=list(HealthCheck), deadline=None)
-MANY = settings(max_examples=400, suppress_health_check=list(HealthCheck), deadline=None)
+COMMON = {"suppress_health_check": list(HealthCheck), "deadline": None}
 
 
-@FEW
-@given(constraints=REGEX_CONSTRAINTS, seed=SEEDS)
-def test_texts_match_their_regex(llm, backend, vocabulary, constraints, seed):
-    check(llm, backend, vocabulary, constraints, regex_matches, seed)
+def check_regexes(llm, vocabulary, backend, num_examples):
+    @settings(max_examples=num_examples, **COMMON)
+    @given(constraints=regex_constraints(backend), seed=SEEDS)
+    def run(constraints, seed):
+        check(llm, vocabulary, constraints, regex_matches, seed)
+
+    run()
 
 
-@FEW
-@given(constraints=JSON_CONSTRAINTS, seed=SEEDS)
-def test_texts_are_valid_by_their_schema(llm, backend, vocabulary, constraints, seed):
+def check_schemas(llm, vocabulary, backend, num_examples):
     pytest.importorskip("jsonschema")
-    check(llm, backend, vocabulary, constraints, json_matches, seed)
+
+    @settings(max_examples=num_examples, **COMMON)
+    @given(constraints=json_constraints(backend), seed=SEEDS)
+    def run(constraints, seed):
+        check(llm, vocabulary, constraints, json_matches, seed)
+
+    run()
+
+
+# Those that take longer to compile are tried less.
+FEW = {"llguidance": 30, "outlines_core": 5}
+MANY = {"llguidance": 400, "outlines_core": 100}
+
+
+@pytest.mark.parametrize("backend", FEW)
+def test_texts_match_their_regex(llm, vocabulary, backend):
+    pytest.importorskip(backend)
+    check_regexes(llm, vocabulary, backend, FEW[backend])
+
+
+@pytest.mark.parametrize("backend", FEW)
+def test_texts_are_valid_by_their_schema(llm, vocabulary, backend):
+    pytest.importorskip(backend)
+    check_schemas(llm, vocabulary, backend, FEW[backend])
 
 
 def test_most_texts_were_finished():
@@ -221,15 +250,14 @@ def test_most_texts_were_finished():
 
 
 @pytest.mark.slow
-@MANY
-@given(constraints=REGEX_CONSTRAINTS, seed=SEEDS)
-def test_very_many_texts_match_their_regex(llm, backend, vocabulary, constraints, seed):
-    check(llm, backend, vocabulary, constraints, regex_matches, seed)
+@pytest.mark.parametrize("backend", MANY)
+def test_very_many_texts_match_their_regex(llm, vocabulary, backend):
+    pytest.importorskip(backend)
+    check_regexes(llm, vocabulary, backend, MANY[backend])
 
 
 @pytest.mark.slow
-@MANY
-@given(constraints=JSON_CONSTRAINTS, seed=SEEDS)
-def test_very_many_texts_are_valid_by_their_schema(llm, backend, vocabulary, constraints, seed):
-    pytest.importorskip("jsonschema")
-    check(llm, backend, vocabulary, constraints, json_matches, seed)
+@pytest.mark.parametrize("backend", MANY)
+def test_very_many_texts_are_valid_by_their_schema(llm, vocabulary, backend):
+    pytest.importorskip(backend)
+    check_schemas(llm, vocabulary, backend, MANY[backend])
