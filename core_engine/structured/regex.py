@@ -18,11 +18,7 @@ def to_rust(pattern: str) -> str:
 
     What cannot be expressed is left as it is, for the library to refuse.
     """
-    tokens = _TOKEN.findall(pattern)
-    if tokens and tokens[0] in ("^", r"\A"):
-        del tokens[0]
-    if tokens and tokens[-1] in ("$", r"\Z"):
-        del tokens[-1]
+    tokens = _tokens(pattern)
     parts: list[str] = []
     in_class = 0  # tokens since a class began, or 0 outside of one
     for i, token in enumerate(tokens):
@@ -48,6 +44,39 @@ def to_rust(pattern: str) -> str:
             token = token[1]
         parts.append(token)
     return "".join(parts)
+
+
+def to_ascii_classes(pattern: str) -> str | None:
+    r"""Return such a regex for a library whose ``\w``, ``\d`` and ``\s`` stand for ASCII alone.
+
+    None where the pattern has one of their opposites, which stand for more than Python's do.
+    """
+    parts = []
+    in_class = False
+    for token in _tokens(pattern):
+        if token in (r"\W", r"\D", r"\S"):
+            return None
+        if token == "]":
+            in_class = False
+        elif token == "[":
+            token = r"\[" if in_class else token
+            in_class = True
+        elif token.startswith("{,") and len(token) > 2 and not in_class:
+            token = "{0" + token[1:]
+        elif token == "." and not in_class:
+            token = r"[^\n]"
+        parts.append(token)
+    return "".join(parts)
+
+
+def _tokens(pattern: str) -> list[str]:
+    """Return the parts of a regex that stand for themselves, without the anchors around it."""
+    tokens = _TOKEN.findall(pattern)
+    if tokens and tokens[0] in ("^", r"\A"):
+        del tokens[0]
+    if tokens and tokens[-1] in ("$", r"\Z"):
+        del tokens[-1]
+    return tokens
 
 
 def _in_class(token: str, following: list[str]) -> str:

@@ -13,7 +13,7 @@ from quire.structured.backends import load_constraint_backend
 from quire.structured.closed_schema import why_open
 from quire.structured_outputs import StructuredOutputsParams
 
-LIBRARIES = ("llguidance", "outlines_core")
+LIBRARIES = ("llguidance", "outlines_core", "xgrammar")
 CONSTRAINTS = [
     {"regex": "(ab|[c-e]{2})+x?"},
     {"regex": r"hello world, this is (\d{2}|é€😀)"},

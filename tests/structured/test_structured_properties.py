@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from quire import SamplingParams, StructuredOutputsParams
 from quire.structured.backends import load_constraint_backend
 from quire.structured.closed_schema import why_open
+from quire.structured.regex import to_ascii_classes
 
 PROMPT = {"prompt_token_ids": [1, 40, 41, 42]}
 MAX_TOKENS = 100
@@ -122,16 +123,25 @@ def _params(backend, schema, space):
 
 
 def regex_constraints(backend):
-    one = REGEXES.map(lambda pattern: StructuredOutputsParams(regex=pattern, backend=backend))
+    patterns = REGEXES
+    if backend == "xgrammar":  # it refuses the others
+        patterns = REGEXES.filter(
+            lambda pattern: to_ascii_classes(pattern) is not None and "(?P<" not in pattern
+        )
+    one = patterns.map(lambda pattern: StructuredOutputsParams(regex=pattern, backend=backend))
     return st.lists(one, min_size=4, max_size=8)
 
 
 def json_constraints(backend):
     schemas = _schemas(SCALARS)
-    if backend == "outlines_core":  # it refuses the others
+    if backend != "llguidance":  # it refuses the others
         closed = SCALARS.filter(lambda schema: why_open(schema) is None)
+        if backend == "xgrammar":
+            closed = closed.filter(lambda schema: "maxLength" not in schema)
         schemas = _schemas(closed, names=st.text("abcé 1", min_size=1, max_size=4), fewest=1)
     spaces = [{"disable_any_whitespace": True}, {"whitespace_pattern": "[ \n]?"}]
+    if backend == "xgrammar":
+        spaces.pop()
     one = st.builds(_params, st.just(backend), schemas, st.sampled_from(spaces))
     return st.lists(one, min_size=4, max_size=8)
 
@@ -227,8 +237,8 @@ def check_schemas(llm, vocabulary, backend, num_examples):
 
 
 # Those that take longer to compile are tried less.
-FEW = {"llguidance": 30, "outlines_core": 5}
-MANY = {"llguidance": 400, "outlines_core": 100}
+FEW = {"llguidance": 30, "outlines_core": 5, "xgrammar": 10}
+MANY = {"llguidance": 400, "outlines_core": 100, "xgrammar": 400}
 
 
 @pytest.mark.parametrize("backend", FEW)
