@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Final
 
 _NOTES: Final = frozenset(
@@ -48,7 +49,9 @@ def why_open(schema: Any) -> str | None:
     if form == {"anyOf"} and keywords == form:
         return next((r for item in schema["anyOf"] if (r := why_open(item)) is not None), None)
     if form == {"$ref"} and keywords == form:
-        return None
+        # Any other is taken for a schema of anything.
+        local = re.fullmatch(r"#/(\$defs|definitions)/[^/%~]+", str(schema["$ref"]))
+        return None if local else f"the reference {schema['$ref']!r}"
     values = schema.get("enum", [schema.get("const")])
     kinds = _VALUES.get(schema.get("type", ""), (str, int, float, bool, type(None)))
     if "type" in schema and not isinstance(schema["type"], str):

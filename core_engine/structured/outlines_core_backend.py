@@ -109,9 +109,10 @@ def _regex(spec: ConstraintSpec) -> str:
     if spec.whitespace_pattern is not None:
         whitespace = f"(?:{to_rust(spec.whitespace_pattern)})"
     try:
-        return build_regex_from_schema(spec.text, whitespace)
+        regex: str = build_regex_from_schema(spec.text, whitespace)
     except Exception as error:
         raise _refusal(spec, str(error)) from error
+    return regex
 
 
 def _refusal(spec: ConstraintSpec, reason: str) -> InvalidRequestError:

@@ -7,8 +7,6 @@ import pytest
 from quire import LLM
 from quire.structured.vocabulary import Vocabulary
 
-pytest.importorskip("llguidance")
-
 OPTIONS = {"dtype": "float32", "block_size": 4}
 
 

@@ -147,6 +147,7 @@ OPEN = [
     {"oneOf": [{"type": "null"}]},
     {"$ref": "#/$defs/a", "$defs": {"a": {"not": {}}}},
     {"$ref": "#/$defs/a", "type": "null"},
+    {"$ref": "https://example.com/schema.json"},
 ]
 CLOSED = [
     {"type": "string", "maxLength": 3, "title": "a name"},

@@ -410,3 +410,23 @@ def test_streamed_pieces_make_up_the_text(llm):
     loop.submit([(request, sink)])
     assert done.wait(30)
     assert "".join(pieces) == whole.text
+
+
+def test_the_demo_model_answers_in_the_form_that_is_asked_for():
+    """With its own vocabulary and in its own precision; the threads end with the engine."""
+    with LLM("quire/demo", max_model_len=128) as llm:
+        many = [params(DATE, seed=i, temperature=1.5) for i in range(4)]
+        many += [params({"json": PERSON, "disable_any_whitespace": True}, seed=i) for i in range(4)]
+        many += [params({"choice": ["Paris", "Rome"]}, temperature=0)]
+        prompts = ["What is the capital of France?"] * len(many)
+        outputs = llm.generate(prompts, many, use_tqdm=False)
+        for output in outputs[:4]:
+            assert re.fullmatch(DATE, output.outputs[0].text)
+        for output in outputs[4:8]:
+            assert set(json.loads(output.outputs[0].text)) == {"name", "age"}
+        assert outputs[8].outputs[0].text in ("Paris", "Rome")
+        before = {thread.name for thread in threading.enumerate()}
+        assert any(name.startswith("quire-masks") for name in before)
+        engine = llm.llm_engine
+    assert engine._constraints._filler is None
+    assert not any("quire-compiler" in thread.name for thread in threading.enumerate())
