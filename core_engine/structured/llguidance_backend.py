@@ -121,7 +121,12 @@ class Backend:
         return llguidance.LLMatcher.grammar_from_lark(text)
 
     def _json_grammar(self, spec: ConstraintSpec) -> str:
-        overrides: Any = {"lenient": False, "whitespace_flexible": spec.any_whitespace}
+        # A schema's own `x-guidance` must not make it enforce less.
+        overrides: Any = {
+            "lenient": False,
+            "coerce_one_of": False,
+            "whitespace_flexible": spec.any_whitespace,
+        }
         if spec.whitespace_pattern is not None:
             overrides["whitespace_pattern"] = to_rust(spec.whitespace_pattern)
         schema = spec.text

@@ -295,6 +295,15 @@ BAD = {
     "invalid schema": {"json": {"type": "nonsense"}},
     "unsupported keyword": {"json": {"type": "array", "uniqueItems": True}},
     "schema that matches nothing": {"json": "false"},
+    "oneOf that would be anyOf": {
+        "json": {
+            "x-guidance": {"coerce_one_of": True},
+            "oneOf": [{"minLength": 1}, {"maxLength": 9}],
+        }
+    },
+    "keyword that would be dropped": {
+        "json": {"x-guidance": {"lenient": True}, "type": "array", "contains": {}}
+    },
     "integer that would be rounded": {"json": {"enum": [1, 9007199254740993]}},
     "GBNF of very many rules": {"grammar": 'root ::= "a"\n' * 5000},
     "reference to nowhere": {"json": {"$ref": "#/$defs/missing"}},
