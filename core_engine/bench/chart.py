@@ -90,6 +90,6 @@ def draw(path: Path, title: str, axis: str, bars: Sequence[Bar], limit: float) -
     axes.set_xticks(list(places), [fill(bar.label, 16) for bar in bars])
     axes.tick_params(axis="x", length=0)
     axes.set_ylabel(axis)
-    axes.set_title(title, fontsize=11)
+    axes.set_title(title, fontsize=11, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

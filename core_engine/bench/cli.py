@@ -58,6 +58,13 @@ def _measure(
     json_file: Path | None,
 ) -> Record:
     """Measure, and write the JSON file."""
+    pairs = zip(workload.prompts, workload.output_lens, strict=True)
+    longest, most = max(len(prompt) + n for prompt, n in pairs), max_length(checkpoint.config)
+    if longest > most:
+        raise typer.BadParameter(
+            f"a prompt and its output have up to {longest} tokens together, and "
+            f"{checkpoint.name} takes {most}: lower --input-len or --output-len"
+        )
     done = record(
         checkpoint.name,
         checkpoint.folder,
@@ -318,8 +325,13 @@ def kernels(
     json_file: Json = None,
 ) -> None:
     """The native matrix product beside torch's, over weights that no cache holds."""
+    if dtype not in ("float32", "bfloat16"):
+        raise typer.BadParameter(f"--dtype {dtype!r}: the products are of float32 or bfloat16")
+    numbers = [each.strip() for each in rows.split(",")]
+    if not all(each.isdecimal() and int(each) > 0 for each in numbers):
+        raise typer.BadParameter(f"--rows {rows!r}: numbers from 1 on, with commas between")
     figures = measure_products(
-        in_features, out_features, dtype, [int(each) for each in rows.split(",")], repeats
+        in_features, out_features, dtype, [int(each) for each in numbers], repeats
     )
     sides = list(figures)
     table = [["rows", *(f"{side}, GB/s of weights (GFLOP/s)" for side in sides)]]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.bench.workload import Workload
+from quire.errors import QuireError
 
 _ASKING = frozenset({"human", "user"})
 _ANSWERING = frozenset({"gpt", "chatgpt", "assistant"})
@@ -31,7 +32,7 @@ def read_pairs(path: Path) -> list[Pair]:
         The file is not of that format; the message names the entry.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -81,7 +82,11 @@ def sample_pairs(
     for i in order:
         if len(prompts) == num_prompts:
             break
-        prompt, answer = count_prompt(pairs[i][0]), len(count_answer(pairs[i][1]))
+        try:
+            prompt, answer = count_prompt(pairs[i][0]), len(count_answer(pairs[i][1]))
+        except (ValueError, QuireError) as error:
+            start = ascii(pairs[i][0][:40])
+            raise ValueError(f"{name}, the question that begins {start}: {error}") from error
         if (
             _MIN_TOKENS <= len(prompt) <= input_len
             and _MIN_TOKENS <= answer <= output_len

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 import struct
 from collections.abc import Iterator
@@ -74,7 +75,7 @@ def gguf_file(folder: Path, kind: str) -> Path:
     target = cache_folder() / f"{folder.resolve().name}-{digest.hexdigest()[:12]}-{kind}.gguf"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_suffix(".part")
+        unfinished = target.with_suffix(f".{os.getpid()}.part")
         write_gguf(folder, unfinished, kind)
         unfinished.replace(target)
     return target

@@ -56,8 +56,15 @@ Seed = Annotated[int, typer.Option(help="Of what is drawn for the prompts.")]
 
 def _writable(path: Path | None) -> Path | None:
     """Refuse a file that cannot be written before hours are spent on its content."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise typer.BadParameter(f"{path}: no file can be written there")
+    if path is not None:
+        is_new = not path.exists()
+        try:
+            with path.open("ab"):
+                pass
+            if is_new:
+                path.unlink()
+        except OSError as error:
+            raise typer.BadParameter(f"{path}: no file can be written there: {error}") from error
     return path
 
 

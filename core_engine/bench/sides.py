@@ -80,8 +80,16 @@ class QuireSide:
         import torch
 
         import quire
+        from quire.kernels import get_backend
 
-        return {"quire": quire.__version__, "torch": torch.__version__}
+        kernels = get_backend("cpu")
+        library = getattr(kernels, "library", None)
+        isa = "" if library is None else f" ({library.quire_isa().decode()})"
+        return {
+            "quire": quire.__version__,
+            "torch": torch.__version__,
+            "kernels": kernels.name + isa,
+        }
 
 
 class TransformersSide:

@@ -141,7 +141,10 @@ def _torch() -> dict[str, Any]:
     import torch
 
     from quire.kernels import available_backends
+    from quire.kernels.cpu.backend import why_missing
+    from quire.kernels.cpu.library import load_library
 
+    missing = why_missing()
     devices = []
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -149,6 +152,7 @@ def _torch() -> dict[str, Any]:
         "cuda build": torch.version.cuda or "none",
         "gpus": devices,
         "kernel backends": available_backends(),
+        "native kernels": missing or f"for {load_library().quire_isa().decode()}",
     }
 
 

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from quire.tokenizer.tokenizer import Tokenizer
 
 
+_MOST_UNREAD = 64
+"""Tokens that wait to be made text of."""
+
+
 class Completion:
     """The output side of a sequence: text, logprobs, the reason to stop.
 
@@ -74,7 +78,8 @@ class Completion:
     def append(self, token_id: int) -> bool:
         """Take the next token; return whether it is the last.
 
-        Text is made of it when it is asked for, or now where a stop string may end in it.
+        Text is made of it when it is asked for, now where a stop string may end in it, and before
+        so much is unread that others would wait for it.
         """
         token_ids = self.token_ids
         token_ids.append(token_id)
@@ -82,7 +87,7 @@ class Completion:
             self.finish_reason = "stop"
             if token_id not in self._eos:
                 self.stop_reason = token_id
-        elif self._detokenizer.looks_for_stops:
+        elif self._detokenizer.looks_for_stops or len(token_ids) - self._num_read >= _MOST_UNREAD:
             stop = self._read()
             if stop is not None:
                 self.finish_reason, self.stop_reason = "stop", stop

@@ -161,23 +161,26 @@ class Engine:
         live.sequences[first.index] = first
         self.scheduler.add(first)
 
-    def abort(self, request_ids: Iterable[str]) -> list[RequestOutput]:
+    def abort(self, request_ids: Iterable[str]) -> list[StepOutput]:
         """End requests now; ids that are not in flight are passed over.
 
         Returns
         -------
-        list of RequestOutput
-            Their last outputs, with ``finish_reason="abort"``.
+        list of RequestOutput or RequestFailedError
+            Their last outputs, with ``finish_reason="abort"``; or why there can be none.
         """
-        outputs = []
+        outputs: list[StepOutput] = []
         for request_id in request_ids:
             live = self._requests.get(request_id)
             if live is not None:
                 live.abort()
                 self._drop(live)
-                output = live.output()
-                assert output is not None
-                outputs.append(output)
+                try:
+                    output = live.output()
+                    assert output is not None
+                    outputs.append(output)
+                except Exception as error:  # such as a tokenizer's
+                    outputs.append(_failure(request_id, error))
         return outputs
 
     # -- the step ------------------------------------------------------------------------------
@@ -219,11 +222,9 @@ class Engine:
             forward_started = time.perf_counter()
             hidden = self._runner.forward(batch)
             logits = likeliest = None
-            if not len(chosen_rows):
-                pass
-            elif self._sampler.needs_logits(chosen_rows):
-                logits = self._runner.logits(hidden, batch.logits_indices)
-            else:
+            if self._sampler.needs_logits(chosen_rows):
+                logits = self._logits(hidden, batch.logits_indices)
+            elif len(chosen_rows):
                 likeliest = self._runner.likeliest(hidden, batch.logits_indices)
             self.metrics_data.forward_seconds += time.perf_counter() - forward_started
         except Exception as error:  # whatever a model raises, the engine goes on
@@ -236,12 +237,12 @@ class Engine:
         outputs: list[StepOutput] = []
         if len(chosen_rows):
             try:
-                if logits is not None:
+                if likeliest is not None:
+                    sampled = self._sampler.take_likeliest(*likeliest)
+                else:
+                    assert logits is not None
                     found = None if masks is None else masks.result()
                     sampled = self._sampler.sample(logits, chosen_rows, found)
-                else:
-                    assert likeliest is not None
-                    sampled = self._sampler.take_likeliest(*likeliest)
                 outputs = self._append_all(sequences, chosen_rows, sampled, failed)
             except Exception as error:
                 return self._fail_step(plan, error)
@@ -251,6 +252,10 @@ class Engine:
         self.metrics_data.num_computed_tokens += plan.num_tokens
         self.metrics_data.step_seconds += time.perf_counter() - started
         return outputs
+
+    def _logits(self, hidden: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        assert self._runner is not None
+        return self._runner.logits(hidden, indices)
 
     def _admit(self, plan: StepPlan) -> None:
         for sequence in plan.preempted:
@@ -373,14 +378,13 @@ class Engine:
         failed: dict[str, BaseException] = {}
         if not plan.reads_prompts:
             return failed
-        assert self._runner is not None
         start = 0
         for sequence, count in zip(plan.sequences, plan.num_new_tokens, strict=True):
             if sequence.skip_cached_prefix:
                 live = self._requests[sequence.request_id]
                 own = hidden[start : start + count]
                 try:
-                    self._logprobs.extend_prompt(live, sequence, own, self._runner, self._sampler)
+                    self._logprobs.extend_prompt(live, sequence, own, self._logits, self._sampler)
                 except Exception as error:  # it concerns this request alone
                     failed[sequence.request_id] = error
             start += count
@@ -480,11 +484,7 @@ class Engine:
     def _fail(self, live: LiveRequest, error: BaseException) -> RequestFailedError:
         self._drop(live)
         self.metrics_data.num_failed_requests += 1
-        if isinstance(error, RequestFailedError):
-            return error
-        failure = RequestFailedError(live.request.request_id, str(error) or type(error).__name__)
-        failure.__cause__ = error
-        return failure
+        return _failure(live.request.request_id, error)
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
         ids = dict.fromkeys(s.request_id for s in plan.sequences if s.request_id in self._requests)
@@ -538,3 +538,11 @@ def _append_token(sequence: Sequence, completion: Completion, token_id: int) -> 
             # Whole, even where it has the length that was allowed.
             completion.finish_reason, is_last = "stop", True
     return is_last
+
+
+def _failure(request_id: str, error: BaseException) -> RequestFailedError:
+    failure = error
+    if not isinstance(failure, RequestFailedError):
+        failure = RequestFailedError(request_id, str(error) or type(error).__name__)
+        failure.__cause__ = error
+    return failure

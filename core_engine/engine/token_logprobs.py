@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
+from quire.errors import QuireError
 from quire.outputs import Logprob, TokenLogprobs
 from quire.sampling.sampler import LogprobsTensors, Sampler
 
 if TYPE_CHECKING:
     from quire.engine.live_request import LiveRequest
-    from quire.engine.runner import ModelRunner
     from quire.engine.sequence import Sequence
     from quire.tokenizer.tokenizer import Tokenizer
 
@@ -53,7 +54,7 @@ class TokenLogprobsMaker:
         live: LiveRequest,
         sequence: Sequence,
         hidden: torch.Tensor,
-        runner: ModelRunner,
+        logits_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         sampler: Sampler,
     ) -> None:
         """Add what a step tells of a prompt.
@@ -66,7 +67,9 @@ class TokenLogprobsMaker:
             Before the step's tokens are counted as computed.
         hidden : Tensor[num_new_tokens, hidden_size]
             Of the sequence's tokens in the step.
-        runner, sampler
+        logits_of : callable
+            From hidden states and the places of some among them to their logits.
+        sampler : Sampler
         """
         entries = live.prompt_logprobs
         assert entries is not None
@@ -83,8 +86,10 @@ class TokenLogprobsMaker:
             targets = torch.tensor(
                 [sequence.prompt_token_ids[p + 1] for p in positions], device=hidden.device
             )
-            logits = runner.logits(hidden, indices)
+            logits = logits_of(hidden, indices)
             tensors = sampler.logprobs_for(logits, targets, k)
+            if tensors.logprobs[:, 0].isnan().any():
+                raise QuireError("the model produced NaN logits")
             entries.extend(self.entries(tensors, i, k) for i in range(len(positions)))
         if len(entries) == sequence.num_prompt_tokens:
             sequence.skip_cached_prefix = False

@@ -17,7 +17,8 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
     Where the system grants them (Linux, ``transparent_hugepage`` at ``madvise`` or ``always``) the
     processor looks up one address for 2 MiB and not one for every 4 KiB. What is less than a page
-    at the end stays on small ones, so that nothing is taken that is not used.
+    at the end stays on small ones, so that nothing is taken that is not used. The storage behind
+    the tensor is up to 2 MiB larger than it, of memory that is never touched.
 
     Parameters
     ----------

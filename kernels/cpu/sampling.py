@@ -18,8 +18,8 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 
-class _Context(threading.local):
-    """A thread's own memory for the library's calls."""
+class _Context:
+    """Memory for the library's calls, freed with the object."""
 
     def __init__(self) -> None:
         library = load_library()
@@ -29,18 +29,23 @@ class _Context(threading.local):
         weakref.finalize(self, library.quire_context_free, self.pointer).atexit = False
 
 
+_own = threading.local()
+"""Each thread's context, which ends with the thread."""
+
+
 class NativeSampling:
     """The operations on logits; what is not float32 in rows goes to the reference."""
 
-    def __init__(self) -> None:
-        self._context: _Context | None = None
-
-    def _call(self, name: str, *arguments: object) -> None:
-        if self._context is None:
-            self._context = _Context()
-        function = getattr(load_library(), name)
-        if function(self._context.pointer, *arguments, torch.get_num_threads()):
+    @staticmethod
+    def _call(name: str, *arguments: object) -> None:
+        context = getattr(_own, "context", None)
+        if context is None:
+            context = _own.context = _Context()
+        status = getattr(load_library(), name)(context.pointer, *arguments, torch.get_num_threads())
+        if status == -1:
             raise MemoryError("no memory to choose tokens in")
+        if status:
+            raise RuntimeError("the native kernels cannot start a thread to choose tokens on")
 
     def argmax(self, logits: torch.Tensor) -> tuple[Ints, npt.NDArray[np.float32]]:
         """See `quire.kernels.interface.Backend.argmax`."""

@@ -29,7 +29,7 @@ def measured(monkeypatch, tmp_path):
     """The command on a configuration without weights; the records that it asked for."""
     folder = tmp_path / "model"
     folder.mkdir()
-    config = {**DIMENSIONS["llama-small"], "max_position_embeddings": 512}
+    config = {**DIMENSIONS["llama-small"], "max_position_embeddings": 2048}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     monkeypatch.setattr(options, "random_checkpoint", lambda name, dtype: folder)
     monkeypatch.setattr(options, "gguf_file", lambda folder, kind: folder / f"{kind}.gguf")
@@ -75,6 +75,9 @@ def run(*arguments: object) -> str:
         ("throughput --dataset d.json --workload mixed", ["--dataset", "--workload", "give one"]),
         ("throughput --dataset d.json", ["--dataset", "no tokenizer", "--model"]),
         ("throughput --tokenizer t", ["--tokenizer", "'t'", "--dataset"]),
+        ("kernels --rows 1,a", ["--rows", "'1,a'", "numbers"]),
+        ("kernels --dtype float16", ["--dtype", "'float16'", "bfloat16"]),
+        ("latency --json /proc/none.json", ["/proc/none.json", "no file can be written"]),
         ("latency --chart a.pdf", ["--chart", "a.pdf", ".png"]),
         ("latency --chart no/a.png", ["--chart", "no/a.png", "no file can be written"]),
     ],
@@ -132,6 +135,17 @@ def test_every_side_gets_the_same_tokens_and_its_own_place(measured, tmp_path, c
             assert f"{name}={value}" in output
     assert "of limit" in output
     assert "A=b=c" in output
+
+
+def test_lengths_that_the_model_does_not_take_are_refused(measured, monkeypatch):
+    """Before anything is loaded, by the options that they come from."""
+    monkeypatch.setenv("COLUMNS", "300")
+    arguments = ["latency", "--vs", "none", "--input-len", "2000", "--output-len", "50"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 2
+    for word in ("2050 tokens", "2048", "--input-len", "--output-len"):
+        assert word in result.output
+    assert not measured
 
 
 def test_prefix_is_measured_with_the_cache_and_without(measured):

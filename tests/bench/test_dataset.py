@@ -66,6 +66,24 @@ def test_a_damaged_entry_is_named(tmp_path, entries, place, damage):
     assert damage[1] in str(caught.value)
 
 
+def test_a_mark_at_the_start_of_a_file_is_passed_over(tmp_path):
+    """Some editors begin UTF-8 with one."""
+    file = tmp_path / "data.json"
+    file.write_text("[]", encoding="utf-8-sig")
+    assert read_pairs(file) == []
+
+
+def test_a_text_that_cannot_be_tokenized_is_named():
+    """By how it begins: its entry is no longer known."""
+
+    def fail(text):
+        raise ValueError("a lone surrogate")
+
+    lens = {"num_prompts": 1, "input_len": 9, "output_len": 9, "total_len": 18, "seed": 0}
+    with pytest.raises(ValueError, match=r"d\.json, the question that begins 'why.*surrogate"):
+        sample_pairs([("why \ud800", "x")], fail, ids, name="d.json", **lens)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [("{", "is not JSON"), ('{"a": 1}', "holds an object, not a list"), (None, "cannot be read")],

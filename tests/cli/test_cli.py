@@ -238,6 +238,7 @@ def test_collect_env_tells_versions_and_no_secrets(monkeypatch: pytest.MonkeyPat
     assert facts["packages"]["torch"].startswith("2.")
     assert facts["cpu"]["threads"] >= 1
     assert "reference" in facts["torch"]["kernel backends"]
+    assert facts["torch"]["native kernels"]
     assert facts["variables"]["HF_TOKEN"] == "set"
     assert "hf_secret" not in text
     assert f"quire: {quire.__version__}" in text

@@ -15,6 +15,7 @@ from quire.engine.scheduler import Scheduler
 from quire.engine.sequence import Sequence
 from quire.errors import ConfigError, InvalidRequestError, ModelNotFoundError
 from quire.models.hub import resolve
+from quire.sampling_params import RequestOutputKind
 from quire.tokenizer.detokenizer import Detokenizer
 
 PROMPT = [11, 42, 7, 99, 150]
@@ -128,6 +129,44 @@ def test_a_tokenizer_that_fails_on_a_request_fails_no_other(llm, monkeypatch, me
     assert "no such piece" in str(results[1])
     assert results[0].outputs[0].token_ids == results[2].outputs[0].token_ids == wanted
     llm.engine_loop.call(lambda engine: engine.check_integrity())
+
+
+@pytest.mark.parametrize("stop", [None, "zzz"])
+def test_a_tokenizer_that_fails_on_an_aborted_request_fails_no_other(llm, monkeypatch, stop):
+    """Text that is made when a request is aborted is its own affair, too."""
+    original = Detokenizer.append
+
+    def fail(self, token_ids):
+        if self._includes_stop:
+            raise ValueError("no such piece")
+        return original(self, token_ids)
+
+    monkeypatch.setattr(Detokenizer, "append", fail)
+    good = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    bad = SamplingParams(
+        include_stop_str_in_output=True,
+        stop=stop,
+        max_tokens=60,
+        ignore_eos=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+    def run(engine):
+        for name, params in (("good", good), ("bad", bad), ("other", bad)):
+            engine.add_request(engine.processor.process(PROMPT, params, request_id=name))
+        outputs = engine.step()
+        outputs += engine.abort(["bad", "other"])
+        while engine.has_unfinished_requests:
+            outputs += engine.step()
+        engine.check_integrity()
+        return outputs
+
+    outputs = within(lambda: llm.engine_loop.call(run))
+    failed = [each for each in outputs if isinstance(each, RequestFailedError)]
+    assert {each.request_id for each in failed} == {"bad", "other"}
+    assert all("no such piece" in str(each) for each in failed)
+    [last] = [each for each in outputs if each not in failed and each.finished]
+    assert len(last.outputs[0].token_ids) == 60
 
 
 @pytest.mark.parametrize("options", [{"n": 10**9}, {"best_of": 10**9}])

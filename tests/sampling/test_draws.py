@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import threading
+import weakref
 from typing import Any
 
 import numpy as np
@@ -307,6 +310,65 @@ def test_a_draw_from_what_cannot_be_drawn_from_ends(
         assert 0 <= drawn[0] < size
         if (top_k, top_p, min_p) != (0, 1.0, 0.0):
             assert drawn[1] == size - 1
+
+
+@pytest.mark.parametrize("size", [5, 200, 70_000])
+def test_masked_rows_are_drawn_from_and_listed(kernels: Backend, size: int) -> None:
+    """Where few tokens are left, the rest follows in the order of ids, and is never drawn."""
+    allowed = sorted({1, size // 2, size - 1})
+    logits = torch.full((2, size), -torch.inf)
+    logits[:, allowed] = torch.arange(len(allowed)).float()
+    k = min(size, 20)
+    values, ids = kernels.top_logits(logits, k)
+    others = [i for i in range(size) if i not in allowed]
+    assert ids[0].tolist() == (allowed[::-1] + others)[:k]
+    assert values[0].tolist() == logits[0, ids[0]].tolist()
+    for top_k, top_p, min_p in ((0, 1.0, 0.0), (50, 1.0, 0.0), (0, 0.99, 0.0), (0, 1.0, 0.01)):
+        drawn = draw(
+            kernels, logits[0], np.linspace(0, 1, 50), top_k=top_k, top_p=top_p, min_p=min_p
+        )
+        assert set(drawn) == set(allowed)
+
+
+def test_what_is_no_number_names_tokens_of_its_own_row(kernels: Backend) -> None:
+    """A row with NaN has NaN log-probabilities, and ids within the vocabulary."""
+    logits = torch.randn(3, 40)
+    logits[1, 7] = torch.nan
+    ids, logprobs, _ = kernels.gather_logprobs(logits, torch.tensor([0, 1, 2]), 30)
+    assert logprobs[1].isnan().all()
+    assert not logprobs[::2].isnan().any()
+    assert ((ids >= 0) & (ids < 40)).all()
+    assert sorted(ids[0, 1:].tolist()) == logits[0].topk(30).indices.sort().values.tolist()
+
+
+def test_every_thread_has_a_context_of_its_own_until_it_ends(kernels: Backend) -> None:
+    """Threads that sample for the first time, all at once, and then are gone with their memory."""
+    if kernels.name != "cpu":
+        pytest.skip("the reference has none")
+    from quire.kernels.cpu import sampling
+
+    made: list[weakref.ref[Any]] = []
+    barrier = threading.Barrier(8)
+    logits = torch.randn(3, 500)
+    expected = kernels.argmax(logits)[0].tolist()
+    wrong: list[object] = []
+
+    def work() -> None:
+        barrier.wait()
+        for _ in range(20):
+            if kernels.argmax(logits)[0].tolist() != expected:
+                wrong.append(1)
+        made.append(weakref.ref(sampling._own.context))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    gc.collect()
+    assert not wrong
+    assert len(made) == 8
+    assert all(each() is None for each in made)
 
 
 @given(

@@ -36,4 +36,4 @@ def test_no_more_memory_is_taken_than_is_used() -> None:
     before = resident()
     tensors = [allocate((int(3.1 * MIB),), torch.uint8).fill_(1) for _ in range(20)]
     taken = resident() - before
-    assert sum(tensor.nbytes for tensor in tensors) * 0.95 < taken < 66 * MIB
+    assert taken < sum(tensor.nbytes for tensor in tensors) + 4 * MIB

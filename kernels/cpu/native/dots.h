@@ -1,8 +1,8 @@
 // Products of bfloat16 weights with activations that are rounded to bfloat16 for it, by the dot
 // products that some CPUs have, and the choice between these and those of gemm.h.
 //
-// As there, an output is accumulated in float32 over its inputs in ascending order by the same
-// instructions, whatever the number of rows.
+// As there, an output is accumulated in float32 in one order, which the instructions set (of tiles,
+// the even and the odd inputs apart), whatever the number of rows.
 #pragma once
 #include "gemm.h"
 #include "plan.h"

@@ -94,6 +94,65 @@ inline void tile_of_rows(const float* x, int64_t ldx, int64_t depth, const uint1
   }
 }
 
+// Rows up to which two blocks are gone over at once. With so few, the sums of one block would wait
+// for each other, and memory for both.
+constexpr int kFewRows = kLanes == 4 ? 2 : 3;
+
+// The same for two blocks.
+template <int Rows>
+inline void tile_of_two(const float* x, int64_t ldx, int64_t depth, const uint16_t* first,
+                        const uint16_t* second, float* out_first, float* out_second) {
+  vf acc[2][Rows][kVectors];
+#pragma GCC unroll 2
+  for (int b = 0; b < 2; ++b) {
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[b][r][v] = all(0.0f);
+    }
+  }
+  for (int64_t k = 0; k < depth; k += 2) {
+    const uint16_t* const w[2] = {first + k * kBlock, second + k * kBlock};
+    vf factor[kVectors];
+#pragma GCC unroll 2
+    for (int b = 0; b < 2; ++b) {
+      __builtin_prefetch(w[b] + 1024);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) factor[v] = widen_low(load_as<vu>(w[b] + 2 * v * kLanes));
+      add_products<Rows>(x + k, ldx, factor, acc[b]);
+    }
+    asm volatile("" ::: "memory");  // see above
+#pragma GCC unroll 2
+    for (int b = 0; b < 2; ++b) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        factor[v] = widen_high(load_as<vu>(w[b] + 2 * v * kLanes));
+      }
+      add_products<Rows>(x + k + 1, ldx, factor, acc[b]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      store(out_first + r * kBlock + v * kLanes, acc[0][r][v]);
+      store(out_second + r * kBlock + v * kLanes, acc[1][r][v]);
+    }
+  }
+}
+
+template <int Rows = kFewRows>
+inline void few_rows(int rows, const float* x, int64_t ldx, int64_t depth, const uint16_t* first,
+                     const uint16_t* second, float* out_first, float* out_second) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) {
+      few_rows<Rows - 1>(rows, x, ldx, depth, first, second, out_first, out_second);
+      return;
+    }
+  }
+  tile_of_two<Rows>(x, ldx, depth, first, second, out_first, out_second);
+}
+
 template <bool Accumulate, typename W, int Rows = kMostRows>
 inline void tile(int rows, const float* x, int64_t ldx, int64_t depth, const W* block, float* out,
                  int64_t ldo) {
@@ -225,6 +284,23 @@ inline void multiply_block(const Product& p, const W* block, const W* other, int
   }
 }
 
+// The product of a few rows with block `b`, and with its factor or else with the block after it.
+// Returns which block comes next.
+inline int64_t multiply_two(const Product& p, int64_t b) {
+  const bool is_gated = p.factor != nullptr;
+  const uint16_t* block = block_of<uint16_t>(*p.weight, b);
+  const uint16_t* other =
+      is_gated ? block_of<uint16_t>(*p.factor, b) : block_of<uint16_t>(*p.weight, b + 1);
+  float values[kFewRows * kBlock], others[kFewRows * kBlock];
+  few_rows(static_cast<int>(p.rows), p.x, p.ldx, p.weight->in, block, other, values, others);
+  for (int64_t r = 0; r < p.rows; ++r) {
+    float* y = p.y + r * p.ldy + b * kBlock;
+    finish_row(p, values + r * kBlock, others + r * kBlock, b * kBlock, y);
+    if (!is_gated) finish_row(p, others + r * kBlock, nullptr, (b + 1) * kBlock, y + kBlock);
+  }
+  return is_gated ? b + 1 : b + 2;
+}
+
 template <typename W>
 inline void multiply_blocks(Thread& thread, const Product& p) {
   const int64_t num_blocks = (p.weight->out + kBlock - 1) / kBlock;
@@ -232,6 +308,12 @@ inline void multiply_blocks(Thread& thread, const Product& p) {
   thread.share(num_items, [&](int64_t item) {
     const int64_t end = std::min(num_blocks, (item + 1) * kBlocksAtOnce);
     for (int64_t b = item * kBlocksAtOnce; b < end; ++b) {
+      if constexpr (sizeof(W) == 2) {
+        if (p.rows <= kFewRows && (p.factor != nullptr || b + 1 < end)) {
+          b = multiply_two(p, b) - 1;
+          continue;
+        }
+      }
       const W* block = block_of<W>(*p.weight, b);
       const W* other = p.factor != nullptr ? block_of<W>(*p.factor, b) : nullptr;
       if constexpr (sizeof(W) == 2) {

@@ -39,6 +39,11 @@ struct IsLess {
   bool operator()(float a, float b) const { return a < b; }
 };
 
+struct Found {
+  int64_t count;
+  bool is_all;  // there are no others
+};
+
 struct Bucket {
   int64_t count;
   double mass;
@@ -119,23 +124,25 @@ struct Row {
   }
 
   // At least the `count` most likely tokens, and all that are as likely as one of them, in order.
-  int64_t collect(int64_t count) const {
+  // Those without any weight, and what is no number, are left out.
+  Found collect(int64_t count) const {
+    const float none = -std::numeric_limits<float>::infinity();
     int64_t found = 0;
-    float least = -std::numeric_limits<float>::infinity();
+    float least = none;
     if (count <= num_spans) {
       std::copy(maxima, maxima + num_spans, spare);
       std::nth_element(spare, spare + (num_spans - count), spare + num_spans, IsLess{});
       least = spare[num_spans - count];
     }
     for (int64_t s = 0; s < num_spans; ++s) {
-      if (maxima[s] < least) continue;
+      if (maxima[s] < least || maxima[s] == none) continue;
       const int64_t first = s * kSpan;
       for (int64_t i = first; i < first + length(s); ++i) {
-        if (x[i] >= least) candidates[found++] = {x[i], static_cast<int32_t>(i)};
+        if (x[i] >= least && x[i] > none) candidates[found++] = {x[i], static_cast<int32_t>(i)};
       }
     }
     std::sort(candidates, candidates + found, IsBefore{});
-    return found;
+    return {found, least == none};
   }
 };
 
@@ -202,11 +209,12 @@ inline double weight_of(const Row& row, float logit, const Limits& limits) {
   return std::exp((static_cast<double>(logit) - row.highest) / limits.temperature);
 }
 
-// From the first `count` candidates, which are the most likely tokens; -1 where those beyond may
-// be kept, too. `total` is the weight of the whole row, or 0 where top_k or min_p comes before
+// From the candidates that were found, the most likely tokens; -1 where those beyond may be kept,
+// too. `total` is the weight of the whole row, or 0 where top_k or min_p comes before
 // top_p.
-inline int64_t draw_from_candidates(const Row& row, int64_t count, const Limits& limits,
+inline int64_t draw_from_candidates(const Row& row, Found found, const Limits& limits,
                                     double total) {
+  const int64_t count = found.count;
   double kept_mass = 0.0;
   int64_t kept = 0;
   for (; kept < std::min(count, limits.top_k); ++kept) {
@@ -222,7 +230,7 @@ inline int64_t draw_from_candidates(const Row& row, int64_t count, const Limits&
   while (chosen < kept && (chosen == 0 || reach < most)) {
     reach += weight_of(row, row.candidates[chosen++].logit, limits);
   }
-  const bool is_known = is_cut || count == row.size || limits.top_k <= count;
+  const bool is_known = is_cut || found.is_all || limits.top_k <= count;
   if (!is_known && !(total > 0.0 && chosen < kept)) return -1;
   const double target = below(limits.uniform * reach, reach);
   int64_t i = 0;
@@ -365,10 +373,17 @@ inline void draw(Thread& thread, const Logits& logits, const Draw& how, int64_t*
 
 // The k highest logits of each row in order, [num_rows][k].
 inline void find_top(const Row& row, int64_t k, float* values, int64_t* ids) {
-  row.collect(4 * k <= row.num_spans ? k : row.size);
-  for (int64_t i = 0; i < k; ++i) {
+  const int64_t found =
+      std::min(k, row.collect(4 * k <= row.num_spans ? k : row.size).count);
+  for (int64_t i = 0; i < found; ++i) {
     values[i] = row.candidates[i].logit;
     ids[i] = row.candidates[i].id;
+  }
+  // Then those without any weight, in the order of their ids.
+  for (int64_t i = 0, n = found; n < k; ++i) {
+    if (row.x[i] > -std::numeric_limits<float>::infinity()) continue;
+    values[n] = row.x[i];
+    ids[n++] = i;
   }
 }
 
