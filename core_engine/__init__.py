@@ -18,6 +18,7 @@ _HOMES = {
     "BeamSearchParams": "quire.sampling_params",
     "RequestOutputKind": "quire.sampling_params",
     "SamplingParams": "quire.sampling_params",
+    "StructuredOutputsParams": "quire.structured_outputs",
     "BeamSearchOutput": "quire.outputs",
     "BeamSearchSequence": "quire.outputs",
     "CompletionOutput": "quire.outputs",
@@ -59,6 +60,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TokenizerError",
     "UnsupportedModelError",
     "__version__",
@@ -90,6 +92,7 @@ if TYPE_CHECKING:
         RequestOutput,
     )
     from quire.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+    from quire.structured_outputs import StructuredOutputsParams
 
 
 def __getattr__(name: str) -> Any:

@@ -40,6 +40,8 @@ class EngineArguments(TypedDict, total=False):
     max_num_batched_tokens: int | None
     enable_chunked_prefill: bool | None
     scheduling_policy: Literal["fcfs", "priority"] | None
+    structured_outputs_backend: Literal["llguidance", "outlines_core", "xgrammar"] | None
+    structured_outputs_deadline: float | None
     seed: int | None
     device: str | torch.device | None
     batch_invariant: bool | None

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import enum
-import functools
 import math
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal
 
-from quire.errors import NotSupportedError
-from quire.utils.checks import flag, integer, number, refuse, shown, strings, token_ids
-from quire.utils.suggest import unexpected_argument
+from quire.structured_outputs import StructuredOutputsParams
+from quire.utils.checks import flag, integer, number, refuse, strings, token_ids
+from quire.utils.keywords import refuse_unknown_keywords
 
 _UNSET_TEMPERATURE: Final = float("1.0")
 """The default temperature, told apart from a 1.0 that somebody wrote by being this very object:
@@ -20,8 +19,6 @@ beam search takes an unset temperature to be 0 and refuses one that was asked fo
 
 _INT64_MIN: Final = -(2**63)
 _UINT64_MAX: Final = 2**64 - 1
-
-_T = TypeVar("_T")
 
 
 class RequestOutputKind(enum.IntEnum):
@@ -43,22 +40,6 @@ def _early_stopping(value: object) -> bool | Literal["never"]:
     raise refuse("early_stopping", value, "True, False or 'never'")
 
 
-def _refuse_unknown_keywords(cls: type[_T]) -> type[_T]:
-    """Refuse keywords that a dataclass has no field for, naming the nearest that it has."""
-    generated = cls.__init__
-    valid = frozenset(item.name for item in fields(cls) if item.init)  # type: ignore[arg-type]
-
-    @functools.wraps(generated)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        for name in kwargs:
-            if name not in valid:
-                raise unexpected_argument(cls.__name__, name, valid)
-        generated(self, *args, **kwargs)
-
-    cls.__init__ = init  # type: ignore[method-assign]
-    return cls
-
-
 def _changed_fields(params: SamplingParams | BeamSearchParams) -> dict[str, Any]:
     """Return the fields that differ from their defaults, by name."""
     changed = {}
@@ -73,7 +54,7 @@ def _changed_fields(params: SamplingParams | BeamSearchParams) -> dict[str, Any]
 _LIST_FIELDS: Final = ("stop", "stop_token_ids", "bad_words")
 
 
-@_refuse_unknown_keywords
+@refuse_unknown_keywords
 @dataclass(kw_only=True, repr=False)
 class SamplingParams:
     """How the tokens of a completion are chosen, and when it ends.
@@ -147,8 +128,11 @@ class SamplingParams:
         Each is called as ``f(token_ids, logits)`` or ``f(prompt_token_ids, token_ids, logits)``
         before a token is chosen, with the ids generated so far and float32 logits
         ``[vocab_size]``, and returns logits of that shape (the same tensor, changed, will do).
-    structured_outputs : object, optional
-        Not offered by this version.
+    structured_outputs : StructuredOutputsParams, optional
+        What the text has to match, as a regex, a JSON schema, a choice or a grammar. Also taken
+        is a dict of its fields. Of tokens that the grammar does not allow none is generated,
+        whatever else is asked for, and the text ends where nothing more may follow, also before
+        ``min_tokens``; ``stop`` and ``max_tokens`` may still end it half-way.
     output_kind : RequestOutputKind, default CUMULATIVE
         What each output of a running request holds.
     use_beam_search : bool, default False
@@ -165,8 +149,6 @@ class SamplingParams:
     ------
     InvalidRequestError
         A value out of its range, or two that contradict each other.
-    NotSupportedError
-        ``structured_outputs`` is set.
     TypeError
         An unknown keyword; the message names the nearest valid one.
     """
@@ -197,7 +179,7 @@ class SamplingParams:
     allowed_token_ids: list[int] | None = None
     truncate_prompt_tokens: int | None = None
     logits_processors: list[Callable[..., Any]] | None = None
-    structured_outputs: Any = None
+    structured_outputs: StructuredOutputsParams | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     use_beam_search: bool = False
     length_penalty: float = 1.0
@@ -275,11 +257,14 @@ class SamplingParams:
                 if not callable(item):
                     raise refuse("logits_processors", self.logits_processors, expected)
             self.logits_processors = list(self.logits_processors)
-        if self.structured_outputs is not None:
-            raise NotSupportedError(
-                f"structured_outputs must be None, got {shown(self.structured_outputs)}: "
-                "constrained output is not offered by this version of quire"
-            )
+        constraint: Any = self.structured_outputs
+        if constraint is not None and not isinstance(constraint, StructuredOutputsParams):
+            if not isinstance(constraint, Mapping) or not all(
+                isinstance(k, str) for k in constraint
+            ):
+                expected = "a StructuredOutputsParams, a dict of its fields, or None"
+                raise refuse("structured_outputs", constraint, expected)
+            self.structured_outputs = StructuredOutputsParams(**constraint)
 
     def _check_output(self) -> None:
         for name in ("logprobs", "prompt_logprobs"):
@@ -394,7 +379,7 @@ class SamplingParams:
         return self.clone()
 
 
-@_refuse_unknown_keywords
+@refuse_unknown_keywords
 @dataclass(repr=False)
 class BeamSearchParams:
     """How ``LLM.beam_search`` looks for the likeliest completions.

@@ -15,6 +15,7 @@ from quire.config.engine_config import (
     EngineConfig,
     ModelConfig,
     SchedulerConfig,
+    StructuredOutputsConfig,
     argument_names,
     init_signature,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "EngineConfig",
     "ModelConfig",
     "SchedulerConfig",
+    "StructuredOutputsConfig",
     "argument_names",
     "init_signature",
 ]

@@ -11,6 +11,7 @@ from typing import Any
 from quire.config import checks
 from quire.config.compatibility import NO_EFFECT, NOT_OFFERED, check_off
 from quire.errors import ConfigError
+from quire.structured_outputs import BACKENDS
 from quire.utils.suggest import unexpected_argument
 
 
@@ -149,6 +150,22 @@ class SchedulerConfig(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StructuredOutputsConfig(_Checked):
+    """What enforces the constraints of requests with ``structured_outputs``.
+
+    Attributes
+    ----------
+    structured_outputs_backend : {"llguidance", "outlines_core", "xgrammar"}
+        The library, for requests that name none.
+    structured_outputs_deadline : float
+        Most seconds that compiling one constraint may take; a request that needs longer fails.
+    """
+
+    structured_outputs_backend: str = _arg("llguidance", checks.choice(*BACKENDS))
+    structured_outputs_deadline: float = _arg(10.0, checks.number(0, 3600, above_low=True))
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig(_Checked):
     """Everything that an engine is made with; made by :meth:`create` from flat arguments.
 
@@ -157,6 +174,7 @@ class EngineConfig(_Checked):
     model : ModelConfig
     cache : CacheConfig
     scheduler : SchedulerConfig
+    structured : StructuredOutputsConfig
     seed : int
         What requests without a seed of their own draw from.
     device : str
@@ -172,6 +190,7 @@ class EngineConfig(_Checked):
     model: ModelConfig
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    structured: StructuredOutputsConfig = field(default_factory=StructuredOutputsConfig)
     seed: int = _arg(0, checks.integer(0, 2**64 - 1))
     device: str = _arg("auto", checks.device)
     batch_invariant: bool | None = _arg(None, checks.boolean)
@@ -185,8 +204,8 @@ class EngineConfig(_Checked):
         model : str or path
         **kwargs
             The fields of :class:`ModelConfig`, :class:`CacheConfig`, :class:`SchedulerConfig`,
-            ``seed``, ``device``, ``batch_invariant``, and the names in
-            :mod:`quire.config.compatibility`. None is the default of any of them.
+            :class:`StructuredOutputsConfig`, ``seed``, ``device``, ``batch_invariant``, and the
+            names in :mod:`quire.config.compatibility`. None is the default of any of them.
 
         Raises
         ------
@@ -244,6 +263,7 @@ _PARTS: dict[str, type[Any]] = {
     "model": ModelConfig,
     "cache": CacheConfig,
     "scheduler": SchedulerConfig,
+    "structured": StructuredOutputsConfig,
 }
 
 _OWN = ("seed", "device", "batch_invariant")

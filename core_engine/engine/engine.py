@@ -13,6 +13,7 @@ import torch
 
 from quire.engine.beams import beam_logprobs, start_beam_search
 from quire.engine.block_pool import BlockPool, root_key
+from quire.engine.constraints import RequestConstraints
 from quire.engine.live_request import LiveRequest
 from quire.engine.metrics import EngineMetrics
 from quire.engine.processor import ModelLimits, Processor
@@ -30,6 +31,7 @@ from quire.sampling.sampler import LogprobsTensors, Sampler, SamplerOutput
 
 if TYPE_CHECKING:
     from quire.config import EngineConfig
+    from quire.engine.completion import Completion
     from quire.engine.request import Request
     from quire.tokenizer.tokenizer import Tokenizer
 
@@ -86,6 +88,9 @@ class Engine:
             config.cache.block_size,
             runner.device,
         )
+        self._constraints = RequestConstraints(
+            config, tokenizer, vocab_size=limits.vocab_size, device=runner.device
+        )
         self._logprobs = TokenLogprobsMaker(tokenizer)
         self._requests: dict[str, LiveRequest] = {}
         self._num_arrivals = 0
@@ -138,17 +143,23 @@ class Engine:
                 skip_cached_prefix=index == 0 and params.prompt_logprobs is not None,
             )
             live.num_sequences += 1
-            if index == 0:
-                live.sequences[0] = sequence
-            else:
-                live.deferred.append(sequence)
+            live.deferred.append(sequence)
             if beam is None:
                 live.start_completion(index, sequence.output_token_ids)
         if beam is not None:
             live.beam_order = [0]
+        if params.structured_outputs is None:
+            self._queue(live)
+        else:
+            self._constraints.add(live)
         self._requests[request.request_id] = live
-        self.scheduler.add(live.sequences[0])
         self.metrics_data.num_requests += 1
+
+    def _queue(self, live: LiveRequest) -> None:
+        """Let a request's first sequence compute the prompt; the others wait for that."""
+        first = live.deferred.pop(0)
+        live.sequences[first.index] = first
+        self.scheduler.add(first)
 
     def abort(self, request_ids: Iterable[str]) -> list[StepOutput]:
         """End requests now; ids that are not in flight are passed over.
@@ -180,17 +191,34 @@ class Engine:
 
         A step that raises fails the requests in it, and no others.
         """
-        # No name here for the runner: an error that somebody keeps would keep it, by its frames.
-        if self._runner is None or not self._requests:
-            return []
+        outputs: list[StepOutput] = []
+        for live, error in self._constraints.take_ready():
+            if error is None:
+                self._queue(live)
+            else:
+                outputs.append(self._fail(live, error))
+        if self.scheduler.has_work:
+            outputs += self._compute()
+        elif not outputs and self._requests:
+            self._constraints.wait()
+        return outputs
+
+    def _compute(self) -> list[StepOutput]:
+        # No local name for the runner: a processor's exception keeps this frame with its locals.
+        assert self._runner is not None
         started = time.perf_counter()
         plan = self.scheduler.schedule()
         self._admit(plan)
         if not plan.sequences:
             raise RuntimeError(f"nothing can be scheduled: {self.scheduler.running}")
+        masks = None
         try:
             batch, rows, caught_up = self._table.build(plan)
             chosen_rows = rows[caught_up]
+            sequences = plan.sequences
+            if len(caught_up) < len(sequences):
+                sequences = [sequences[i] for i in caught_up]
+            masks = self._constraints.start_masks(sequences, self._requests)
             forward_started = time.perf_counter()
             hidden = self._runner.forward(batch)
             logits = likeliest = None
@@ -200,6 +228,8 @@ class Engine:
                 likeliest = self._runner.likeliest(hidden, batch.logits_indices)
             self.metrics_data.forward_seconds += time.perf_counter() - forward_started
         except Exception as error:  # whatever a model raises, the engine goes on
+            if masks is not None:
+                masks.exception()  # until it is done, constraints are in use
             return self._fail_step(plan, error)
         failed = self._collect_prompt_logprobs(plan, hidden)
         self.scheduler.update(plan)
@@ -211,10 +241,8 @@ class Engine:
                     sampled = self._sampler.take_likeliest(*likeliest)
                 else:
                     assert logits is not None
-                    sampled = self._sampler.sample(logits, chosen_rows)
-                sequences = plan.sequences
-                if len(caught_up) < len(sequences):
-                    sequences = [sequences[i] for i in caught_up]
+                    found = None if masks is None else masks.result()
+                    sampled = self._sampler.sample(logits, chosen_rows, found)
                 outputs = self._append_all(sequences, chosen_rows, sampled, failed)
             except Exception as error:
                 return self._fail_step(plan, error)
@@ -255,6 +283,7 @@ class Engine:
             output_token_ids=sequence.output_token_ids,
             eos_token_ids=live.eos_token_ids,
             bad_words_ids=live.request.bad_words_ids,
+            masked=sequence.constraint is not None,
         )
 
     def _append_all(
@@ -280,7 +309,7 @@ class Engine:
             try:
                 completion = live.quiet
                 if completion is not None:
-                    if not completion.append(token_id):
+                    if not _append_token(sequence, completion, token_id):
                         continue
                     self._finish_sequence(live, sequence)
                 elif live.beam is not None:
@@ -339,7 +368,7 @@ class Engine:
             if completion.logprobs is not None:
                 k = params.logprobs or 0
                 completion.logprobs.append(self._logprobs.entries(logprobs, i, k))
-        if completion.append(token_id):
+        if _append_token(sequence, completion, token_id):
             self._finish_sequence(live, sequence)
 
     def _collect_prompt_logprobs(
@@ -398,6 +427,8 @@ class Engine:
         for index, token_id in going_on.items():
             parent = live.sequences[index]
             parent.output_token_ids.append(token_id)
+            if parent.constraint is not None:
+                parent.constraint.accept([token_id])
             if parent.row >= 0:
                 self._table.append(np.array([parent.row]), np.array([token_id]))
                 self._sampler.remove(parent.row)
@@ -444,6 +475,7 @@ class Engine:
 
     def _drop(self, live: LiveRequest) -> None:
         live.deferred.clear()
+        self._constraints.forget(live)
         for sequence in list(live.sequences.values()):
             self._finish_sequence(live, sequence)
         self._pool.withdraw(live.private_keys)
@@ -492,6 +524,20 @@ class Engine:
         """Drop all requests and let weights and KV cache go."""
         self._runner = None
         self.abort(list(self._requests))
+        self._constraints.close()
+
+
+def _append_token(sequence: Sequence, completion: Completion, token_id: int) -> bool:
+    """Give a sequence its token; return whether it is the last."""
+    is_last = completion.append(token_id)
+    constraint = sequence.constraint
+    # A token that ends a text is no part of it.
+    if constraint is not None and completion.finish_reason != "stop":
+        constraint.accept([token_id])
+        if constraint.is_finished():
+            # Whole, even where it has the length that was allowed.
+            completion.finish_reason, is_last = "stop", True
+    return is_last
 
 
 def _failure(request_id: str, error: BaseException) -> RequestFailedError:

@@ -23,10 +23,13 @@ class LiveRequest:
     sequences : dict of int to Sequence
         Those not yet finished, by index.
     deferred : list of Sequence
-        Samples that wait for the first one to compute the prompt they share.
+        Samples that wait for the first one to compute the prompt they share; all of them while
+        the request waits for its grammar.
     completions : dict of int to Completion
     eos_token_ids : frozenset of int
         Tokens that end its texts; none when they are to be ignored.
+    stop_token_ids : frozenset of int
+        Further tokens that end them, by the request's own wish.
     beam : BeamSearch or None
         The search, for a request that asked for one.
     prompt_logprobs : list or None
@@ -59,6 +62,7 @@ class LiveRequest:
         self.num_cached_tokens = 0
         self._tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
+        self.stop_token_ids = frozenset(request.params.stop_token_ids or ())
         self.quiet: Completion | None = None
 
     def start_completion(self, index: int, token_ids: list[int]) -> Completion:

@@ -348,7 +348,7 @@ class Processor:
                 f"{params.stop!r} in"
             )
         if self.tokenizer is None:
-            for name in ("stop", "bad_words"):
+            for name in ("stop", "bad_words", "structured_outputs"):
                 if value := getattr(params, name):
                     raise InvalidRequestError(
                         f"{name} must be empty, got {value!r}: it needs a tokenizer, and this "

@@ -92,6 +92,11 @@ class Scheduler:
         self.num_waiting = 0
         self._promised: dict[bytes, Sequence] = {}  # keys of blocks that a running one will compute
 
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence runs or waits to."""
+        return bool(self.running) or self.num_waiting > 0
+
     # -- entering and leaving ------------------------------------------------------------------
 
     def add(self, sequence: Sequence) -> None:

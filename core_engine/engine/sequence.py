@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from quire.structured.constraint import Constraint
 
 
 class SequenceStatus(enum.Enum):
@@ -38,6 +42,8 @@ class Sequence:
         Rank among all sequences: lower is served first and preempted last.
     row : int
         Its row in the step's tables while it runs, else -1.
+    constraint : Constraint or None
+        What its output has to match; it stands behind the last output token.
     skip_cached_prefix : bool
         Whether every token must be computed, as prompt logprobs demand.
     """
@@ -45,6 +51,7 @@ class Sequence:
     __slots__ = (
         "block_ids",
         "block_keys",
+        "constraint",
         "index",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -85,6 +92,7 @@ class Sequence:
         self.block_ids: list[int] = []
         self.block_keys: list[bytes] = []
         self.row = -1
+        self.constraint: Constraint | None = None
         self.status = SequenceStatus.WAITING
 
     @property
@@ -113,6 +121,9 @@ class Sequence:
         )
         child.output_token_ids = [*self.output_token_ids, token_id]
         child.block_keys = list(self.block_keys)
+        if self.constraint is not None:
+            child.constraint = self.constraint.copy()
+            child.constraint.accept([token_id])
         return child
 
     def __lt__(self, other: Sequence) -> bool:

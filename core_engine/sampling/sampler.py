@@ -20,6 +20,7 @@ from quire.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from quire.kernels import Backend
+    from quire.structured.masks import Masks
 
 __all__ = ["LogprobsTensors", "Sampler", "SamplerOutput"]
 
@@ -29,6 +30,7 @@ _DRAW = 1
 _EDIT = 2
 _BEAMS = 4
 _LOGPROBS = 8
+_MASK = 16
 
 
 @dataclass(slots=True)
@@ -60,7 +62,9 @@ class Sampler:
     neighbours. The order of things, for each row:
 
     1. log-probabilities, where asked for, from the logits as the model gave them;
-    2. ``allowed_token_ids``, ``bad_words`` and ``min_tokens`` forbid tokens;
+    2. the mask of its ``structured_outputs`` forbids tokens, and does so again after step 4,
+       should a processor have raised what it forbids;
+       ``allowed_token_ids``, ``bad_words`` and ``min_tokens`` forbid tokens;
     3. ``logit_bias`` is added;
     4. ``logits_processors`` are called, in their order;
     5. repetition, frequency and presence penalties are applied;
@@ -107,6 +111,7 @@ class Sampler:
         output_token_ids: list[int],
         eos_token_ids: Collection[int],
         bad_words_ids: Sequence[list[int]] = (),
+        masked: bool = False,
     ) -> None:
         """Give a row to a sequence.
 
@@ -126,6 +131,8 @@ class Sampler:
             The model's end-of-sequence tokens.
         bad_words_ids : sequence of list of int
             Token sequences of ``params.bad_words``.
+        masked : bool, default False
+            Whether :meth:`sample` will be given a mask for it.
 
         Raises
         ------
@@ -141,6 +148,8 @@ class Sampler:
         asked = params.logprobs
         if not state.is_plain:
             need |= _EDIT
+        if masked:
+            need |= _MASK
         if params.use_beam_search:
             need |= _BEAMS
             asked = num_beam_candidates(params, eos_token_ids)
@@ -188,7 +197,9 @@ class Sampler:
         return SamplerOutput(token_ids, None, failures)
 
     @torch.no_grad()
-    def sample(self, logits: torch.Tensor, rows: npt.NDArray[np.int64]) -> SamplerOutput:
+    def sample(
+        self, logits: torch.Tensor, rows: npt.NDArray[np.int64], masks: Masks | None = None
+    ) -> SamplerOutput:
         """Choose one token per row.
 
         Parameters
@@ -197,6 +208,8 @@ class Sampler:
             Of each row's last token; left as they are.
         rows : ndarray[num_rows], int64
             Whose they are; each row at most once.
+        masks : Masks, optional
+            What their grammars allow, of those that have one.
 
         Returns
         -------
@@ -206,9 +219,9 @@ class Sampler:
         union = int(np.bitwise_or.reduce(needs)) if len(rows) else 0
         raw = logits.float()
         edited, failures = raw, {}
-        if union & (_EDIT | _BEAMS):
+        if union & (_EDIT | _BEAMS | _MASK):
             edited = raw.clone()
-            failures = self._edit(edited, rows, needs)
+            failures = self._edit(edited, rows, needs, masks)
         token_ids = self._choose(raw, edited, rows, needs, failures)
         logprobs = None
         if union & _LOGPROBS:
@@ -235,14 +248,25 @@ class Sampler:
         return LogprobsTensors(*self._kernels.gather_logprobs(logits, target_ids, k))
 
     def _edit(
-        self, logits: torch.Tensor, rows: npt.NDArray[np.int64], needs: npt.NDArray[np.int64]
+        self,
+        logits: torch.Tensor,
+        rows: npt.NDArray[np.int64],
+        needs: npt.NDArray[np.int64],
+        masks: Masks | None,
     ) -> dict[int, BaseException]:
         beams = self._where(needs, _BEAMS)
         if len(beams):
             logits[beams] = self._kernels.log_softmax(logits[beams])
+        if masks is not None:
+            self._kernels.apply_bitmask(logits, masks.places, masks.bitmask)
         places = np.flatnonzero(needs & _EDIT).tolist()
         states = [state for place in places if (state := self._rows[rows[place]]) is not None]
-        return edit_logits(logits, states, places, self._kernels)
+        failures = edit_logits(logits, states, places, self._kernels)
+        if masks is not None:
+            if any(state.processors is not None for state in states):
+                self._kernels.apply_bitmask(logits, masks.places, masks.bitmask)
+            failures |= masks.failures
+        return failures
 
     def _choose(
         self,
@@ -348,8 +372,8 @@ def _usable(
             continue
         elif place not in beams:
             failures[place] = InvalidRequestError(
-                "no token is allowed: allowed_token_ids, bad_words, min_tokens, logit_bias and "
-                "logits_processors together leave none"
+                "no token is allowed: structured_outputs, allowed_token_ids, bad_words, "
+                "min_tokens, logit_bias and logits_processors together leave none"
             )
         logits[place] = 0.0
     return logits

@@ -143,6 +143,30 @@ class TokenPieces:
             found = self._texts[token_id] = self._find_text(token_id)
             return found
 
+    def all_bytes(self, size: int) -> list[bytes] | None:
+        """Return what each id below ``size`` adds to a text that others have begun, in UTF-8.
+
+        Special tokens and ids nobody knows add nothing. None where texts are no concatenation of
+        what their tokens add.
+        """
+        if self.kind is DecodeKind.WINDOW:
+            return None
+        found = []
+        for token_id in range(size):
+            piece = b""
+            if token_id in self.special_ids:
+                pass
+            elif self.kind is DecodeKind.BYTES:
+                piece = self.bytes_of(token_id)
+            else:
+                text = self.text_of(token_id)
+                if isinstance(text, int):
+                    piece = bytes([text])
+                elif text is not None:
+                    piece = text[1].encode("utf-8", errors="replace")
+            found.append(piece)
+        return found
+
     def _find_text(self, token_id: int) -> tuple[str, str] | int | None:
         token = self._backend.id_to_token(token_id)
         if token is None:

@@ -379,6 +379,13 @@ class Tokenizer:
             return "" if text is None else text[1]
         return self._decode([token_id], False)
 
+    def token_bytes(self) -> list[bytes] | None:
+        """Return what each token id adds to a text that others have begun, in UTF-8.
+
+        Special tokens add nothing. None where no such rule is known of this tokenizer.
+        """
+        return None if self._pieces is None else self._pieces.all_bytes(len(self))
+
     def stream(
         self,
         prompt_token_ids: Sequence[int],

@@ -23,13 +23,14 @@ from quire.config import (
     EngineConfig,
     ModelConfig,
     SchedulerConfig,
+    StructuredOutputsConfig,
     argument_names,
 )
 from quire.errors import ConfigError, NotSupportedError
 
 FIELDS = [
     spec.name
-    for part in (ModelConfig, CacheConfig, SchedulerConfig)
+    for part in (ModelConfig, CacheConfig, SchedulerConfig, StructuredOutputsConfig)
     for spec in dataclasses.fields(part)
 ] + ["seed", "device", "batch_invariant"]
 
@@ -52,6 +53,8 @@ VALID = {
     "max_num_seqs": [1, 65536],
     "max_num_batched_tokens": [1, 1 << 20],
     "scheduling_policy": ["fcfs", "priority"],
+    "structured_outputs_backend": ["llguidance", "outlines_core", "xgrammar"],
+    "structured_outputs_deadline": [0.1, 10, 3600],
     "seed": [0, 2**64 - 1],
     "device": ["auto", "cpu", "cuda", "cuda:1", torch.device("cpu")],
 }
@@ -81,6 +84,8 @@ INVALID = {
     "max_num_seqs": [0, 65537, 2.0],
     "max_num_batched_tokens": [0, None.__class__],
     "scheduling_policy": ["lifo", 1],
+    "structured_outputs_backend": ["outlines", 1],
+    "structured_outputs_deadline": [0, -1, 3601, "10", True],
     "seed": [-1, 2**64, 0.5, "0"],
     "device": ["tpu", "cuda:", "cuda:x", "cpu:0", 0],
     "model": ["", "  ", 5, b"bytes"],

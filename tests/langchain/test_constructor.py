@@ -157,8 +157,6 @@ def test_refuses_what_is_not_offered(fake: Any) -> None:
     """Features of later versions are refused, not passed over."""
     with pytest.raises(NotSupportedError, match="tensor_parallel_size"):
         VLLM(model="m", tensor_parallel_size=2)
-    with pytest.raises(NotSupportedError, match="structured_outputs"):
-        VLLM(model="m", structured_outputs={"regex": "a"})
     with pytest.raises(ConfigError, match="model is empty"):
         VLLM()
 

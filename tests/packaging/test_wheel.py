@@ -85,7 +85,18 @@ def test_the_native_kernels_ship(wheel: zipfile.ZipFile) -> None:
 def test_metadata_says_what_pyproject_means(metadata: Message) -> None:
     assert metadata["Version"] == quire.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
-    extras = {"bench", "langchain", "outlines", "openai", "server", "gpu", "dev", "all"}
+    extras = {
+        "bench",
+        "langchain",
+        "outlines",
+        "outlines-core",
+        "xgrammar",
+        "openai",
+        "server",
+        "gpu",
+        "dev",
+        "all",
+    }
     assert set(metadata.get_all("Provides-Extra", [])) == extras
     required = [r for r in metadata.get_all("Requires-Dist", []) if "extra ==" not in r]
     assert {r.split(">")[0] for r in required} >= {

@@ -1,0 +1,128 @@
+"""RequestConstraints: the requests that wait for their grammar, and the masks of those that run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Row
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+from quire.errors import InvalidRequestError
+from quire.structured.compiler import Compilation, ConstraintCompiler
+from quire.structured.masks import MaskFiller, MaskRequest, Masks
+from quire.structured.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    import torch
+
+    from quire.config import EngineConfig
+    from quire.engine.live_request import LiveRequest
+    from quire.engine.sequence import Sequence
+    from quire.tokenizer.tokenizer import Tokenizer
+
+_PAUSE_SECONDS = 0.01
+"""How long a step without work waits for a grammar before it looks for new requests."""
+
+
+class RequestConstraints:
+    """What an engine does about ``structured_outputs``.
+
+    Parameters
+    ----------
+    config : EngineConfig
+    tokenizer : Tokenizer or None
+    vocab_size : int
+    device : torch.device
+        Where the logits are.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        tokenizer: Tokenizer | None,
+        *,
+        vocab_size: int,
+        device: torch.device,
+    ) -> None:
+        settings = config.structured
+        self._backend = settings.structured_outputs_backend
+        self._compiler = ConstraintCompiler(
+            lambda: Vocabulary(tokenizer, vocab_size),
+            deadline=settings.structured_outputs_deadline,
+        )
+        self._vocab_size = vocab_size
+        self._max_num_seqs = config.scheduler.max_num_seqs
+        self._device = device
+        self._filler: MaskFiller | None = None
+        self._waiting: dict[str, tuple[LiveRequest, Compilation]] = {}
+
+    def add(self, live: LiveRequest) -> None:
+        """Let a request, whose sequences are all deferred, wait for its grammar.
+
+        Raises
+        ------
+        InvalidRequestError
+            It asks for what no constraint can give.
+        """
+        params = live.request.params
+        wanted = params.structured_outputs
+        assert wanted is not None
+        if live.beam is not None and not live.eos_token_ids and not params.stop_token_ids:
+            raise InvalidRequestError(
+                "use_beam_search must be False with structured_outputs where no token ends a "
+                "text (the model has none, or ignore_eos=True): hypotheses end with one"
+            )
+        compilation = self._compiler.submit(wanted.backend or self._backend, wanted.spec)
+        self._waiting[live.request.request_id] = live, compilation
+
+    def forget(self, live: LiveRequest) -> None:
+        """Let a request go that may be waiting."""
+        self._waiting.pop(live.request.request_id, None)
+
+    def take_ready(self) -> list[tuple[LiveRequest, BaseException | None]]:
+        """Return the requests that need wait no longer, with what went wrong."""
+        if not self._waiting:
+            return []
+        self._compiler.expire()
+        ready: list[tuple[LiveRequest, BaseException | None]] = []
+        for live, compilation in list(self._waiting.values()):
+            if not compilation.done:
+                continue
+            self.forget(live)
+            error = compilation.error
+            try:
+                if compilation.compiled is not None:
+                    for sequence in live.deferred:
+                        sequence.constraint = compilation.compiled.start()
+            except Exception as raised:
+                error = raised
+            ready.append((live, error))
+        return ready
+
+    def wait(self) -> None:
+        """Wait for a grammar, but not for long: other requests may come."""
+        self._compiler.wait(_PAUSE_SECONDS)
+
+    def start_masks(
+        self, sequences: Row[Sequence], requests: dict[str, LiveRequest]
+    ) -> Future[Masks] | None:
+        """Begin to fill the masks of the sequences that are to be given a token, if any has one."""
+        wanted = [
+            MaskRequest(place, sequence.constraint, live.eos_token_ids, live.stop_token_ids)
+            for place, sequence in enumerate(sequences)
+            if sequence.constraint is not None and (live := requests[sequence.request_id])
+        ]
+        if not wanted:
+            return None
+        if self._filler is None:
+            self._filler = MaskFiller(
+                vocab_size=self._vocab_size, max_num_seqs=self._max_num_seqs, device=self._device
+            )
+        return self._filler.start(wanted)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._waiting.clear()
+        self._compiler.close()
+        if self._filler is not None:
+            self._filler.close()
+            self._filler = None

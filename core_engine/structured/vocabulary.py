@@ -1,0 +1,74 @@
+"""Vocabulary: a model's tokens as the bytes that they add to a text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quire.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from quire.tokenizer.tokenizer import Tokenizer
+
+
+class Vocabulary:
+    """What constraint libraries have to know of a tokenizer and its model.
+
+    The model may have more tokens than the tokenizer, or fewer: there are as many here as the
+    model has, and those that the tokenizer does not know add nothing, so that no constraint
+    allows them. One more id, the model's first that does not exist, stands for the end of the
+    text: libraries want such a token, while a model may have several or none.
+
+    Parameters
+    ----------
+    tokenizer : Tokenizer or None
+    vocab_size : int
+        Tokens of the model.
+
+    Attributes
+    ----------
+    tokens : list of bytes
+        ``[vocab_size + 1]``; empty for special tokens and unknown ones.
+    special_tokens : dict of int to str
+        Contents of the special tokens, by id.
+    end_id : int
+        The id that stands for the end.
+
+    Raises
+    ------
+    InvalidRequestError
+        There is no tokenizer, or its tokens have no bytes of their own.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+        if tokenizer is None:
+            raise InvalidRequestError(
+                "structured_outputs must be None: it needs a tokenizer, and this engine has none "
+                "(skip_tokenizer_init=True)"
+            )
+        known = tokenizer.token_bytes()
+        if known is None:
+            raise InvalidRequestError(
+                "structured_outputs must be None with this model: its tokenizer's texts do not "
+                "follow token by token, so that no token can be held against a grammar"
+            )
+        self._tokenizer = tokenizer
+        self.end_id = vocab_size
+        special = (id_ for id_ in tokenizer.all_special_ids if id_ < vocab_size)
+        self.special_tokens = {
+            id_: token
+            for id_ in special
+            if (token := tokenizer.convert_ids_to_tokens(id_)) is not None
+        }
+        self.tokens = known[:vocab_size]
+        self.tokens += [b""] * (vocab_size + 1 - len(self.tokens))
+        for id_ in self.special_tokens:
+            self.tokens[id_] = b""
+
+    @property
+    def num_words(self) -> int:
+        """Words of 32 bits that a mask has."""
+        return (len(self.tokens) + 31) // 32
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the tokens that the model knows this text by, within a text."""
+        return [id_ for id_ in self._tokenizer.encode_fragment(text) if id_ < self.end_id]
