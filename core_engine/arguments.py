@@ -42,6 +42,7 @@ class EngineArguments(TypedDict, total=False):
     scheduling_policy: Literal["fcfs", "priority"] | None
     structured_outputs_backend: Literal["llguidance", "outlines_core", "xgrammar"] | None
     structured_outputs_deadline: float | None
+    structured_outputs_forced_tokens: bool | None
     seed: int | None
     device: str | torch.device | None
     batch_invariant: bool | None

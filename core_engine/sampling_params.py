@@ -305,6 +305,19 @@ class SamplingParams:
         if self.output_kind is RequestOutputKind.DELTA and self.num_sequences != self.n:
             expected = f"None or n ({self.n}) with output_kind DELTA"
             raise refuse("best_of", self.best_of, expected)
+        if self.structured_outputs is not None and self.structured_outputs.canonical_tokens:
+            self._check_canonical()
+
+    def _check_canonical(self) -> None:
+        """Refuse what needs the model's word on each token."""
+        reason = "with canonical_tokens: the model is not asked for all tokens"
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                raise refuse(name, getattr(self, name), f"None {reason}")
+        if self.use_beam_search:
+            raise refuse("use_beam_search", True, f"False {reason}")
+        if self.num_sequences != self.n:
+            raise refuse("best_of", self.best_of, f"None or n ({self.n}) {reason}")
 
     def _check_beams(self) -> None:
         if self.beam_width < 2:

@@ -80,6 +80,11 @@ class StructuredOutputsParams:
         A regex of what may stand between the parts of JSON; any whitespace if left out.
     disable_any_whitespace : bool, default False
         Write JSON without whitespace between its parts.
+    canonical_tokens : bool, default False
+        Write text that must follow in the tokenizer's own tokens, without asking the model. That
+        is faster, and another distribution: the model would at times write the same text in other
+        tokens, and go on otherwise after them. Penalties, biases and processors have no say in
+        such tokens, and no log-probabilities can be asked for.
     backend : {"llguidance", "outlines_core", "xgrammar"}, optional
         What enforces it; None for the engine's ``structured_outputs_backend``.
 
@@ -104,6 +109,7 @@ class StructuredOutputsParams:
     structural_tag: str | dict[str, Any] | None = None
     whitespace_pattern: str | None = None
     disable_any_whitespace: bool = False
+    canonical_tokens: bool = False
     backend: str | None = None
     spec: ConstraintSpec = field(init=False, repr=False, compare=False)
 
@@ -123,6 +129,7 @@ class StructuredOutputsParams:
                 f"{kind} must have at most {_LONGEST} characters, got {len(text)}"
             )
         flag("disable_any_whitespace", self.disable_any_whitespace)
+        flag("canonical_tokens", self.canonical_tokens)
         if self.whitespace_pattern is not None:
             if kind not in ("json", "json_object"):
                 expected = "None without json or json_object, whose whitespace it describes"

@@ -159,10 +159,15 @@ class StructuredOutputsConfig(_Checked):
         The library, for requests that name none.
     structured_outputs_deadline : float
         Most seconds that compiling one constraint may take; a request that needs longer fails.
+    structured_outputs_forced_tokens : bool
+        Let a step compute the text that a grammar forces along with the token before it. The
+        model still decides how that text is written in tokens, so that results are the same; they
+        take fewer steps.
     """
 
     structured_outputs_backend: str = _arg("llguidance", checks.choice(*BACKENDS))
     structured_outputs_deadline: float = _arg(10.0, checks.number(0, 3600, above_low=True))
+    structured_outputs_forced_tokens: bool = _arg(True, checks.boolean)
 
 
 @dataclass(frozen=True, kw_only=True)

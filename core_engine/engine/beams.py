@@ -1,4 +1,4 @@
-"""The search that a request asks for, and what its result says of each token."""
+"""Beam searches in an engine: from a request to its sequences, and to what it is told."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING
 
 from quire.outputs import Logprob, TokenLogprobs
 from quire.sampling.beam_search import BeamSearch, Candidates
+from quire.sampling.row import num_beam_candidates
 from quire.tokenizer.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
+    from quire.engine.live_request import LiveRequest
     from quire.engine.request import Request
+    from quire.engine.running import RunningSequences
+    from quire.engine.sequence import Sequence
+    from quire.sampling.logprobs import LogprobsTensors
     from quire.tokenizer.tokenizer import Tokenizer
 
 
@@ -70,3 +75,79 @@ def beam_logprobs(
         for i in dict.fromkeys((place, *range(shown)))
         if values[i] > -math.inf
     }
+
+
+def report_candidates(
+    live: LiveRequest,
+    sequence: Sequence,
+    running: RunningSequences,
+    logprobs: LogprobsTensors,
+    i: int,
+) -> None:
+    """Note a beam's best continuations, row ``i``; it rests until the search goes on."""
+    running.table.take_back(sequence)  # the search decides which token it is
+    width = num_beam_candidates(live.request.params, live.eos_token_ids)
+    live.candidates[sequence.index] = (
+        logprobs.token_ids[i, 1 : width + 1].tolist(),
+        logprobs.logprobs[i, 1 : width + 1].tolist(),
+    )
+    running.scheduler.park(sequence)
+
+
+def advance_beams(
+    live: LiveRequest, running: RunningSequences, token_text: Callable[[int], str | None]
+) -> None:
+    """Let a search go on, once all its beams have reported.
+
+    Every beam takes its next token: in place where it can, by a new sequence else, which finds
+    its parent's full blocks in the prefix cache, like any other.
+    """
+    assert live.beam is not None
+    if len(live.candidates) < len(live.beam_order):
+        return
+    parents = [live.sequences[index] for index in live.beam_order]
+    moves = live.beam.advance([live.candidates[index] for index in live.beam_order])
+    live.candidates.clear()
+    live.beam_order = []
+    going_on: dict[int, int] = {}
+    forks: list[Sequence] = []
+    # Forks first: they copy their parent's tokens as they were.
+    for place, token_id in moves:
+        parent = parents[place]
+        if parent.index in going_on:
+            forks.append(parent.fork(live.num_sequences, token_id))
+            live.beam_order.append(live.num_sequences)
+            live.num_sequences += 1
+        else:
+            going_on[parent.index] = token_id
+            live.beam_order.append(parent.index)
+    for index, token_id in going_on.items():
+        running.continue_beam(live, live.sequences[index], token_id)
+    for parent in parents:
+        if parent.index not in going_on:
+            running.finish(live, parent)
+    for child in forks:
+        live.sequences[child.index] = child
+        running.scheduler.add(child)
+    if live.beam.done:
+        _finish_beams(live, running, token_text)
+
+
+def _finish_beams(
+    live: LiveRequest, running: RunningSequences, token_text: Callable[[int], str | None]
+) -> None:
+    assert live.beam is not None
+    for sequence in list(live.sequences.values()):
+        running.finish(live, sequence)
+    for rank, hypothesis in enumerate(live.beam.results()):
+        completion = live.start_completion(rank, [])
+        for token_id in hypothesis.token_ids:
+            completion.append(token_id)
+        completion.cumulative_logprob = hypothesis.cum_logprob
+        completion.finish_reason = hypothesis.finish_reason
+        completion.stop_reason = hypothesis.stop_reason
+        if completion.logprobs is not None:
+            completion.logprobs.extend(
+                beam_logprobs(source, live.request.params.logprobs or 0, token_text)
+                for source in hypothesis.sources
+            )

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _PAUSE_SECONDS = 0.01
 """How long a step without work waits for a grammar before it looks for new requests."""
 
+_MOST_DRAFTS = 32
+"""Forced tokens that one step computes of a sequence."""
+
 
 class RequestConstraints:
     """What an engine does about ``structured_outputs``.
@@ -45,6 +48,7 @@ class RequestConstraints:
     ) -> None:
         settings = config.structured
         self._backend = settings.structured_outputs_backend
+        self._drafts_forced = settings.structured_outputs_forced_tokens
         self._compiler = ConstraintCompiler(
             lambda: Vocabulary(tokenizer, vocab_size),
             deadline=settings.structured_outputs_deadline,
@@ -102,15 +106,32 @@ class RequestConstraints:
         """Wait for a grammar, but not for long: other requests may come."""
         self._compiler.wait(_PAUSE_SECONDS)
 
+    def propose(self, live: LiveRequest, sequence: Sequence) -> None:
+        """Make drafts of what a sequence's grammar forces, now that it has a new last token."""
+        constraint = sequence.constraint
+        if constraint is None or live.beam is not None or not self._drafts_forced:
+            return
+        assert live.request.params.max_tokens is not None
+        # One token more than its drafts is what a step can give a sequence.
+        room = live.request.params.max_tokens - len(sequence.output_token_ids) - 1
+        sequence.draft_token_ids = constraint.forced_tokens()[: max(0, min(room, _MOST_DRAFTS))]
+
     def start_masks(
-        self, sequences: Row[Sequence], requests: dict[str, LiveRequest]
+        self, sequences: Row[Sequence], num_drafts: Row[int], requests: dict[str, LiveRequest]
     ) -> Future[Masks] | None:
-        """Begin to fill the masks of the sequences that are to be given a token, if any has one."""
-        wanted = [
-            MaskRequest(place, sequence.constraint, live.eos_token_ids, live.stop_token_ids)
-            for place, sequence in enumerate(sequences)
-            if sequence.constraint is not None and (live := requests[sequence.request_id])
-        ]
+        """Begin to fill the masks of the sequences that are to be given a token, if any has one.
+
+        The logits have a row for each of the sequences, and one more for each of its drafts.
+        """
+        wanted: list[MaskRequest] = []
+        place = 0
+        for sequence, count in zip(sequences, num_drafts, strict=True):
+            if sequence.constraint is not None:
+                live = requests[sequence.request_id]
+                drafts = sequence.draft_token_ids[:count]
+                ends = live.eos_token_ids, live.stop_token_ids
+                wanted.append(MaskRequest(place, sequence.constraint, drafts, *ends))
+            place += 1 + count
         if not wanted:
             return None
         if self._filler is None:

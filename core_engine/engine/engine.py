@@ -7,17 +7,17 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from quire.engine.beams import beam_logprobs, start_beam_search
+from quire.engine.beams import advance_beams, start_beam_search
 from quire.engine.block_pool import BlockPool, root_key
 from quire.engine.constraints import RequestConstraints
+from quire.engine.generation import Generation, StepNews
 from quire.engine.live_request import LiveRequest
 from quire.engine.metrics import EngineMetrics
 from quire.engine.processor import ModelLimits, Processor
 from quire.engine.runner import ModelRunner
+from quire.engine.running import RunningSequences
 from quire.engine.scheduler import Scheduler, StepPlan
 from quire.engine.sequence import Sequence, SequenceStatus
 from quire.engine.sequence_table import SequenceTable
@@ -25,13 +25,10 @@ from quire.engine.token_logprobs import TokenLogprobsMaker
 from quire.errors import EngineClosedError, InvalidRequestError, RequestFailedError
 from quire.outputs import RequestOutput
 from quire.sampling.processors import LogitsProcessors
-from quire.sampling.random import derive_seed
-from quire.sampling.row import num_beam_candidates
-from quire.sampling.sampler import LogprobsTensors, Sampler, SamplerOutput
+from quire.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
     from quire.config import EngineConfig
-    from quire.engine.completion import Completion
     from quire.engine.request import Request
     from quire.tokenizer.tokenizer import Tokenizer
 
@@ -88,11 +85,25 @@ class Engine:
             config.cache.block_size,
             runner.device,
         )
+        self._running = RunningSequences(
+            self.scheduler,
+            self._table,
+            sampler,
+            shares_prefixes=config.cache.enable_prefix_caching,
+        )
         self._constraints = RequestConstraints(
             config, tokenizer, vocab_size=limits.vocab_size, device=runner.device
         )
         self._logprobs = TokenLogprobsMaker(tokenizer)
         self._requests: dict[str, LiveRequest] = {}
+        self._generation = Generation(
+            sampler,
+            self._running,
+            self._constraints,
+            self._logprobs,
+            self._requests,
+            self.metrics_data,
+        )
         self._num_arrivals = 0
 
     # -- requests ------------------------------------------------------------------------------
@@ -193,15 +204,31 @@ class Engine:
         """
         outputs: list[StepOutput] = []
         for live, error in self._constraints.take_ready():
-            if error is None:
-                self._queue(live)
-            else:
-                outputs.append(self._fail(live, error))
+            outputs += self._enter(live, error)
         if self.scheduler.has_work:
             outputs += self._compute()
         elif not outputs and self._requests:
             self._constraints.wait()
         return outputs
+
+    def _enter(self, live: LiveRequest, error: BaseException | None) -> list[StepOutput]:
+        """Let a request begin that has waited for its grammar, unless there was an error."""
+        if error is not None:
+            return [self._fail(live, error)]
+        try:
+            for sequence in list(live.deferred):
+                if self._generation.follow_grammar(live, sequence):
+                    live.deferred.remove(sequence)
+            if live.deferred:
+                self._queue(live)
+                return []
+            # All of it was forced: there is nothing to compute.
+            live.metrics.finished_time = time.monotonic()
+            output = live.output()
+        except Exception as raised:  # such as a tokenizer's
+            return [self._fail(live, raised)]
+        self._drop(live)
+        return [] if output is None else [output]
 
     def _compute(self) -> list[StepOutput]:
         # No local name for the runner: a processor's exception keeps this frame with its locals.
@@ -215,10 +242,11 @@ class Engine:
         try:
             batch, rows, caught_up = self._table.build(plan)
             chosen_rows = rows[caught_up]
-            sequences = plan.sequences
+            sequences, num_drafts = plan.sequences, plan.num_drafts
             if len(caught_up) < len(sequences):
                 sequences = [sequences[i] for i in caught_up]
-            masks = self._constraints.start_masks(sequences, self._requests)
+                num_drafts = [num_drafts[i] for i in caught_up]
+            masks = self._constraints.start_masks(sequences, num_drafts, self._requests)
             forward_started = time.perf_counter()
             hidden = self._runner.forward(batch)
             logits = likeliest = None
@@ -231,25 +259,32 @@ class Engine:
             if masks is not None:
                 masks.exception()  # until it is done, constraints are in use
             return self._fail_step(plan, error)
-        failed = self._collect_prompt_logprobs(plan, hidden)
+        news = StepNews(self._collect_prompt_logprobs(plan, hidden))
         self.scheduler.update(plan)
         self._table.advance(rows, plan)
-        outputs: list[StepOutput] = []
         if len(chosen_rows):
             try:
                 if likeliest is not None:
                     sampled = self._sampler.take_likeliest(*likeliest)
+                    self._generation.append(sequences, chosen_rows, sampled, news)
                 else:
                     assert logits is not None
                     found = None if masks is None else masks.result()
-                    sampled = self._sampler.sample(logits, chosen_rows, found)
-                outputs = self._append_all(sequences, chosen_rows, sampled, failed)
+                    if plan.num_draft_tokens:
+                        self._generation.append_with_drafts(
+                            sequences, num_drafts, chosen_rows, logits, found, news
+                        )
+                    else:
+                        sampled = self._sampler.sample(logits, chosen_rows, found)
+                        self._generation.append(sequences, chosen_rows, sampled, news)
             except Exception as error:
                 return self._fail_step(plan, error)
-        if failed:
-            outputs += [self._fail(self._requests[id_], error) for id_, error in failed.items()]
+        if masks is not None:
+            self._generation.propose(sequences, news)
+        outputs = self._tell(news)
         self.metrics_data.num_steps += 1
         self.metrics_data.num_computed_tokens += plan.num_tokens
+        self.metrics_data.num_forced_tokens += plan.num_draft_tokens
         self.metrics_data.step_seconds += time.perf_counter() - started
         return outputs
 
@@ -258,79 +293,29 @@ class Engine:
         return self._runner.logits(hidden, indices)
 
     def _admit(self, plan: StepPlan) -> None:
+        self._running.admit(plan, self._requests)
         for sequence in plan.preempted:
-            if sequence.row >= 0:
-                self._sampler.remove(sequence.row)
-                self._table.release(sequence)
             self._requests[sequence.request_id].metrics.num_preemptions += 1
             self.metrics_data.num_preemptions += 1
         for sequence in plan.admitted:
             live = self._requests[sequence.request_id]
-            self._table.assign(sequence)
-            self._add_to_sampler(live, sequence)
             if live.metrics.first_scheduled_time is None:
                 live.metrics.first_scheduled_time = time.monotonic()
                 live.num_cached_tokens = sequence.num_cached_tokens
                 self.metrics_data.num_prompt_tokens += sequence.num_prompt_tokens
                 self.metrics_data.num_cached_tokens += sequence.num_cached_tokens
 
-    def _add_to_sampler(self, live: LiveRequest, sequence: Sequence) -> None:
-        self._sampler.add(
-            sequence.row,
-            live.request.params,
-            seed=derive_seed(live.request.seed, sequence.index),
-            prompt_token_ids=sequence.prompt_token_ids,
-            output_token_ids=sequence.output_token_ids,
-            eos_token_ids=live.eos_token_ids,
-            bad_words_ids=live.request.bad_words_ids,
-            masked=sequence.constraint is not None,
-        )
-
-    def _append_all(
-        self,
-        sequences: list[Sequence],
-        rows: npt.NDArray[np.int64],
-        sampled: SamplerOutput,
-        failed: dict[str, BaseException],
-    ) -> list[StepOutput]:
-        """Give sequences their tokens; return what requests are to be told, add those that fail."""
-        requests = self._requests
-        failures, logprobs = sampled.failures, sampled.logprobs
-        self._table.append(rows, sampled.token_ids)
-        touched: dict[str, LiveRequest] = {}
-        now = time.monotonic()
-        self.metrics_data.num_generation_tokens += len(sequences) - len(failures)
-        for i, token_id in enumerate(sampled.token_ids.tolist()):
-            sequence = sequences[i]
-            live = requests[sequence.request_id]
-            if i in failures:
-                failed.setdefault(sequence.request_id, failures[i])
-                continue
-            try:
-                completion = live.quiet
-                if completion is not None:
-                    if not _append_token(sequence, completion, token_id):
-                        continue
-                    self._finish_sequence(live, sequence)
-                elif live.beam is not None:
-                    assert logprobs is not None
-                    self._table.take_back(sequence)  # the search decides which token it is
-                    self._report_candidates(live, sequence, logprobs, i)
-                else:
-                    self._append(live, sequence, token_id, logprobs, i)
-            except Exception as error:  # such as a tokenizer's: it concerns this request alone
-                failed.setdefault(sequence.request_id, error)
-            touched[sequence.request_id] = live
-            if live.metrics.first_token_time is None:
-                self._begin(live, now)
-
+    def _tell(self, news: StepNews) -> list[StepOutput]:
+        """Let searches go on; return what the step has to say."""
         outputs: list[StepOutput] = []
-        for live in touched.values():
+        now = time.monotonic()
+        failed = news.failed
+        for live in news.touched.values():
             if live.request.request_id in failed:
                 continue
             try:
-                if live.beam is not None and len(live.candidates) == len(live.beam_order):
-                    self._advance_beams(live)
+                if live.beam is not None:
+                    advance_beams(live, self._running, self._logprobs.text)
                 if live.finished:
                     live.metrics.finished_time = now
                 output = live.output()
@@ -341,35 +326,8 @@ class Engine:
                 self._drop(live)
             if output is not None:
                 outputs.append(output)
+        outputs += [self._fail(self._requests[id_], error) for id_, error in failed.items()]
         return outputs
-
-    def _begin(self, live: LiveRequest, now: float) -> None:
-        """Take note of a request's first token; let samples that waited for it go."""
-        live.metrics.first_token_time = now
-        for sample in live.deferred:
-            live.sequences[sample.index] = sample
-            self.scheduler.add(sample)
-        live.deferred.clear()
-        live.quiet = live.quiet_completion()
-
-    def _append(
-        self,
-        live: LiveRequest,
-        sequence: Sequence,
-        token_id: int,
-        logprobs: LogprobsTensors | None,
-        i: int,
-    ) -> None:
-        completion = live.completions[sequence.index]
-        params = live.request.params
-        if params.logprobs is not None or params.num_sequences > params.n:
-            assert logprobs is not None
-            completion.cumulative_logprob += float(logprobs.logprobs[i, 0])
-            if completion.logprobs is not None:
-                k = params.logprobs or 0
-                completion.logprobs.append(self._logprobs.entries(logprobs, i, k))
-        if _append_token(sequence, completion, token_id):
-            self._finish_sequence(live, sequence)
 
     def _collect_prompt_logprobs(
         self, plan: StepPlan, hidden: torch.Tensor
@@ -390,94 +348,13 @@ class Engine:
             start += count
         return failed
 
-    # -- beam search ---------------------------------------------------------------------------
-
-    def _report_candidates(
-        self, live: LiveRequest, sequence: Sequence, logprobs: LogprobsTensors, i: int
-    ) -> None:
-        width = num_beam_candidates(live.request.params, live.eos_token_ids)
-        live.candidates[sequence.index] = (
-            logprobs.token_ids[i, 1 : width + 1].tolist(),
-            logprobs.logprobs[i, 1 : width + 1].tolist(),
-        )
-        self.scheduler.park(sequence)
-
-    def _advance_beams(self, live: LiveRequest) -> None:
-        """Let every beam take its next token: in place where it can, by a new sequence else.
-
-        A new sequence finds its parent's full blocks in the prefix cache, like any other.
-        """
-        assert live.beam is not None
-        parents = [live.sequences[index] for index in live.beam_order]
-        moves = live.beam.advance([live.candidates[index] for index in live.beam_order])
-        live.candidates.clear()
-        live.beam_order = []
-        going_on: dict[int, int] = {}
-        forks: list[Sequence] = []
-        # Forks first: they copy their parent's tokens as they were.
-        for place, token_id in moves:
-            parent = parents[place]
-            if parent.index in going_on:
-                forks.append(parent.fork(live.num_sequences, token_id))
-                live.beam_order.append(live.num_sequences)
-                live.num_sequences += 1
-            else:
-                going_on[parent.index] = token_id
-                live.beam_order.append(parent.index)
-        for index, token_id in going_on.items():
-            parent = live.sequences[index]
-            parent.output_token_ids.append(token_id)
-            if parent.constraint is not None:
-                parent.constraint.accept([token_id])
-            if parent.row >= 0:
-                self._table.append(np.array([parent.row]), np.array([token_id]))
-                self._sampler.remove(parent.row)
-                self._add_to_sampler(live, parent)
-            self.scheduler.unpark(parent)
-        for parent in parents:
-            if parent.index not in going_on:
-                self._finish_sequence(live, parent)
-        for child in forks:
-            live.sequences[child.index] = child
-            self.scheduler.add(child)
-        if live.beam.done:
-            self._finish_beams(live)
-
-    def _finish_beams(self, live: LiveRequest) -> None:
-        assert live.beam is not None
-        for sequence in list(live.sequences.values()):
-            self._finish_sequence(live, sequence)
-        for rank, hypothesis in enumerate(live.beam.results()):
-            completion = live.start_completion(rank, [])
-            for token_id in hypothesis.token_ids:
-                completion.append(token_id)
-            completion.cumulative_logprob = hypothesis.cum_logprob
-            completion.finish_reason = hypothesis.finish_reason
-            completion.stop_reason = hypothesis.stop_reason
-            if completion.logprobs is not None:
-                completion.logprobs.extend(
-                    beam_logprobs(source, live.request.params.logprobs or 0, self._logprobs.text)
-                    for source in hypothesis.sources
-                )
-
     # -- endings -------------------------------------------------------------------------------
-
-    def _finish_sequence(self, live: LiveRequest, sequence: Sequence) -> None:
-        if sequence.row >= 0:
-            self._sampler.remove(sequence.row)
-            self._table.release(sequence)
-        if sequence.status is not SequenceStatus.FINISHED:
-            self.scheduler.finish(sequence)
-        live.sequences.pop(sequence.index, None)
-        if not self.config.cache.enable_prefix_caching and sequence.publish:
-            # Shared within the request only, and nobody is left to find it once that ends.
-            live.private_keys.update(sequence.block_keys)
 
     def _drop(self, live: LiveRequest) -> None:
         live.deferred.clear()
         self._constraints.forget(live)
         for sequence in list(live.sequences.values()):
-            self._finish_sequence(live, sequence)
+            self._running.finish(live, sequence)
         self._pool.withdraw(live.private_keys)
         del self._requests[live.request.request_id]
 
@@ -525,19 +402,6 @@ class Engine:
         self._runner = None
         self.abort(list(self._requests))
         self._constraints.close()
-
-
-def _append_token(sequence: Sequence, completion: Completion, token_id: int) -> bool:
-    """Give a sequence its token; return whether it is the last."""
-    is_last = completion.append(token_id)
-    constraint = sequence.constraint
-    # A token that ends a text is no part of it.
-    if constraint is not None and completion.finish_reason != "stop":
-        constraint.accept([token_id])
-        if constraint.is_finished():
-            # Whole, even where it has the length that was allowed.
-            completion.finish_reason, is_last = "stop", True
-    return is_last
 
 
 def _failure(request_id: str, error: BaseException) -> RequestFailedError:

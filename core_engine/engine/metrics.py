@@ -18,6 +18,10 @@ class EngineMetrics:
     num_generation_tokens : int
     num_computed_tokens : int
         Tokens that went through the model, recomputation included.
+    num_forced_tokens, num_accepted_forced_tokens : int
+        Tokens that a grammar forces and a step computed as drafts; those that were generated.
+    num_canonical_tokens : int
+        Tokens of forced text that the model was not asked for.
     num_preemptions : int
     num_steps : int
     step_seconds, forward_seconds : float
@@ -30,6 +34,9 @@ class EngineMetrics:
     num_cached_tokens: int = 0
     num_generation_tokens: int = 0
     num_computed_tokens: int = 0
+    num_forced_tokens: int = 0
+    num_accepted_forced_tokens: int = 0
+    num_canonical_tokens: int = 0
     num_preemptions: int = 0
     num_steps: int = 0
     step_seconds: float = 0.0

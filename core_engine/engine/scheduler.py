@@ -27,8 +27,10 @@ class StepPlan:
         Those that lost their blocks in favour of others; released before ``admitted`` enter.
     grown : list of Sequence
         Those among ``sequences`` that hold blocks they did not hold before.
+    num_drafts : list of int
+        How many of the tokens that each of them computes are drafts.
     num_tokens : int
-        Tokens computed in this step.
+        Tokens computed in this step, drafts included; ``num_draft_tokens`` of them are.
     reads_prompts : bool
         Whether prompt logprobs are wanted of any of the sequences.
     """
@@ -38,26 +40,37 @@ class StepPlan:
     admitted: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
     grown: list[Sequence] = field(default_factory=list)
+    num_drafts: list[int] = field(default_factory=list)
     num_tokens: int = 0
+    num_draft_tokens: int = 0
     reads_prompts: bool = False
 
     def add(self, sequence: Sequence, num_new_tokens: int) -> None:
         """Let a sequence compute its next tokens."""
         self.sequences.append(sequence)
         self.num_new_tokens.append(num_new_tokens)
+        self.num_drafts.append(0)
         self.num_tokens += num_new_tokens
         if sequence.skip_cached_prefix:
             self.reads_prompts = True
+
+    def add_drafts(self, place: int, count: int) -> None:
+        """Let the sequence at a place compute some drafts besides."""
+        self.num_drafts[place] = count
+        self.num_new_tokens[place] += count
+        self.num_tokens += count
+        self.num_draft_tokens += count
 
 
 class Scheduler:
     """Continuous batching over a :class:`BlockPool`.
 
     Each step lets every sequence catch up (``num_computed_tokens`` with ``num_tokens``) within a
-    budget of tokens: running ones first, in order, then waiting ones. When the blocks run out, the
-    last sequence in order gives its blocks back and waits to compute them anew. The first in order
-    is never preempted by another, and any sequence that was admitted fits the pool alone, so the
-    engine always makes progress.
+    budget of tokens: running ones first, in order, then waiting ones. Drafts, tokens that a
+    sequence may well be given next, take part in a step as far as tokens and blocks are left for
+    them. When the blocks run out, the last sequence in order gives its blocks back and waits to
+    compute them anew. The first in order is never preempted by another, and any sequence that was
+    admitted fits the pool alone, so the engine always makes progress.
 
     Parameters
     ----------
@@ -134,9 +147,11 @@ class Scheduler:
         if self.preempt_by_priority:
             self._displace(plan)
         displaced = len(plan.preempted)
-        budget = self._schedule_running(plan)
+        budget = self._add_drafts(plan, 0, self._schedule_running(plan))
         if len(plan.preempted) == displaced:  # else whoever enters would be the next to leave
-            self._schedule_waiting(plan, budget)
+            num_running = len(plan.sequences)
+            budget = self._schedule_waiting(plan, budget)
+            self._add_drafts(plan, num_running, budget)
         return plan
 
     def _schedule_running(self, plan: StepPlan) -> int:
@@ -168,7 +183,29 @@ class Scheduler:
             i += 1
         return budget
 
-    def _schedule_waiting(self, plan: StepPlan, budget: int) -> None:
+    def _add_drafts(self, plan: StepPlan, first: int, budget: int) -> int:
+        """Let sequences that catch up compute their drafts, without taking anything from others."""
+        size = self.pool.block_size
+        for place in range(first, len(plan.sequences) if budget > 0 else first):
+            sequence = plan.sequences[place]
+            if not sequence.draft_token_ids:
+                continue
+            end = sequence.num_computed_tokens + plan.num_new_tokens[place]
+            if end < sequence.num_tokens:
+                continue
+            blocks = len(sequence.block_ids) + self.pool.num_free
+            count = min(len(sequence.draft_token_ids), budget, blocks * size - end)
+            if count <= 0:
+                continue
+            wanted = self._ceil_blocks(end + count) - len(sequence.block_ids)
+            if wanted > 0:
+                sequence.block_ids.extend(self.pool.allocate(wanted))
+                plan.grown.append(sequence)
+            plan.add_drafts(place, count)
+            budget -= count
+        return budget
+
+    def _schedule_waiting(self, plan: StepPlan, budget: int) -> int:
         deferred: list[Sequence] = []
         while budget > 0 and (sequence := self._peek()) is not None:
             if plan.sequences and len(self.running) + len(deferred) >= self.max_num_seqs:
@@ -198,6 +235,7 @@ class Scheduler:
             budget -= count
         for sequence in deferred:
             heapq.heappush(self._waiting, sequence)
+        return budget
 
     def _admit(self, sequence: Sequence, hits: list[int], wanted: int) -> None:
         heapq.heappop(self._waiting)
@@ -214,13 +252,24 @@ class Scheduler:
                 self._promised.setdefault(key, sequence)
 
     def update(self, plan: StepPlan) -> None:
-        """Record that a step has run: its tokens are computed, its full blocks can be found."""
+        """Record that a step has run: its tokens are computed, its full blocks can be found.
+
+        Drafts are not among them before :meth:`advance` says so.
+        """
+        if plan.num_draft_tokens:
+            for place, sequence in enumerate(plan.sequences):
+                self.advance(sequence, plan.num_new_tokens[place] - plan.num_drafts[place])
+        else:
+            for sequence, count in zip(plan.sequences, plan.num_new_tokens, strict=True):
+                self.advance(sequence, count)
+
+    def advance(self, sequence: Sequence, count: int) -> None:
+        """Record that some more of a sequence's tokens are computed."""
         size = self.pool.block_size
-        for sequence, count in zip(plan.sequences, plan.num_new_tokens, strict=True):
-            before = sequence.num_computed_tokens
-            after = sequence.num_computed_tokens = before + count
-            if sequence.publish and after // size > before // size:
-                self._publish(sequence, before // size, after // size)
+        before = sequence.num_computed_tokens
+        after = sequence.num_computed_tokens = before + count
+        if sequence.publish and after // size > before // size:
+            self._publish(sequence, before // size, after // size)
 
     # -- details -------------------------------------------------------------------------------
 

@@ -42,6 +42,8 @@ class Sequence:
         Rank among all sequences: lower is served first and preempted last.
     row : int
         Its row in the step's tables while it runs, else -1.
+    draft_token_ids : list of int
+        What may well follow: a step computes it along, and keeps what the sequence is given.
     constraint : Constraint or None
         What its output has to match; it stands behind the last output token.
     skip_cached_prefix : bool
@@ -52,6 +54,7 @@ class Sequence:
         "block_ids",
         "block_keys",
         "constraint",
+        "draft_token_ids",
         "index",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -92,6 +95,7 @@ class Sequence:
         self.block_ids: list[int] = []
         self.block_keys: list[bytes] = []
         self.row = -1
+        self.draft_token_ids: list[int] = []
         self.constraint: Constraint | None = None
         self.status = SequenceStatus.WAITING
 

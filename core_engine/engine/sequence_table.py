@@ -72,8 +72,14 @@ class SequenceTable:
         self._num_tokens[sequence.row] -= 1
 
     def advance(self, rows: npt.NDArray[np.int64], plan: StepPlan) -> None:
-        """Record that a step has run: its rows are computed that far."""
+        """Record that a step has run: its rows are computed that far, drafts left out."""
         self._num_computed[rows] += plan.num_new_tokens
+        if plan.num_draft_tokens:
+            self._num_computed[rows] -= plan.num_drafts
+
+    def advance_by_draft(self, rows: npt.NDArray[np.int64]) -> None:
+        """Record that the first draft of each of the rows has become its token."""
+        self._num_computed[rows] += 1
 
     def build(
         self, plan: StepPlan
@@ -83,7 +89,8 @@ class SequenceTable:
         Returns
         -------
         batch : ForwardBatch
-            With logits wanted after the last token of each sequence that has caught up.
+            With logits wanted after the last token of each sequence that has caught up, and
+            after each of its drafts.
         rows : ndarray[num_seqs], int64
         caught_up : ndarray[num_caught_up], int64
             Which of the sequences those are.
@@ -94,6 +101,8 @@ class SequenceTable:
             self._num_blocks[row] = len(sequence.block_ids)
         num_seqs = len(plan.sequences)
         rows = np.array([sequence.row for sequence in plan.sequences], dtype=np.int64)
+        if plan.num_draft_tokens:
+            self._write_drafts(plan)
         computed = self._num_computed[rows]
         if plan.num_tokens == num_seqs:
             ends = np.arange(1, num_seqs + 1)
@@ -107,7 +116,16 @@ class SequenceTable:
             positions = np.arange(ends[-1]) - np.repeat(ends - seq_lens, counts)
         blocks = self._block_tables[token_rows, positions // self.block_size].astype(np.int64)
         slots = blocks * self.block_size + positions % self.block_size
-        caught_up = np.flatnonzero(seq_lens == self._num_tokens[rows])
+        num_drafts = np.array(plan.num_drafts, dtype=np.int64) if plan.num_draft_tokens else None
+        known = self._num_tokens[rows]
+        if num_drafts is not None:
+            known = known + num_drafts
+        caught_up = np.flatnonzero(seq_lens == known)
+        logits_indices = ends[caught_up] - 1
+        if num_drafts is not None:
+            counts = num_drafts[caught_up] + 1
+            logits_indices = np.repeat(logits_indices - np.cumsum(counts) + 1, counts)
+            logits_indices += np.arange(len(logits_indices))
         width = -(-int(seq_lens.max()) // self.block_size)
         query_start_loc = np.zeros(num_seqs + 1, dtype=np.int32)
         query_start_loc[1:] = ends
@@ -118,9 +136,17 @@ class SequenceTable:
             seq_lens=torch.from_numpy(seq_lens.astype(np.int32)),
             block_tables=self._tensor(self._block_tables[rows, :width]),
             slot_mapping=self._tensor(slots),
-            logits_indices=self._tensor(ends[caught_up] - 1),
+            logits_indices=self._tensor(logits_indices),
         )
         return batch, rows, caught_up
+
+    def _write_drafts(self, plan: StepPlan) -> None:
+        """Put drafts behind their sequences' tokens, where the next token overwrites them."""
+        for sequence, count in zip(plan.sequences, plan.num_drafts, strict=True):
+            if count:
+                end = self._num_tokens[sequence.row]
+                drafts = sequence.draft_token_ids[:count]
+                self._token_ids[sequence.row, end : end + count] = drafts
 
     def check_integrity(self, alive: Iterable[Sequence]) -> None:
         """Raise AssertionError unless rows are free or owned by exactly one sequence alive."""

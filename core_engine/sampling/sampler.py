@@ -258,13 +258,14 @@ class Sampler:
         if len(beams):
             logits[beams] = self._kernels.log_softmax(logits[beams])
         if masks is not None:
-            self._kernels.apply_bitmask(logits, masks.places, masks.bitmask)
+            masked = torch.from_numpy(masks.places).to(self._device)
+            self._kernels.apply_bitmask(logits, masked, masks.bitmask)
         places = np.flatnonzero(needs & _EDIT).tolist()
         states = [state for place in places if (state := self._rows[rows[place]]) is not None]
         failures = edit_logits(logits, states, places, self._kernels)
         if masks is not None:
             if any(state.processors is not None for state in states):
-                self._kernels.apply_bitmask(logits, masks.places, masks.bitmask)
+                self._kernels.apply_bitmask(logits, masked, masks.bitmask)
             failures |= masks.failures
         return failures
 

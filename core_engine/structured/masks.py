@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -22,8 +22,10 @@ class MaskRequest:
     Attributes
     ----------
     place : int
-        Of the row, in the logits.
+        Of the row, in the logits; those after its drafts follow.
     constraint : Constraint
+    drafts : sequence of int
+        Tokens that the constraint allows next, one after the other.
     eos_token_ids : collection of int
         Tokens that end a text: allowed where the constraint accepts it, and nowhere else.
     stop_token_ids : collection of int
@@ -33,6 +35,7 @@ class MaskRequest:
 
     place: int
     constraint: Constraint
+    drafts: Sequence[int]
     eos_token_ids: Collection[int]
     stop_token_ids: Collection[int]
 
@@ -43,17 +46,29 @@ class Masks:
 
     Attributes
     ----------
-    places : Tensor[num_masks], int64
-        The rows of the logits.
+    places : ndarray[num_masks], int64
+        The rows of the logits, in order.
     bitmask : Tensor[num_masks, num_words], int32
         As :meth:`quire.kernels.interface.Backend.apply_bitmask` takes it.
     failures : dict of int to BaseException
         Why a row has no mask, by its place.
     """
 
-    places: torch.Tensor
+    places: npt.NDArray[np.int64]
     bitmask: torch.Tensor
     failures: dict[int, BaseException] = field(default_factory=dict)
+
+    def select(self, places: npt.NDArray[np.int64]) -> Masks:
+        """Return the masks of some rows of the logits, for a batch that has just these."""
+        found = np.searchsorted(self.places, places).clip(max=len(self.places) - 1)
+        masked = np.flatnonzero(self.places[found] == places)
+        bitmask = self.bitmask[torch.from_numpy(found[masked]).to(self.bitmask.device)]
+        failures = {
+            new: self.failures[old]
+            for new, old in enumerate(places.tolist())
+            if old in self.failures
+        }
+        return Masks(masked, bitmask, failures)
 
 
 class MaskFiller:
@@ -64,14 +79,14 @@ class MaskFiller:
     vocab_size : int
         Tokens of the model.
     max_num_seqs : int
-        Rows at most.
+        Rows at first; drafts may need more.
     device : torch.device
         Where the logits are.
     """
 
     def __init__(self, *, vocab_size: int, max_num_seqs: int, device: torch.device) -> None:
-        num_words = (vocab_size + 1 + 31) // 32  # with the token that stands for the end
-        self._bitmask = np.zeros((max_num_seqs, num_words), dtype=np.int32)
+        self._num_words = (vocab_size + 1 + 31) // 32  # with the token that stands for the end
+        self._bitmask = np.zeros((max_num_seqs, self._num_words), dtype=np.int32)
         self._end_word, self._end_bit = vocab_size // 32, np.uint32(1 << vocab_size % 32)
         self._device = device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="quire-masks")
@@ -85,16 +100,44 @@ class MaskFiller:
         self._thread.shutdown()
 
     def _fill(self, requests: list[MaskRequest]) -> Masks:
-        bitmask = self._bitmask[: len(requests)]
+        counts = [1 + len(request.drafts) for request in requests]
+        num_masks = sum(counts)
+        if num_masks > len(self._bitmask):
+            self._bitmask = np.zeros((num_masks, self._num_words), dtype=np.int32)
+        bitmask = self._bitmask[:num_masks]
+        places = np.concatenate(
+            [
+                np.arange(request.place, request.place + count)
+                for request, count in zip(requests, counts, strict=True)
+            ]
+        )
         failures: dict[int, BaseException] = {}
-        for row, request in zip(bitmask, requests, strict=True):
+        end = 0
+        for request, count in zip(requests, counts, strict=True):
+            rows = bitmask[end : end + count]
+            end += count
             try:
-                self._fill_row(row, request)
+                self._fill_rows(rows, request)
             except BaseException as error:  # a panic of a library is no Exception
-                failures[request.place] = error
-                row.fill(-1)
-        places = torch.tensor([request.place for request in requests], dtype=torch.int64)
-        return Masks(places.to(self._device), torch.from_numpy(bitmask).to(self._device), failures)
+                failures.update(dict.fromkeys(range(request.place, request.place + count), error))
+                rows.fill(-1)
+        return Masks(places, torch.from_numpy(bitmask).to(self._device), failures)
+
+    def _fill_rows(self, rows: npt.NDArray[np.int32], request: MaskRequest) -> None:
+        self._fill_row(rows[0], request)
+        constraint = request.constraint
+        num_accepted = 0
+        try:
+            for row, token_id in zip(rows[1:], request.drafts, strict=True):
+                constraint.accept([token_id])
+                num_accepted += 1
+                if constraint.is_finished():
+                    row.fill(-1)  # the sequence ends with this draft, or before
+                else:
+                    self._fill_row(row, request)
+        finally:
+            if num_accepted:
+                constraint.rollback(num_accepted)
 
     def _fill_row(self, row: npt.NDArray[np.int32], request: MaskRequest) -> None:
         request.constraint.fill_mask(row)

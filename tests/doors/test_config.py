@@ -55,6 +55,7 @@ VALID = {
     "scheduling_policy": ["fcfs", "priority"],
     "structured_outputs_backend": ["llguidance", "outlines_core", "xgrammar"],
     "structured_outputs_deadline": [0.1, 10, 3600],
+    "structured_outputs_forced_tokens": [True, False],
     "seed": [0, 2**64 - 1],
     "device": ["auto", "cpu", "cuda", "cuda:1", torch.device("cpu")],
 }
@@ -86,6 +87,7 @@ INVALID = {
     "scheduling_policy": ["lifo", 1],
     "structured_outputs_backend": ["outlines", 1],
     "structured_outputs_deadline": [0, -1, 3601, "10", True],
+    "structured_outputs_forced_tokens": ["yes", 2],
     "seed": [-1, 2**64, 0.5, "0"],
     "device": ["tpu", "cuda:", "cuda:x", "cpu:0", 0],
     "model": ["", "  ", 5, b"bytes"],
