@@ -75,7 +75,10 @@ class StructuredOutputsParams:
     structural_tag : dict or str, optional
         Free text in which what a tag begins is constrained until it ends:
         ``{"structures": [{"begin": str, "schema": dict, "end": str}], "triggers": [str]}``. Each
-        ``begin`` starts with one of the triggers, which stand nowhere else in the text.
+        ``begin`` starts with one of the triggers, which stand nowhere else in the text. With
+        ``"at_least_one": True`` the text cannot end before a tag, with ``"stop_after_first": True``
+        it ends after the first: together they let a model think freely up to a marker such as
+        ``</think>``, and constrain what follows.
     whitespace_pattern : str, optional
         A regex of what may stand between the parts of JSON; any whitespace if left out.
     disable_any_whitespace : bool, default False
@@ -270,17 +273,26 @@ def _encodable(name: str, text: str) -> None:
         ) from None
 
 
+_TAG_FLAGS: Final = ("at_least_one", "stop_after_first")
+
+
 def _check_tag(name: str, tag: Any) -> None:
     fields = tag if isinstance(tag, dict) else {}
     structures, triggers = fields.get("structures"), fields.get("triggers")
-    if set(fields) - {"type"} != {"structures", "triggers"} or not (
+    if set(fields) - {"type", *_TAG_FLAGS} != {"structures", "triggers"} or not (
         isinstance(structures, list)
         and structures
         and isinstance(triggers, list)
         and triggers
         and all(isinstance(trigger, str) and trigger for trigger in triggers)
     ):
-        raise refuse(name, tag, "a dict of structures and triggers, none of them empty")
+        expected = (
+            "a dict of structures and triggers, none of them empty, and perhaps of "
+            f"{' and '.join(_TAG_FLAGS)}"
+        )
+        raise refuse(name, tag, expected)
+    for field_name in _TAG_FLAGS:
+        flag(f"{field_name} of {name}", fields.get(field_name, False))
     for item in structures:
         if (
             not isinstance(item, dict)

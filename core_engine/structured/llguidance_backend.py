@@ -154,8 +154,14 @@ class Backend:
             else:
                 lines.append(f"{name}_trigger[lazy]: TEXT {_lark_string(trigger)}")
                 lines.append(f"{name}: {name}_trigger {body}")
-        start = f"start: ({' | '.join(names)})* end\nend: TEXT"
-        return llguidance.LLMatcher.grammar_from_lark("\n".join([start, *lines, ""]))
+        tags = f"({' | '.join(names)})"
+        needed = tag.get("at_least_one", False)
+        if tag.get("stop_after_first", False):
+            start = f"start: {tags}" if needed else f"start: {tags} | end"
+        else:
+            start = f"start: {tags}{'+' if needed else '*'} end"
+        grammar = "\n".join([start, "end: TEXT", *lines, ""])
+        return llguidance.LLMatcher.grammar_from_lark(grammar)
 
 
 class Compiled:

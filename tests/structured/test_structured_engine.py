@@ -148,6 +148,34 @@ def test_a_tag_constrains_what_it_begins_and_nothing_else(llm):
     assert found
 
 
+@pytest.mark.parametrize("needed", [False, True])
+@pytest.mark.parametrize("only_first", [False, True])
+def test_a_constraint_may_start_after_a_marker(llm, tokenizer, needed, only_first):
+    """Free thought, then what the schema says; the flags say whether it must come, and be last."""
+    tag = {
+        "structures": [{"begin": "q", "schema": {"enum": ["yes", "no"]}, "end": ""}],
+        "triggers": ["q"],
+        "at_least_one": needed,
+        "stop_after_first": only_first,
+    }
+    likelier = {tokenizer.encode_fragment("q")[0]: 3.0, EOS: 2.0}
+    many = [
+        params({"structural_tag": tag}, seed=i, max_tokens=120, logit_bias=likelier)
+        for i in range(24)
+    ]
+    texts = [o.outputs[0].text for o in run(llm, *many) if o.outputs[0].finish_reason == "stop"]
+    assert len(texts) >= 4
+    answer = '(q("yes"|"no"))'
+    times = f"{answer}{'' if needed else '?'}" if only_first else f"({answer}[^q]*)*"
+    if needed and not only_first:
+        times = f"{answer}[^q]*{times}"
+    assert all(re.fullmatch(f"[^q]*{times}", text) for text in texts), texts
+    assert any('q"' in text for text in texts)
+    assert needed is all('q"' in text for text in texts)
+    if only_first:
+        assert all(text.endswith(('"yes"', '"no"')) for text in texts if 'q"' in text)
+
+
 def test_texts_end_where_nothing_may_follow_and_may_end_only_where_the_grammar_accepts(llm):
     """Also with ignore_eos, before min_tokens, and where max_tokens is just reached."""
     for options in ({}, {"ignore_eos": True}, {"min_tokens": 20}, {"max_tokens": 3}):

@@ -71,6 +71,10 @@ def test_a_tag_must_begin_with_a_trigger() -> None:
     tag = {"structures": [{"begin": "[f]", "schema": {}, "end": ""}], "triggers": ["<"]}
     with pytest.raises(InvalidRequestError, match=r"begin of each .* starts with one of"):
         StructuredOutputsParams(structural_tag=tag)
+    tag["structures"] = [{"begin": "<", "schema": {}, "end": ""}]
+    StructuredOutputsParams(structural_tag={**tag, "at_least_one": True})
+    with pytest.raises(InvalidRequestError, match="stop_after_first of structural_tag must be"):
+        StructuredOutputsParams(structural_tag={**tag, "stop_after_first": 1})
     tag["structures"] = [{"begin": "<", "end": ""}]
     with pytest.raises(InvalidRequestError, match="each of the structures of structural_tag"):
         StructuredOutputsParams(structural_tag=tag)
