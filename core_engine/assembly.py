@@ -21,6 +21,7 @@ from quire.models.hf_config import (
     resolve_dtype,
 )
 from quire.models.loader import load_model
+from quire.sampling.batch_processors import BatchProcessors
 from quire.sampling.sampler import Sampler
 from quire.tokenizer import load_tokenizer
 from quire.utils import log
@@ -50,6 +51,7 @@ def build_engine(config: EngineConfig) -> Engine:
         When weights or KV cache do not fit.
     """
     log.configure()
+    processors = BatchProcessors(config.logits_processors)
     num_threads = apply_thread_count()
     device = choose_device(config.device)
     kernels = get_backend(device)
@@ -111,6 +113,7 @@ def build_engine(config: EngineConfig) -> Engine:
         max_num_seqs=config.scheduler.max_num_seqs,
         device=device,
         kernels=kernels,
+        processors=processors,
     )
     logger.info(
         start_line(

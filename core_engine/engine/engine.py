@@ -24,7 +24,7 @@ from quire.engine.sequence_table import SequenceTable
 from quire.engine.token_logprobs import TokenLogprobsMaker
 from quire.errors import EngineClosedError, InvalidRequestError, RequestFailedError
 from quire.outputs import RequestOutput
-from quire.sampling.processors import LogitsProcessors
+from quire.sampling.processors import check_processors
 from quire.sampling.random import derive_seed
 from quire.sampling.row import num_beam_candidates
 from quire.sampling.sampler import LogprobsTensors, Sampler, SamplerOutput
@@ -120,7 +120,8 @@ class Engine:
             )
         params = request.params
         if params.logits_processors:
-            LogitsProcessors(params.logits_processors, request.prompt_token_ids)  # checks them
+            check_processors(params.logits_processors)
+        self._sampler.check(params)
         eos_token_ids = frozenset() if params.ignore_eos else self._eos_token_ids
         beam = None
         if params.use_beam_search:
@@ -431,8 +432,6 @@ class Engine:
                 parent.constraint.accept([token_id])
             if parent.row >= 0:
                 self._table.append(np.array([parent.row]), np.array([token_id]))
-                self._sampler.remove(parent.row)
-                self._add_to_sampler(live, parent)
             self.scheduler.unpark(parent)
         for parent in parents:
             if parent.index not in going_on:
@@ -525,6 +524,7 @@ class Engine:
         self._runner = None
         self.abort(list(self._requests))
         self._constraints.close()
+        self._sampler.close()
 
 
 def _append_token(sequence: Sequence, completion: Completion, token_id: int) -> bool:
