@@ -106,11 +106,11 @@ class SequenceProcessor:
         self, prompt_token_ids: list[int], token_ids: list[int], logits: torch.Tensor
     ) -> torch.Tensor:
         """Return the logits that the processor makes of a row, ``[vocab_size]``."""
-        first = len(token_ids)
-        if self._seen != token_ids[:-1] or not token_ids:
+        seen, self._seen = self._seen, None  # until all calls have succeeded
+        first = 0 if seen is None else len(seen) + 1
+        if seen is None or first > len(token_ids) or token_ids[: len(seen)] != seen:
             first = 0
             self._processor.reset()
-        self._seen = None  # until all calls have succeeded
         for count in range(first, len(token_ids)):
             self._call(prompt_token_ids + token_ids[:count], logits.new_zeros(logits.shape))
         result = self._call(prompt_token_ids + token_ids, logits)
