@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,7 +86,7 @@ def expected(tiny_llama: Any) -> Any:
     for i, outputs in enumerate(found):
         if i % 5 != 4:
             modulus = 2 + i % 3
-            assert all((a - b) % modulus for o in outputs for a, b in zip(o, o[1:], strict=False))
+            assert all((a - b) % modulus for o in outputs for a, b in pairwise(o))
     return found
 
 
@@ -198,6 +201,18 @@ def test_a_grammar_has_the_last_word(tiny_llama: Any) -> None:
         [output] = llm.generate([[5, 6, 7]], params, use_tqdm=False)
         assert set(output.outputs[0].text) <= set("xyz")
         assert len(output.outputs[0].text) == 4
+
+
+def test_the_documents_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """A banned answer is not given, and a neighbour's is."""
+    text = (Path(__file__).parents[2] / "core_engine" / "README.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(example, scope)
+    scope["llm"].close()
+    free, banned = capsys.readouterr().out.splitlines()[:2]
+    assert "Paris" in free
+    assert "Paris" not in banned
 
 
 def test_an_engine_lets_its_processors_go(tiny_llama: Any) -> None:
