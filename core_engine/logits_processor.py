@@ -170,7 +170,8 @@ class LogitsProcessor(ABC):
         Parameters
         ----------
         logits : Tensor[num_rows, vocab_size], float32
-            Of the sequences in ``rows``, in that order. May be changed in place.
+            Of the sequences in ``rows``, in that order. May be changed in place, and is good for
+            this call: what is to be kept is to be copied.
 
         Returns
         -------

@@ -27,6 +27,19 @@ _OWNERS: dict[int, weakref.ref[BatchProcessors]] = {}
 _LOCK = threading.Lock()
 
 
+class _Spare:
+    """Room for a step's logits as they were, kept from step to step: new memory is slow."""
+
+    def __init__(self) -> None:
+        self._room: torch.Tensor | None = None
+
+    def hold(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return a copy, good until the next call."""
+        if self._room is None or len(self._room) < len(logits):
+            self._room = torch.empty_like(logits)
+        return self._room[: len(logits)].copy_(logits)
+
+
 class _Registered:
     """One processor, and the rows it serves.
 
@@ -65,7 +78,7 @@ class _Registered:
             self._tell()  # nobody may come for a long time, and tokens would be kept
 
     def apply(
-        self, logits: torch.Tensor, rows: Sequence[int], skipped: Collection[int]
+        self, logits: torch.Tensor, rows: Sequence[int], skipped: Collection[int], spare: _Spare
     ) -> Failures:
         """Change the lines of the rows that it concerns; return those that failed."""
         self._tell()
@@ -75,20 +88,21 @@ class _Registered:
         if not places:
             return failures
         whole = len(places) == len(logits)
+        before = spare.hold(logits) if whole else logits  # to begin again from
         index = torch.tensor(places, device=logits.device)
-        # A copy each time: to begin again from, and a processor that keeps its logits does not
-        # keep the batch's.
+        given = logits if whole else logits[index]
         try:
-            given = logits.clone() if whole else logits[index]
             result = self._call(given, [rows[place] for place in places])
+            if result.amax(dim=1).isnan().any():
+                raise self._wrong(given, "NaN")
         except InvalidRequestError:
+            if whole:
+                logits.copy_(before)
             return failures | self._apply_alone(logits, rows, places)
-        if torch.isnan(result).any():
-            return failures | self._apply_alone(logits, rows, places)
-        if whole:
-            logits.copy_(result)
-        else:
+        if not whole:
             logits[index] = result
+        elif result.data_ptr() != logits.data_ptr() or result.stride() != logits.stride():
+            logits.copy_(result)
         return failures
 
     def _apply_alone(
@@ -98,10 +112,10 @@ class _Registered:
         for place in places:
             line = logits[place : place + 1]
             try:
-                if torch.isnan(line).any():
+                if line.amax().isnan():
                     raise QuireError("the model produced NaN logits")
                 result = self._call(line.clone(), [rows[place]])
-                if torch.isnan(result).any():
+                if result.amax().isnan():
                     raise self._wrong(line, "NaN")
                 line.copy_(result)
             except (InvalidRequestError, QuireError) as error:
@@ -187,6 +201,7 @@ class BatchProcessors:
 
     def __init__(self, processors: Iterable[LogitsProcessor | type[LogitsProcessor]] = ()) -> None:
         self._registered: list[_Registered] = []
+        self._spare = _Spare()
         made = [_instance(processor) for processor in processors]
         with _LOCK:
             for processor in made:
@@ -261,7 +276,7 @@ class BatchProcessors:
         numbers = rows.tolist()
         failures: Failures = {}
         for registered in self._registered:
-            failures |= registered.apply(logits, numbers, {*skipped, *failures})
+            failures |= registered.apply(logits, numbers, {*skipped, *failures}, self._spare)
         return failures
 
     def close(self) -> None:

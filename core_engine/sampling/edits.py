@@ -121,7 +121,7 @@ def _process(logits: torch.Tensor, processed: Sequence[tuple[int, Row]]) -> Fail
     for place, row in processed:
         assert row.processors is not None
         try:
-            if torch.isnan(logits[place]).any():
+            if logits[place].amax().isnan():
                 raise QuireError("the model produced NaN logits")
             # A copy, so that a processor that keeps its logits does not keep the batch's.
             logits[place] = row.processors(row.output_token_ids, logits[place].clone())
