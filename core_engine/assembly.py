@@ -50,8 +50,16 @@ def build_engine(config: EngineConfig) -> Engine:
     OutOfMemoryError
         When weights or KV cache do not fit.
     """
-    log.configure()
     processors = BatchProcessors(config.logits_processors)
+    try:
+        return _build(config, processors)
+    except BaseException:
+        processors.close()  # the next attempt may be given the same ones
+        raise
+
+
+def _build(config: EngineConfig, processors: BatchProcessors) -> Engine:
+    log.configure()
     num_threads = apply_thread_count()
     device = choose_device(config.device)
     kernels = get_backend(device)

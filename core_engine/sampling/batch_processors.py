@@ -157,9 +157,10 @@ class _Registered:
         # Which of them it was does not show, nor what became of the others.
         if (undone := self._update(BatchChange(tuple(row.row for row in added)))) is not None:
             self._warn(undone)
-        for row in added:
-            if (error := self._update(BatchChange((), (row,)))) is not None:
-                self._failed[row.row] = error
+        alone = {row.row: self._update(BatchChange((), (row,))) for row in added}
+        self._failed |= {row: why for row, why in alone.items() if why is not None}
+        if not self._failed.keys() & alone.keys():
+            self._warn(error)  # then it was the removal of others
 
     def _update(self, change: BatchChange) -> BaseException | None:
         try:

@@ -218,7 +218,10 @@ def test_the_documents_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_engine_lets_its_processors_go(tiny_llama: Any) -> None:
     """What was in flight is removed when it is closed; the instance then serves another."""
     rule = Rule()
+    with pytest.raises(ConfigError) as kept:
+        LLM(tiny_llama, logits_processors=[rule], block_size=1, num_gpu_blocks_override=2)
     llm = LLM(tiny_llama, logits_processors=[rule], **OPTIONS)
+    assert kept.value.__traceback__ is not None  # an attempt that failed has no hold on it
     with pytest.raises(ConfigError, match="Rule is registered already"):
         LLM(tiny_llama, logits_processors=[rule], **OPTIONS)
     params = SamplingParams(max_tokens=60, ignore_eos=True, extra_args={"rule": 2}, seed=1)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from quire import LLM, SamplingParams
 from quire.errors import InvalidRequestError, NotSupportedError, RequestFailedError
 
-pytest.importorskip("outlines")
+pytest.importorskip("outlines", reason="the library `outlines` is not installed")
 # Outlines sets an option of torch's compiler, whose import warns of what torch itself uses.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
@@ -39,7 +39,7 @@ def processors(llm: LLM) -> Any:
     made: dict[str, Any] = {}
 
     def get(backend: str) -> Any:
-        pytest.importorskip(backend)
+        pytest.importorskip(backend, reason=f"{backend} is not installed")
         if backend not in made:
             made[backend] = outlines_processor(llm, Regex(REGEX), backend)
         return made[backend]
@@ -118,7 +118,7 @@ def test_types_are_made_to_processors_by_outlines(llm: LLM, backend: str) -> Non
 
     from quire.integrations.outlines.processors import outlines_processor
 
-    pytest.importorskip(backend)
+    pytest.importorskip(backend, reason=f"{backend} is not installed")
     processor = outlines_processor(llm, JsonSchema({"enum": ["abc", 23, None]}), backend)
     found = texts(llm, [make_params(processor, seed) for seed in range(6)], 6)
     assert {reason for _, reason in found} == {"stop"}

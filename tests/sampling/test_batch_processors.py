@@ -381,6 +381,15 @@ def test_a_removal_that_fails_is_logged(caplog: pytest.LogCaptureFixture) -> Non
         sampler.remove(0)
         assert "Clumsy.update raised KeyError: 'not here'" in caplog.text
         add(sampler, 0)
+        add(sampler, 1)
+        sampler.sample(logits_of(1), np.array([0]))
+        sampler.remove(0)
+        caplog.clear()
+        add(sampler, 0)
+        assert not sampler.sample(logits_of(2), np.array([0, 1])).failures
+        assert "Clumsy.update raised" in caplog.text
+        sampler.remove(0)
+        add(sampler, 0)
         assert not sampler.sample(logits_of(1), np.array([0])).failures
     finally:
         logger.removeHandler(caplog.handler)
