@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from quire.llm import LLM
+    from quire.tokenizer.tokenizer import Tokenizer
 
 _CONTAINERS = (list, dict, set, bytearray, deque)
 
@@ -141,7 +142,9 @@ class SequenceProcessor:
         return whole
 
 
-def outlines_processor(llm: LLM, output_type: Any, backend: str | None = None) -> OutlinesProcessor:
+def outlines_processor(
+    llm: LLM | Tokenizer, output_type: Any, backend: str | None = None
+) -> OutlinesProcessor:
     """Return what Outlines itself makes of an output type, for requests of an engine.
 
     Unlike ``structured_outputs``, for which quire compiles and enforces constraints, this is a
@@ -150,8 +153,9 @@ def outlines_processor(llm: LLM, output_type: Any, backend: str | None = None) -
 
     Parameters
     ----------
-    llm : quire.LLM
-        Whose tokenizer it is made for. Also taken is a model of this adapter.
+    llm : quire.LLM or its tokenizer
+        What it is made for. Also taken is a model of this adapter; of an AsyncLLM, what
+        ``await async_llm.get_tokenizer()`` returns.
     output_type : object
         As in ``outlines.Generator(model, output_type)``.
     backend : {"outlines_core", "llguidance", "xgrammar"}, optional
@@ -165,21 +169,21 @@ def outlines_processor(llm: LLM, output_type: Any, backend: str | None = None) -
     Raises
     ------
     InvalidRequestError
-        The engine has no tokenizer, or there is no output type.
+        There is no output type.
+    NotSupportedError
+        The engine has no tokenizer.
     """
     from outlines.generator import SteerableGenerator
     from outlines.models import Transformers
 
+    from quire.tokenizer.tokenizer import Tokenizer
+
     if output_type is None:
         raise InvalidRequestError("output_type must be a type that Outlines knows, got None")
-    tokenizer = getattr(llm, "llm", llm).get_tokenizer()
-    if tokenizer is None:
-        raise InvalidRequestError(
-            "a processor is made for a tokenizer, and this engine has none "
-            "(skip_tokenizer_init=True)"
-        )
+    source: Any = getattr(llm, "llm", llm)
+    tokenizer = source if isinstance(source, Tokenizer) else source.get_tokenizer()
     # Of its own: Outlines sets the side of padding and a padding token.
-    converted = copy.copy(tokenizer.to_transformers())
+    converted = copy.deepcopy(tokenizer.to_transformers())
     # Backends ask such a model for its tokenizer, and for nothing else.
     nobody: Any = None
     model = Transformers(nobody, converted)

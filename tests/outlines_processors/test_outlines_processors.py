@@ -250,3 +250,37 @@ def test_compilers_are_left_as_they_were(llm: LLM, processors: Any) -> None:
     """Functions that torch compiles for others are compiled again after a request."""
     texts(llm, make_params(processors("llguidance"), 1))
     assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+async def test_an_async_engine_takes_them_too(llm: LLM, processors: Any) -> None:
+    """Made for its tokenizer, they are as those made for the engine."""
+    from outlines.types import Regex
+
+    from quire import AsyncLLM
+    from quire.integrations.outlines.processors import outlines_processor
+
+    class Model:
+        pass
+
+    async_llm = AsyncLLM.from_llm(llm)
+    made = outlines_processor(await async_llm.get_tokenizer(), Regex(REGEX), "outlines_core")
+    expected = texts(llm, make_params(processors("outlines_core"), 5))
+    async for output in async_llm.generate([5, 6, 7], make_params(made, 5)):
+        found = [(output.outputs[0].text, output.outputs[0].finish_reason)]
+    assert found == expected
+    model: Any = Model()
+    model.llm = llm
+    again = outlines_processor(model, Regex(REGEX), "outlines_core")
+    assert texts(llm, make_params(again, 5)) == expected
+    with pytest.raises(InvalidRequestError, match="output_type"):
+        outlines_processor(llm, None)
+
+
+def test_an_engine_without_a_tokenizer_has_none_to_make_them_for(tiny_llama: Any) -> None:
+    from quire.integrations.outlines.processors import outlines_processor
+
+    with (
+        LLM(tiny_llama, skip_tokenizer_init=True, **OPTIONS) as llm,
+        pytest.raises(NotSupportedError, match="no tokenizer"),
+    ):
+        outlines_processor(llm, int)
