@@ -18,6 +18,9 @@ _HOMES = {
     "BeamSearchParams": "quire.sampling_params",
     "RequestOutputKind": "quire.sampling_params",
     "SamplingParams": "quire.sampling_params",
+    "AddedRow": "quire.logits_processor",
+    "BatchChange": "quire.logits_processor",
+    "LogitsProcessor": "quire.logits_processor",
     "StructuredOutputsParams": "quire.structured_outputs",
     "BeamSearchOutput": "quire.outputs",
     "BeamSearchSequence": "quire.outputs",
@@ -40,7 +43,9 @@ _HOMES = {
 
 __all__ = [
     "LLM",
+    "AddedRow",
     "AsyncLLM",
+    "BatchChange",
     "BeamSearchOutput",
     "BeamSearchParams",
     "BeamSearchSequence",
@@ -49,6 +54,7 @@ __all__ = [
     "EngineClosedError",
     "EngineConfig",
     "InvalidRequestError",
+    "LogitsProcessor",
     "Logprob",
     "ModelLoadError",
     "ModelNotFoundError",
@@ -83,6 +89,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from quire.llm import LLM
+    from quire.logits_processor import AddedRow, BatchChange, LogitsProcessor
     from quire.outputs import (
         BeamSearchOutput,
         BeamSearchSequence,

@@ -5,9 +5,11 @@ What they mean, their defaults and their checks are in :mod:`quire.config`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from quire.logits_processor import LogitsProcessor
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +48,7 @@ class EngineArguments(TypedDict, total=False):
     seed: int | None
     device: str | torch.device | None
     batch_invariant: bool | None
+    logits_processors: Sequence[LogitsProcessor | type[LogitsProcessor]] | None
     # Checked, without effect.
     enforce_eager: bool | None
     compilation_config: Any
@@ -84,7 +87,6 @@ class EngineArguments(TypedDict, total=False):
     structured_outputs_config: Any
     guided_decoding_backend: str | None
     reasoning_parser: str | None
-    logits_processors: Any
     logprobs_mode: str | None
     override_generation_config: Any
     task: str | None

@@ -21,6 +21,7 @@ from quire.models.hf_config import (
     resolve_dtype,
 )
 from quire.models.loader import load_model
+from quire.sampling.batch_processors import BatchProcessors
 from quire.sampling.sampler import Sampler
 from quire.tokenizer import load_tokenizer
 from quire.utils import log
@@ -49,6 +50,15 @@ def build_engine(config: EngineConfig) -> Engine:
     OutOfMemoryError
         When weights or KV cache do not fit.
     """
+    processors = BatchProcessors(config.logits_processors)
+    try:
+        return _build(config, processors)
+    except BaseException:
+        processors.close()  # the next attempt may be given the same ones
+        raise
+
+
+def _build(config: EngineConfig, processors: BatchProcessors) -> Engine:
     log.configure()
     num_threads = apply_thread_count()
     device = choose_device(config.device)
@@ -111,6 +121,7 @@ def build_engine(config: EngineConfig) -> Engine:
         max_num_seqs=config.scheduler.max_num_seqs,
         device=device,
         kernels=kernels,
+        processors=processors,
     )
     logger.info(
         start_line(

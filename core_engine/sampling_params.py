@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal
 
@@ -128,6 +128,13 @@ class SamplingParams:
         Each is called as ``f(token_ids, logits)`` or ``f(prompt_token_ids, token_ids, logits)``
         before a token is chosen, with the ids generated so far and float32 logits
         ``[vocab_size]``, and returns logits of that shape (the same tensor, changed, will do).
+        An object that has a method ``for_sequence()`` stands for the callable that this returns:
+        it is asked for one for each sequence (each of ``n`` completions, each beam), and again
+        when a sequence that was interrupted goes on, so that a callable which keeps state keeps
+        that of one sequence. Other callables are shared, and are to follow from their arguments.
+    extra_args : dict, optional
+        What the request has for the engine's own processors, see
+        :class:`quire.LogitsProcessor`. Handed on as it is.
     structured_outputs : StructuredOutputsParams, optional
         What the text has to match, as a regex, a JSON schema, a choice or a grammar. Also taken
         is a dict of its fields. Of tokens that the grammar does not allow none is generated,
@@ -178,7 +185,8 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     truncate_prompt_tokens: int | None = None
-    logits_processors: list[Callable[..., Any]] | None = None
+    logits_processors: list[Any] | None = None
+    extra_args: dict[str, Any] | None = None
     structured_outputs: StructuredOutputsParams | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     use_beam_search: bool = False
@@ -250,13 +258,19 @@ class SamplingParams:
             if self.truncate_prompt_tokens == 0:
                 raise refuse("truncate_prompt_tokens", 0, expected)
         if self.logits_processors is not None:
-            expected = "a list of callables or None"
+            expected = "a list of callables, or of objects with for_sequence(), or None"
             if not isinstance(self.logits_processors, (list, tuple)):
                 raise refuse("logits_processors", self.logits_processors, expected)
             for item in self.logits_processors:
-                if not callable(item):
+                if not callable(item) and not callable(getattr(item, "for_sequence", None)):
                     raise refuse("logits_processors", self.logits_processors, expected)
             self.logits_processors = list(self.logits_processors)
+        if self.extra_args is not None:
+            if not isinstance(self.extra_args, Mapping) or not all(
+                isinstance(k, str) for k in self.extra_args
+            ):
+                raise refuse("extra_args", self.extra_args, "a dict whose keys are strings or None")
+            self.extra_args = dict(self.extra_args)
         constraint: Any = self.structured_outputs
         if constraint is not None and not isinstance(constraint, StructuredOutputsParams):
             if not isinstance(constraint, Mapping) or not all(

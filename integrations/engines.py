@@ -94,7 +94,21 @@ def engine_key(config: EngineConfig) -> Hashable:
     files = checkpoint_fingerprint(config)
     for name, fingerprint in files.items():
         arguments[name] = fingerprint[0]  # the same folder by another spelling is the same folder
-    return (_hashable(arguments), _hashable(files))
+    processors = arguments.pop("logits_processors")
+    return (_hashable(arguments), _hashable(files), tuple(map(_Itself, processors)))
+
+
+class _Itself:
+    """An object that is equal to itself alone, whatever its class says of it."""
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and other._value is self._value
+
+    def __hash__(self) -> int:
+        return id(self._value)
 
 
 def _hashable(value: Any) -> Hashable:

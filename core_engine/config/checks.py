@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from quire.errors import ConfigError, NotSupportedError
+from quire.logits_processor import LogitsProcessor
 from quire.utils.checks import shown
 
 Check = Callable[[str, Any], Any]
@@ -149,6 +150,18 @@ def token(name: str, value: Any) -> str | bool:
     if isinstance(value, bool) or (isinstance(value, str) and value):
         return value
     raise ConfigError(f"{name} must be a string, True (the stored token) or False")
+
+
+def processors(name: str, value: Any) -> tuple[Any, ...]:
+    """Take a list of logits processors or of their classes."""
+    right = "a list of quire.LogitsProcessor objects, or of subclasses of it"
+    if not isinstance(value, (list, tuple)):
+        raise refuse(name, value, right)
+    for item in value:
+        is_class = isinstance(item, type) and issubclass(item, LogitsProcessor)
+        if not is_class and not isinstance(item, LogitsProcessor):
+            raise refuse(name, value, right)
+    return tuple(value)
 
 
 def anything(name: str, value: Any) -> Any:

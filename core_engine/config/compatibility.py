@@ -56,7 +56,6 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "structured_outputs_config": (None,),
     "guided_decoding_backend": (None, "auto"),
     "reasoning_parser": (None, ""),
-    "logits_processors": (None, []),
     "logprobs_mode": ("raw_logprobs",),
     "override_generation_config": (None, {}),
     "task": (None, "auto", "generate"),

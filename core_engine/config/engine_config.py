@@ -11,6 +11,7 @@ from typing import Any
 from quire.config import checks
 from quire.config.compatibility import NO_EFFECT, NOT_OFFERED, check_off
 from quire.errors import ConfigError
+from quire.logits_processor import LogitsProcessor
 from quire.structured_outputs import BACKENDS
 from quire.utils.suggest import unexpected_argument
 
@@ -190,6 +191,8 @@ class EngineConfig(_Checked):
         batch, and however its prompt is cut, cached or taken up again. The native CPU kernels do
         so in float32 and bfloat16 at no cost, so None has it wherever they run; True refuses
         a model or a machine that they do not run on.
+    logits_processors : tuple of LogitsProcessor or type
+        The engine's own, which serve all requests; see :class:`quire.LogitsProcessor`.
     """
 
     model: ModelConfig
@@ -199,6 +202,9 @@ class EngineConfig(_Checked):
     seed: int = _arg(0, checks.integer(0, 2**64 - 1))
     device: str = _arg("auto", checks.device)
     batch_invariant: bool | None = _arg(None, checks.boolean)
+    logits_processors: tuple[LogitsProcessor | type[LogitsProcessor], ...] = _arg(
+        (), checks.processors
+    )
 
     @classmethod
     def create(cls, model: str | os.PathLike[str], **kwargs: Any) -> EngineConfig:
@@ -209,8 +215,9 @@ class EngineConfig(_Checked):
         model : str or path
         **kwargs
             The fields of :class:`ModelConfig`, :class:`CacheConfig`, :class:`SchedulerConfig`,
-            :class:`StructuredOutputsConfig`, ``seed``, ``device``, ``batch_invariant``, and the
-            names in :mod:`quire.config.compatibility`. None is the default of any of them.
+            :class:`StructuredOutputsConfig`, ``seed``, ``device``, ``batch_invariant``,
+            ``logits_processors``, and the names in :mod:`quire.config.compatibility`. None is the
+            default of any of them.
 
         Raises
         ------
@@ -271,7 +278,7 @@ _PARTS: dict[str, type[Any]] = {
     "structured": StructuredOutputsConfig,
 }
 
-_OWN = ("seed", "device", "batch_invariant")
+_OWN = ("seed", "device", "batch_invariant", "logits_processors")
 """The flat arguments that are fields of the whole."""
 
 

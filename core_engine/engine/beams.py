@@ -122,7 +122,7 @@ def advance_beams(
             going_on[parent.index] = token_id
             live.beam_order.append(parent.index)
     for index, token_id in going_on.items():
-        running.continue_beam(live, live.sequences[index], token_id)
+        running.continue_beam(live.sequences[index], token_id)
     for parent in parents:
         if parent.index not in going_on:
             running.finish(live, parent)

@@ -24,7 +24,7 @@ from quire.engine.sequence_table import SequenceTable
 from quire.engine.token_logprobs import TokenLogprobsMaker
 from quire.errors import EngineClosedError, InvalidRequestError, RequestFailedError
 from quire.outputs import RequestOutput
-from quire.sampling.processors import LogitsProcessors
+from quire.sampling.processors import check_processors
 from quire.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -131,7 +131,8 @@ class Engine:
             )
         params = request.params
         if params.logits_processors:
-            LogitsProcessors(params.logits_processors, request.prompt_token_ids)  # checks them
+            check_processors(params.logits_processors)
+        self._sampler.check(params)
         eos_token_ids = frozenset() if params.ignore_eos else self._eos_token_ids
         beam = None
         if params.use_beam_search:
@@ -402,6 +403,7 @@ class Engine:
         self._runner = None
         self.abort(list(self._requests))
         self._constraints.close()
+        self._sampler.close()
 
 
 def _failure(request_id: str, error: BaseException) -> RequestFailedError:

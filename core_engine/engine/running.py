@@ -77,15 +77,12 @@ class RunningSequences:
             for token_id in token_ids:
                 self.table.append(np.array([sequence.row]), np.array([token_id]))
 
-    def continue_beam(self, live: LiveRequest, sequence: Sequence, token_id: int) -> None:
+    def continue_beam(self, sequence: Sequence, token_id: int) -> None:
         """Give a parked sequence its token and let it go on."""
         sequence.output_token_ids.append(token_id)
         if sequence.constraint is not None:
             sequence.constraint.accept([token_id])
-        if sequence.row >= 0:
-            self.extend(sequence, [token_id])
-            self.sampler.remove(sequence.row)
-            self._add_to_sampler(live, sequence)
+        self.extend(sequence, [token_id])
         self.scheduler.unpark(sequence)
 
     def finish(self, live: LiveRequest, sequence: Sequence) -> None:

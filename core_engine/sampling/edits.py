@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from quire.kernels import Backend
 
 Places = Sequence[int]
+Failures = dict[int, BaseException]
 
 
 class _Entries:
@@ -61,8 +62,12 @@ class _Entries:
 
 
 def edit_logits(
-    logits: torch.Tensor, rows: Sequence[Row], places: Places, kernels: Backend
-) -> dict[int, BaseException]:
+    logits: torch.Tensor,
+    rows: Sequence[Row],
+    places: Places,
+    kernels: Backend,
+    process: Callable[[Failures], Failures],
+) -> Failures:
     """Change the logits as their sequences ask, in the order that `Sampler` documents.
 
     Parameters
@@ -74,6 +79,9 @@ def edit_logits(
     places : sequence of int
         Where in ``logits`` each of them is.
     kernels : Backend
+    process : callable
+        Calls the engine's own processors when their turn has come, with the rows that have failed
+        by then, and returns the others that fail.
 
     Returns
     -------
@@ -102,19 +110,18 @@ def edit_logits(
     if biases:
         logits[biases.index(device)] += biases.values(device)
     failures = _process(logits, processed)
+    failures |= process(failures)
     if penalized:
         _penalize(logits, penalized, kernels)
     return failures
 
 
-def _process(
-    logits: torch.Tensor, processed: Sequence[tuple[int, Row]]
-) -> dict[int, BaseException]:
-    failures: dict[int, BaseException] = {}
+def _process(logits: torch.Tensor, processed: Sequence[tuple[int, Row]]) -> Failures:
+    failures: Failures = {}
     for place, row in processed:
         assert row.processors is not None
         try:
-            if torch.isnan(logits[place]).any():
+            if logits[place].amax().isnan():
                 raise QuireError("the model produced NaN logits")
             # A copy, so that a processor that keeps its logits does not keep the batch's.
             logits[place] = row.processors(row.output_token_ids, logits[place].clone())

@@ -4,17 +4,43 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 
 from quire.errors import InvalidRequestError
 
-LogitsProcessor = Callable[..., torch.Tensor]
+RowProcessor = Callable[..., torch.Tensor]
 """``f(token_ids, logits)`` or ``f(prompt_token_ids, token_ids, logits)``, returning logits."""
 
 
-def takes_prompt(processor: LogitsProcessor) -> bool:
+class SequenceState(Protocol):
+    """What is given in place of a callable that keeps state, of which each sequence has its own."""
+
+    def for_sequence(self) -> RowProcessor:
+        """Return the callable of a sequence.
+
+        It is called for that sequence alone, as any other, with all that was generated so far:
+        mostly one token more than the last time. More at the first call are those of a sequence
+        that was interrupted and goes on, or of a beam that branched off.
+        """
+        ...
+
+
+def check_processors(processors: Sequence[RowProcessor | SequenceState]) -> None:
+    """Refuse what cannot be called as a logits processor, as far as that shows before.
+
+    Raises
+    ------
+    InvalidRequestError
+        A callable that takes neither two nor three arguments.
+    """
+    for processor in processors:
+        if _factory(processor) is None:
+            takes_prompt(cast(RowProcessor, processor))
+
+
+def takes_prompt(processor: RowProcessor) -> bool:
     """Return whether a processor is to be called with the prompt's token ids first.
 
     Parameters
@@ -48,7 +74,7 @@ class LogitsProcessors:
 
     Parameters
     ----------
-    processors : sequence of callable
+    processors : sequence of callable, or of objects with ``for_sequence``
     prompt_token_ids : list of int
         Handed, as a copy, to processors of three arguments.
 
@@ -59,9 +85,13 @@ class LogitsProcessors:
     """
 
     def __init__(
-        self, processors: Sequence[LogitsProcessor], prompt_token_ids: Sequence[int]
+        self,
+        processors: Sequence[RowProcessor | SequenceState],
+        prompt_token_ids: Sequence[int],
     ) -> None:
-        self._processors = [(processor, takes_prompt(processor)) for processor in processors]
+        check_processors(processors)
+        self._given = processors
+        self._processors: list[tuple[RowProcessor, bool]] | None = None
         self._prompt_token_ids = prompt_token_ids
 
     def __call__(self, token_ids: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
@@ -80,6 +110,9 @@ class LogitsProcessors:
             A processor raised (its exception is the cause), or returned something else than
             such logits.
         """
+        if self._processors is None:
+            # Not before: what is raised here is to fail the request, and nothing else.
+            self._processors = [_start(processor) for processor in self._given]
         for processor, with_prompt in self._processors:
             history = [list(self._prompt_token_ids)] if with_prompt else []
             try:
@@ -92,7 +125,34 @@ class LogitsProcessors:
         return logits
 
 
-def _checked(processor: LogitsProcessor, result: Any, logits: torch.Tensor) -> torch.Tensor:
+def _factory(processor: RowProcessor | SequenceState) -> Callable[[], RowProcessor] | None:
+    # A class has the method, too, and is no object that could be asked.
+    factory = None if isinstance(processor, type) else getattr(processor, "for_sequence", None)
+    return factory if callable(factory) else None
+
+
+def _start(processor: RowProcessor | SequenceState) -> tuple[RowProcessor, bool]:
+    """Return the callable of one sequence, and whether it takes the prompt."""
+    factory = _factory(processor)
+    if factory is None:
+        own = cast(RowProcessor, processor)
+        return own, takes_prompt(own)
+    try:
+        own = factory()
+    except BaseException as error:  # also SystemExit: its request is to fail alone
+        raise InvalidRequestError(
+            f"logits processor {_name(processor)}.for_sequence raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not callable(own):
+        raise InvalidRequestError(
+            f"logits processor {_name(processor)}.for_sequence must return a callable, got "
+            f"{type(own).__name__}"
+        )
+    return own, takes_prompt(own)
+
+
+def _checked(processor: RowProcessor, result: Any, logits: torch.Tensor) -> torch.Tensor:
     expected = f"a float32 tensor of shape {tuple(logits.shape)} without NaN"
     if not isinstance(result, torch.Tensor):
         got = type(result).__name__
@@ -101,7 +161,7 @@ def _checked(processor: LogitsProcessor, result: Any, logits: torch.Tensor) -> t
         got = f"{kind} of shape {tuple(result.shape)}"
     elif result.device != logits.device:
         got = f"one on {result.device} instead of {logits.device}"
-    elif torch.isnan(result.detach()).any():
+    elif result.detach().amax().isnan():
         got = "NaN"
     else:
         return result.detach()
@@ -110,5 +170,6 @@ def _checked(processor: LogitsProcessor, result: Any, logits: torch.Tensor) -> t
     )
 
 
-def _name(processor: LogitsProcessor) -> str:
-    return getattr(processor, "__qualname__", None) or repr(processor)
+def _name(processor: RowProcessor | SequenceState) -> str:
+    name = getattr(processor, "__qualname__", None)
+    return name if isinstance(name, str) else repr(processor)

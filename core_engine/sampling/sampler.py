@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from quire.errors import InvalidRequestError, QuireError
+from quire.sampling.batch_processors import BatchProcessors
 from quire.sampling.edits import edit_logits
 from quire.sampling.logprobs import LogprobsTensors
 from quire.sampling.random import uniforms
@@ -31,6 +32,7 @@ _EDIT = 2
 _BEAMS = 4
 _LOGPROBS = 8
 _MASK = 16
+_PROCESSORS = 32
 
 
 @dataclass(slots=True)
@@ -66,7 +68,8 @@ class Sampler:
        should a processor have raised what it forbids;
        ``allowed_token_ids``, ``bad_words`` and ``min_tokens`` forbid tokens;
     3. ``logit_bias`` is added;
-    4. ``logits_processors`` are called, in their order;
+    4. ``logits_processors`` are called, in their order, and then the engine's own, which so
+       have the last word;
     5. repetition, frequency and presence penalties are applied;
     6. at temperature 0 the likeliest token is taken; else logits are divided by the
        temperature, then ``min_p``, ``top_k`` and ``top_p`` each leave tokens out of what the
@@ -84,14 +87,23 @@ class Sampler:
     device : torch.device
         Where the logits are.
     kernels : Backend
+    processors : BatchProcessors, optional
+        The engine's own.
     """
 
     def __init__(
-        self, *, vocab_size: int, max_num_seqs: int, device: torch.device, kernels: Backend
+        self,
+        *,
+        vocab_size: int,
+        max_num_seqs: int,
+        device: torch.device,
+        kernels: Backend,
+        processors: BatchProcessors | None = None,
     ) -> None:
         self._vocab_size = vocab_size
         self._device = device
         self._kernels = kernels
+        self._processors = BatchProcessors() if processors is None else processors
         self._rows: list[Row | None] = [None] * max_num_seqs
         self._needs = np.zeros(max_num_seqs, dtype=np.int64)
         self._temperature = np.ones(max_num_seqs, dtype=np.float64)
@@ -100,6 +112,15 @@ class Sampler:
         self._min_p = np.zeros(max_num_seqs, dtype=np.float64)
         self._seeds = np.zeros(max_num_seqs, dtype=np.uint64)
         self._num_logprobs = np.zeros(max_num_seqs, dtype=np.int64)
+
+    def check(self, params: SamplingParams) -> None:
+        """Refuse parameters that a processor of the engine does not take.
+
+        Raises
+        ------
+        InvalidRequestError
+        """
+        self._processors.check(params)
 
     def add(
         self,
@@ -150,6 +171,10 @@ class Sampler:
             need |= _EDIT
         if masked:
             need |= _MASK
+        if self._processors and self._processors.add(
+            row, params, prompt_token_ids, output_token_ids
+        ):
+            need |= _PROCESSORS
         if params.use_beam_search:
             need |= _BEAMS
             asked = num_beam_candidates(params, eos_token_ids)
@@ -173,6 +198,12 @@ class Sampler:
         """Take a row back from its sequence; a free row stays free."""
         self._rows[row] = None
         self._needs[row] = 0
+        if self._processors:
+            self._processors.remove(row)
+
+    def close(self) -> None:
+        """Let the engine's processors go."""
+        self._processors.close()
 
     def needs_logits(self, rows: npt.NDArray[np.int64]) -> bool:
         """Whether any of the rows needs more than the likeliest token of its logits."""
@@ -205,7 +236,7 @@ class Sampler:
         Parameters
         ----------
         logits : Tensor[num_rows, vocab_size]
-            Of each row's last token; left as they are.
+            Of each row's last token; not to be used again.
         rows : ndarray[num_rows], int64
             Whose they are; each row at most once.
         masks : Masks, optional
@@ -219,8 +250,9 @@ class Sampler:
         union = int(np.bitwise_or.reduce(needs)) if len(rows) else 0
         raw = logits.float()
         edited, failures = raw, {}
-        if union & (_EDIT | _BEAMS | _MASK):
-            edited = raw.clone()
+        if union & (_EDIT | _BEAMS | _MASK | _PROCESSORS):
+            # A mask alone leaves to see what the model gave, where that matters.
+            edited = raw.clone() if union & ~(_MASK | _DRAW) else raw
             failures = self._edit(edited, rows, needs, masks)
         token_ids = self._choose(raw, edited, rows, needs, failures)
         logprobs = None
@@ -262,9 +294,15 @@ class Sampler:
             self._kernels.apply_bitmask(logits, masked, masks.bitmask)
         places = np.flatnonzero(needs & _EDIT).tolist()
         states = [state for place in places if (state := self._rows[rows[place]]) is not None]
-        failures = edit_logits(logits, states, places, self._kernels)
+        batchwise = (needs & _PROCESSORS).any()
+
+        def process(failures: dict[int, BaseException]) -> dict[int, BaseException]:
+            known = failures if masks is None else failures | masks.failures
+            return self._processors.apply(logits, rows, known) if batchwise else {}
+
+        failures = edit_logits(logits, states, places, self._kernels, process)
         if masks is not None:
-            if any(state.processors is not None for state in states):
+            if batchwise or any(state.processors is not None for state in states):
                 self._kernels.apply_bitmask(logits, masked, masks.bitmask)
             failures |= masks.failures
         return failures
@@ -281,7 +319,8 @@ class Sampler:
         token_ids, highest = self._kernels.argmax(logits)
         if not np.isfinite(highest).all():
             beams = set(np.flatnonzero(needs & _BEAMS).tolist())
-            logits = _usable(raw, logits, highest, beams, failures)
+            masked = set(np.flatnonzero(needs & _MASK).tolist()) if raw is logits else set()
+            logits = _usable(raw, logits, highest, beams, masked, failures)
             token_ids, _ = self._kernels.argmax(logits)
         drawn = (needs & _DRAW) != 0
         if drawn.all():
@@ -353,19 +392,21 @@ def _usable(
     logits: torch.Tensor,
     highest: npt.NDArray[np.float32],
     beams: set[int],
+    masked: set[int],
     failures: dict[int, BaseException],
 ) -> torch.Tensor:
     """Return logits, changed where nothing can be chosen by them, adding such rows to failures.
 
     A row in which a processor made logits infinite is left with just these tokens. A beam that
-    has no continuation is no failure: others of its search may have.
+    has no continuation is no failure: others of its search may have. In ``masked`` rows, ``raw``
+    is what a mask has left.
     """
     logits = logits.clone()
     for place in np.flatnonzero(~np.isfinite(highest)).tolist():
         top = float(raw[place].amax())
         if place in failures:
             pass
-        elif not math.isfinite(top):
+        elif not math.isfinite(top) and not (top == -math.inf and place in masked):
             failures[place] = _model_error(top)
         elif highest[place] == torch.inf:
             forced = logits[place] == torch.inf

@@ -128,6 +128,7 @@ class EngineModel(Serializable):
     allowed_token_ids: list[int] | None = None
     truncate_prompt_tokens: int | None = None
     logits_processors: list[Any] | None = None
+    extra_args: dict[str, Any] | None = None
     structured_outputs: Any = None
     use_beam_search: bool = False
     length_penalty: float = 1.0
@@ -455,7 +456,12 @@ def _engine_identity(config: EngineConfig) -> dict[str, Any]:
     """Return what of an engine changes its answers; memory and scheduling do not."""
 
     def relevant(config: EngineConfig) -> dict[str, Any]:
-        return {**vars(config.model), "seed": config.seed, "device": config.device}
+        return {
+            **vars(config.model),
+            "seed": config.seed,
+            "device": config.device,
+            "logits_processors": [callable_name(p) for p in config.logits_processors],
+        }
 
     default = relevant(EngineConfig.create(config.model.model))
     files = checkpoint_fingerprint(config)

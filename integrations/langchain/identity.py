@@ -7,7 +7,6 @@ import itertools
 import threading
 import uuid
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 from quire.integrations.engines import folder_fingerprint
@@ -18,8 +17,8 @@ _NUMBERS: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
-def callable_name(function: Callable[..., Any]) -> str:
-    """Return a text that no other callable has, in this process or another.
+def callable_name(function: object) -> str:
+    """Return a text that no other callable or object has, in this process or another.
 
     The address that ``repr`` prints will not do: it is given to another function once the first
     is gone, and a cache that outlives the process would mix both up.

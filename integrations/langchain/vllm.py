@@ -68,7 +68,7 @@ class VLLM(EngineModel, BaseLLM):
 top_k, min_p, seed, stop, stop_token_ids, bad_words, include_stop_str_in_output, ignore_eos, \
 min_tokens, logprobs, prompt_logprobs, detokenize, skip_special_tokens, \
 spaces_between_special_tokens, logit_bias, allowed_token_ids, truncate_prompt_tokens, \
-logits_processors, structured_outputs, use_beam_search, length_penalty, early_stopping
+logits_processors, extra_args, structured_outputs, use_beam_search, length_penalty, early_stopping
         As in :class:`quire.SamplingParams`. ``stop`` is joined by the ``stop`` of a call. With
         ``use_beam_search``, a temperature of 1.0, the default, counts as unset.
     max_new_tokens : int or None, default 512

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quire import LLM, AsyncLLM
+from quire import LLM, AsyncLLM, LogitsProcessor
 from quire.arguments import EngineArguments
 from quire.config import (
     NO_EFFECT,
@@ -32,7 +32,16 @@ FIELDS = [
     spec.name
     for part in (ModelConfig, CacheConfig, SchedulerConfig, StructuredOutputsConfig)
     for spec in dataclasses.fields(part)
-] + ["seed", "device", "batch_invariant"]
+] + ["seed", "device", "batch_invariant", "logits_processors"]
+
+
+class Nothing(LogitsProcessor):
+    def update(self, change):
+        pass
+
+    def apply(self, logits):
+        return logits
+
 
 VALID = {
     "tokenizer": ["other", Path("other")],
@@ -58,6 +67,7 @@ VALID = {
     "structured_outputs_forced_tokens": [True, False],
     "seed": [0, 2**64 - 1],
     "device": ["auto", "cpu", "cuda", "cuda:1", torch.device("cpu")],
+    "logits_processors": [[], (), [Nothing], (Nothing(), Nothing)],
 }
 BOOLEANS = [
     "skip_tokenizer_init",
@@ -90,6 +100,7 @@ INVALID = {
     "structured_outputs_forced_tokens": ["yes", 2],
     "seed": [-1, 2**64, 0.5, "0"],
     "device": ["tpu", "cuda:", "cuda:x", "cpu:0", 0],
+    "logits_processors": ["module:Class", ["module:Class"], [3], [len], [int], Nothing],
     "model": ["", "  ", 5, b"bytes"],
     **{name: ["yes", 1, 0] for name in BOOLEANS},
 }

@@ -40,6 +40,36 @@ def test_equal_models_share_an_engine(fake: Any) -> None:
     assert VLLM(model="m", dtype="float16").client is other[1].client
 
 
+def test_engines_with_logits_processors_are_shared_by_those_with_the_very_same() -> None:
+    """Objects that are equal may hold different rows; and what answers differ by is told."""
+    from quire import LogitsProcessor
+
+    class Equal(LogitsProcessor):
+        def __eq__(self, other: object) -> bool:
+            return True
+
+        __hash__ = None  # type: ignore[assignment]
+
+        def __repr__(self) -> str:
+            return "Equal()"
+
+        def update(self, change: Any) -> None:
+            pass
+
+        def apply(self, logits: Any) -> Any:
+            return logits
+
+    def key(*processors: Any) -> Any:
+        return engine_key(EngineConfig.create("m", logits_processors=list(processors)))
+
+    one, other = Equal(), Equal()
+    assert key(one) == key(one)
+    assert hash(key(one)) == hash(key(one))
+    assert key(Equal) == key(Equal)
+    assert key() == engine_key(EngineConfig.create("m"))
+    assert len({key(), key(one), key(other), key(Equal), key(one, one)}) == 5
+
+
 def test_engine_goes_with_its_last_user(fake: Any) -> None:
     """Dropping all objects frees the engine, and the next asker gets a new one."""
     one, two = VLLM(model="m"), VLLM(model="m")

@@ -51,6 +51,7 @@ REFUSED: list[tuple[str, Any]] = [
     *[("allowed_token_ids", value) for value in ([], [-1], ["1"], 3)],
     *[("truncate_prompt_tokens", value) for value in (0, -2, 1.0, True)],
     *[("logits_processors", value) for value in (len, [3], "f")],
+    *[("extra_args", value) for value in ([3], "f", {3: 4})],
     *[("structured_outputs", value) for value in ("json", 5, [])],
     *[("output_kind", value) for value in (3, "delta", None)],
     *[("use_beam_search", value) for value in (1, None)],
@@ -104,6 +105,7 @@ ACCEPTED: list[tuple[str, Any, Any]] = [
     ("truncate_prompt_tokens", -1, -1),
     ("output_kind", 1, RequestOutputKind.DELTA),
     ("logits_processors", (max,), [max]),
+    ("extra_args", {"banned": [3]}, {"banned": [3]}),
 ]
 
 
@@ -145,7 +147,8 @@ def test_fields_that_contradict_each_other_are_refused(values: dict[str, Any], n
 def test_fields_and_defaults_are_those_that_users_of_vllm_know() -> None:
     """What is left out of a call means what it means there."""
     nothing = ("best_of", "seed", "logprobs", "prompt_logprobs", "logit_bias", "allowed_token_ids")
-    nothing += ("truncate_prompt_tokens", "logits_processors", "structured_outputs")
+    nothing += ("truncate_prompt_tokens", "logits_processors", "extra_args")
+    nothing += ("structured_outputs",)
     expected: dict[str, Any] = {
         "n": 1,
         "presence_penalty": 0.0,
