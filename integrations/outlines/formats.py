@@ -8,7 +8,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Annotated, Any, Final, get_args, get_origin
 
-from quire.integrations.outlines.schemas import is_term
+from quire.integrations.outlines.schema_objects import is_term
 from quire.structured_outputs import StructuredOutputsParams
 
 INTEGER: Final = r"[+-]?(0|[1-9][0-9]*)"

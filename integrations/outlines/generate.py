@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import Any
 
-from quire.integrations.outlines import formats, schemas
+from quire.integrations.outlines import formats, schema_objects
 from quire.integrations.outlines.generators import SequenceGenerator, llm_of
 from quire.integrations.outlines.samplers import Sampler
 from quire.structured_outputs import StructuredOutputsParams
@@ -52,7 +52,7 @@ def regex(model: Any, regex_str: Any, sampler: Sampler | None = None) -> Sequenc
     SequenceGenerator
         Its results are str.
     """
-    pattern = formats.regex_of(regex_str) if schemas.is_term(regex_str) else regex_str
+    pattern = formats.regex_of(regex_str) if schema_objects.is_term(regex_str) else regex_str
     return SequenceGenerator(model, StructuredOutputsParams(regex=pattern), sampler)
 
 
@@ -87,9 +87,9 @@ def json(
     InvalidRequestError
         The schema is none; it is a ValueError.
     """
-    if whitespace_pattern is None and schemas.is_term(schema_object, "JsonSchema"):
+    if whitespace_pattern is None and schema_objects.is_term(schema_object, "JsonSchema"):
         whitespace_pattern = schema_object.whitespace_pattern
-    schema, parse = schemas.schema_of(schema_object)
+    schema, parse = schema_objects.schema_of(schema_object)
     constraint = _json_constraint(model, schema, whitespace_pattern)
     return SequenceGenerator(model, constraint, sampler, parse)
 
@@ -121,7 +121,7 @@ def cfg(model: Any, cfg_str: Any, sampler: Sampler | None = None) -> SequenceGen
     SequenceGenerator
         Its results are str.
     """
-    grammar = cfg_str.definition if schemas.is_term(cfg_str, "CFG") else cfg_str
+    grammar = cfg_str.definition if schema_objects.is_term(cfg_str, "CFG") else cfg_str
     return SequenceGenerator(model, StructuredOutputsParams(grammar=grammar), sampler)
 
 
@@ -169,7 +169,7 @@ def choice(
     """
     if isinstance(choices, type) and issubclass(choices, Enum):
         return json(model, choices, sampler)
-    if schemas.is_term(choices, "Choice"):
+    if schema_objects.is_term(choices, "Choice"):
         choices = choices.items  # type: ignore[attr-defined]
     expected = "a list of at least one string, or an Enum"
     if isinstance(choices, (str, bytes)) or not isinstance(choices, Iterable):

@@ -10,7 +10,7 @@ import operator
 import sys
 from collections.abc import Callable, Mapping
 from enum import Enum
-from typing import Any, Final, get_type_hints
+from typing import Any, Final, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter, create_model
 from typing_extensions import is_typeddict
@@ -79,7 +79,8 @@ def _schema_of(value: Any) -> tuple[dict[str, Any] | str, Callable[[str], Any]]:
         return closed(TypeAdapter(value).json_schema()), json.loads
     if hasattr(value, "add_object") and hasattr(value, "to_schema"):
         return closed(value.to_schema()), json.loads
-    if callable(value) and (not isinstance(value, type) or dataclasses.is_dataclass(value)):
+    is_function = callable(value) and not isinstance(value, type) and get_origin(value) is None
+    if is_function or (isinstance(value, type) and dataclasses.is_dataclass(value)):
         return closed(_model_of(value).model_json_schema()), json.loads
     raise refuse("schema_object", value, _EXPECTED)
 
