@@ -24,10 +24,16 @@ _EXPECTED: Final = (
     "a TypedDict or a genson SchemaBuilder"
 )
 
+_GENSON_DIALECT: Final = "http://json-schema.org/schema#"
+"""What genson writes unless it is told otherwise; there is no dialect of that name."""
+
 _APPLIED_TOGETHER: Final = frozenset(
     ("allOf", "oneOf", "not", "if", "dependentSchemas", "unevaluatedProperties", "$dynamicRef")
 )
 """Keywords by which one schema looks at members that another one names, or counts on it."""
+
+_MEMBERS: Final = frozenset(("properties", "required"))
+_ALTERNATIVES: Final = ("anyOf", "oneOf")
 
 
 def is_term(value: object, name: str = "Term") -> bool:
@@ -78,7 +84,10 @@ def _schema_of(value: Any) -> tuple[dict[str, Any] | str, Callable[[str], Any]]:
     if is_typeddict(value):
         return closed(TypeAdapter(value).json_schema()), json.loads
     if hasattr(value, "add_object") and hasattr(value, "to_schema"):
-        return closed(value.to_schema()), json.loads
+        schema = value.to_schema()
+        if schema.get("$schema") == _GENSON_DIALECT:
+            del schema["$schema"]
+        return closed(schema), json.loads
     is_function = callable(value) and not isinstance(value, type) and get_origin(value) is None
     if is_function or (isinstance(value, type) and dataclasses.is_dataclass(value)):
         return closed(_model_of(value).model_json_schema()), json.loads
@@ -161,9 +170,10 @@ def closed(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _may_close(schema: Any) -> bool:
     if isinstance(schema, Mapping):
-        if _APPLIED_TOGETHER & schema.keys():
-            return False
-        if schema.keys() & {"properties", "required"} and schema.keys() & {"$ref", "anyOf"}:
+        together = _APPLIED_TOGETHER & schema.keys()
+        if "discriminator" in schema:
+            together -= {"oneOf"}  # a constant tells them apart, closed or not
+        if together or (schema.keys() & _MEMBERS and schema.keys() & {"$ref", *_ALTERNATIVES}):
             return False
         return all(map(_may_close, schema.values()))
     return not isinstance(schema, list) or all(map(_may_close, schema))
@@ -179,13 +189,13 @@ def _closed(schema: Any) -> Any:
     for name in ("items", "additionalProperties"):
         if name in result:
             result[name] = _closed(result[name])
-    for name in ("anyOf", "prefixItems"):
+    for name in (*_ALTERNATIVES, "prefixItems"):
         if isinstance(result.get(name), list):
             result[name] = [_closed(inner) for inner in result[name]]
     properties = result.get("properties")
     if (
         isinstance(properties, Mapping)
-        and not {"additionalProperties", "patternProperties"} & result.keys()
+        and not {"additionalProperties", "minProperties", "patternProperties"} & result.keys()
         and set(result.get("required", ())) <= set(properties)
     ):
         result["additionalProperties"] = False

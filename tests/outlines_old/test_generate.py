@@ -11,6 +11,7 @@ import threading
 from enum import Enum
 
 import pytest
+from genson import SchemaBuilder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from outlines import grammars, types
@@ -77,6 +78,14 @@ def test_json_of_functions_can_be_passed_to_them(model):
     """A function's arguments come as a dict for ``**``; an Enum of functions likewise."""
     assert isinstance(add(**ask(generate.json(model, add, sampler=HOT))), int)
     assert set(ask(generate.json(model, Operation, sampler=HOT))) == {"a", "b"}
+
+
+def test_json_of_a_schema_builder_is_like_what_it_has_learned(model):
+    """What genson writes is enforced."""
+    builder = SchemaBuilder()
+    builder.add_object({"brave": True, "level": 1})
+    members = ask(generate.json(model, builder, sampler=HOT))
+    assert {name: type(value) for name, value in members.items()} == {"brave": bool, "level": int}
 
 
 @pytest.mark.parametrize(

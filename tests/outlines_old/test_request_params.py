@@ -66,7 +66,7 @@ def test_what_sampling_params_set_wins_and_is_not_changed(explicit, sampler, arg
     if (kind == "beam_search" and draws) or (
         kind == "greedy" and "n" in explicit and "temperature" not in explicit
     ):
-        with pytest.raises(InvalidRequestError, match="temperature|top_p|top_k"):
+        with pytest.raises(InvalidRequestError, match=r"temperature|top_p|top_k"):
             request_params(params, parameters_of(sampler), **arguments)
     else:
         combined = request_params(params, parameters_of(sampler), **arguments)

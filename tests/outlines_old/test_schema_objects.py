@@ -116,6 +116,7 @@ def test_members_that_nobody_named_are_not_allowed():
         {**POINT, "additionalProperties": {"type": "integer"}},
         {**POINT, "additionalProperties": True},
         {**POINT, "patternProperties": {"^z": {}}},
+        {**POINT, "minProperties": 3},
         {"type": "object", "properties": {}, "required": ["x"]},
         {"allOf": [POINT, {"type": "object", "properties": {"z": {}}}]},
         {"$ref": "#/$defs/P", "properties": {"z": {}}, "$defs": {"P": POINT}},
@@ -138,6 +139,26 @@ def test_a_pydantic_model_may_allow_further_members():
     schema, parse = schema_of(Open)
     assert schema["additionalProperties"] is True
     assert parse('{"x": 1, "y": 2}') == Open(x=1, y=2)
+
+
+def test_alternatives_that_a_constant_tells_apart_are_closed():
+    """A union of models with a discriminator, each without further members."""
+
+    class Cat(BaseModel):
+        kind: Literal["cat"]
+        lives: int
+
+    class Dog(BaseModel):
+        kind: Literal["dog"]
+
+    class Home(BaseModel):
+        pet: Cat | Dog = Field(discriminator="kind")
+
+    schema, _ = schema_of(Home)
+    validator = jsonschema.Draft202012Validator(schema)
+    assert validator.is_valid({"pet": {"kind": "cat", "lives": 9}})
+    assert validator.is_valid({"pet": {"kind": "dog"}})
+    assert not validator.is_valid({"pet": {"kind": "dog", "lives": 9}})
 
 
 @pytest.mark.parametrize("form", [POINT, json.dumps(POINT), JsonSchema(POINT)])
