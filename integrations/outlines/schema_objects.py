@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, Final, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter, create_model
-from typing_extensions import is_typeddict
+from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter
+from typing_extensions import TypedDict, is_typeddict
 
 from quire.errors import InvalidRequestError
 from quire.structured_outputs import StructuredOutputsParams
@@ -32,6 +32,7 @@ _APPLIED_TOGETHER: Final = frozenset(
 )
 """Keywords by which one schema looks at members that another one names, or counts on it."""
 
+_TYPED_DICT: Final[Any] = TypedDict  # called with what a checker cannot know
 _MEMBERS: Final = frozenset(("properties", "required"))
 _ALTERNATIVES: Final = ("anyOf", "oneOf")
 
@@ -90,7 +91,7 @@ def _schema_of(value: Any) -> tuple[dict[str, Any] | str, Callable[[str], Any]]:
         return closed(schema), json.loads
     is_function = callable(value) and not isinstance(value, type) and get_origin(value) is None
     if is_function or (isinstance(value, type) and dataclasses.is_dataclass(value)):
-        return closed(_model_of(value).model_json_schema()), json.loads
+        return closed(TypeAdapter(_arguments_of(value)).json_schema()), json.loads
     raise refuse("schema_object", value, _EXPECTED)
 
 
@@ -109,7 +110,7 @@ def _of_enum(value: type[Enum]) -> dict[str, Any]:
             value,
             "an Enum with members; a function becomes one by functools.partial",
         )
-    functions = [_model_of(member.value) for member in members if callable(member.value)]
+    functions = [_arguments_of(member.value) for member in members if callable(member.value)]
     values = [member.value for member in members if not callable(member.value)]
     if not functions:
         return {"title": value.__name__, "enum": values}
@@ -122,8 +123,8 @@ def _of_enum(value: type[Enum]) -> dict[str, Any]:
     return {"title": value.__name__, **schema}
 
 
-def _model_of(function: Callable[..., Any]) -> type[BaseModel]:
-    """Return a model of a function's arguments, each of them required."""
+def _arguments_of(function: Callable[..., Any]) -> Any:
+    """Return a TypedDict of a function's arguments, each of them required."""
     plain = function
     while isinstance(plain, functools.partial):
         plain = plain.func
@@ -149,8 +150,11 @@ def _model_of(function: Callable[..., Any]) -> type[BaseModel]:
             raise InvalidRequestError(
                 f"{name} must have a type annotation for each argument; {parameter.name!r} has none"
             )
-        arguments[parameter.name] = (hints[parameter.name], ...)
-    return create_model(name, __config__=ConfigDict(extra="forbid"), **arguments)
+        arguments[parameter.name] = hints[parameter.name]
+    # No model: arguments may have names that a model has for methods.
+    typed: Any = _TYPED_DICT(name, arguments)
+    typed.__pydantic_config__ = ConfigDict(extra="forbid")
+    return typed
 
 
 def closed(schema: dict[str, Any]) -> dict[str, Any]:

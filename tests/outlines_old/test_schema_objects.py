@@ -179,6 +179,26 @@ def test_a_function_takes_what_comes_of_its_signature():
     assert add(**parse('{"a": 1, "b": 2}')) == 3
 
 
+def test_arguments_may_have_any_name():
+    """Also those that a pydantic model has a use for, and such as begin with an underscore."""
+
+    def odd(json: int, model_config: int, _private: int, schema: int, *, copy: int) -> None: ...
+
+    schema, _ = schema_of(odd)
+    names = ["json", "model_config", "_private", "schema", "copy"]
+    assert list(schema["properties"]) == schema["required"] == names
+
+
+def test_a_function_without_arguments_takes_nothing():
+    """An empty object."""
+
+    def none() -> None: ...
+
+    schema, _ = schema_of(none)
+    assert jsonschema.Draft202012Validator(schema).is_valid({})
+    assert not jsonschema.Draft202012Validator(schema).is_valid({"a": 1})
+
+
 def test_what_a_partial_has_bound_is_not_asked_for():
     """The result goes into the partial itself."""
     schema, _ = schema_of(functools.partial(mul, pet=Pet(name="a")))
