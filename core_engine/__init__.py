@@ -37,6 +37,7 @@ _HOMES = {
     "OutOfMemoryError": "quire.errors",
     "QuireError": "quire.errors",
     "RequestFailedError": "quire.errors",
+    "StructureIncompleteError": "quire.errors",
     "TokenizerError": "quire.errors",
     "UnsupportedModelError": "quire.errors",
 }
@@ -66,6 +67,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructureIncompleteError",
     "StructuredOutputsParams",
     "TokenizerError",
     "UnsupportedModelError",
@@ -85,6 +87,7 @@ if TYPE_CHECKING:
         OutOfMemoryError,
         QuireError,
         RequestFailedError,
+        StructureIncompleteError,
         TokenizerError,
         UnsupportedModelError,
     )

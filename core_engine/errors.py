@@ -62,3 +62,23 @@ class RequestFailedError(QuireError, RuntimeError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.request_id, self._message)
+
+
+class StructureIncompleteError(QuireError, ValueError):
+    """A text that ended before the structure it has to match did.
+
+    Attributes
+    ----------
+    text : str
+        What there is of it.
+    output : object
+        The RequestOutput with it.
+    """
+
+    def __init__(self, message: str, text: str, output: object) -> None:
+        super().__init__(message)
+        self.text = text
+        self.output = output
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, object]]:
+        return type(self), (str(self), self.text, self.output)
