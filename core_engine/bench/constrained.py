@@ -43,11 +43,14 @@ RECORD: dict[str, Any] = {
 RECORD["required"] = list(RECORD["properties"])
 """A schema of fixed keys and short values, which any model finishes."""
 
-_DEMO_KEYS: dict[str, tuple[str, dict[str, Any]]] = {
-    "person": ("name, age, city and job", {"age": {"type": "integer"}}),
-    "hero": ("name, armor, weapon and strength", {"strength": {"type": "integer"}}),
-    "place": ("name, country, continent and population", {"population": {"type": "integer"}}),
+_WORD, _NUMBER = {"type": "string", "maxLength": 30}, {"type": "integer"}
+_DEMO_RECORDS: dict[str, dict[str, Any]] = {
+    "person": {"name": _WORD, "age": _NUMBER, "city": _WORD, "job": _WORD},
+    "hero": {"name": _WORD, "armor": _WORD, "weapon": _WORD, "strength": _NUMBER},
+    "place": {"name": _WORD, "country": _WORD, "continent": _WORD, "population": _NUMBER},
+    "customer": RECORD["properties"],
 }
+"""What the demo model is asked for: it was trained on records with the keys of all but the last."""
 
 
 @dataclass(slots=True)
@@ -202,8 +205,8 @@ def measure_canonical(
 
 
 def measure_steps(
-    model: str, options: dict[str, Any], *, num_prompts: int, say: Callable[[str], None]
-) -> list[Measurement]:
+    model: str, options: dict[str, Any], *, num_records: int, say: Callable[[str], None]
+) -> dict[str, list[Measurement]]:
     """Count the steps for records of fixed keys with forced tokens and without, one by one.
 
     Parameters
@@ -211,14 +214,14 @@ def measure_steps(
     model : str
     options : dict
         Further arguments of the engines.
-    num_prompts : int
-        Records, the greedy ones; as many are drawn at temperature 1.
+    num_records : int
+        Of each kind, every other one greedy and the rest drawn at temperature 1.
     say : callable
 
     Returns
     -------
-    list of Measurement
-        Without and with, a run of each for every record.
+    dict of str to list of Measurement
+        By kind, without and with; each has a run for every record.
 
     Raises
     ------
@@ -227,48 +230,47 @@ def measure_steps(
     """
     from quire import SamplingParams
 
+    done: dict[str, list[Measurement]] = {}
     with ExitStack() as stack:
         modes = [
             Mode(label, _open(stack, model, options, forced_tokens=forced), None)
             for label, forced in (("no forced tokens", False), ("exact", True))
         ]
-        measurements = [Measurement(mode.label) for mode in modes]
-        kinds = list(_DEMO_KEYS)
-        for i in range(num_prompts):
-            kind = kinds[i % len(kinds)]
+        for kind in _DEMO_RECORDS:
+            done[kind] = [Measurement(mode.label) for mode in modes]
             prompt, constraint = _demo_record(kind)
-            for temperature in (0.0, 1.0):
+            for i in range(num_records):
+                params = SamplingParams(
+                    temperature=float(i % 2),
+                    seed=i,
+                    max_tokens=512,
+                    structured_outputs=constraint,
+                )
                 tokens = []
-                for mode, measurement in zip(modes, measurements, strict=True):
-                    params = SamplingParams(
-                        temperature=temperature,
-                        seed=i,
-                        max_tokens=256,
-                        structured_outputs=constraint,
-                    )
+                for mode, measurement in zip(modes, done[kind], strict=True):
                     figures, outputs = _run(mode, [prompt], [params])
                     _check_finished(mode, outputs)
                     measurement.add(figures)
                     tokens.append(outputs[0].outputs[0].token_ids)
                 if tokens[0] != tokens[1]:
                     raise BenchError(f"{kind} {i}: forced tokens changed the output")
-        for measurement in measurements:
-            say(f"  {measurement.label}: {sum(measurement.runs['steps']):.0f} steps")
-    return measurements
+            steps = [f"{sum(each.runs['steps']):.0f} {each.label}" for each in done[kind]]
+            say(f"  steps for {kind}: {', '.join(steps)}")
+    return done
 
 
 def _demo_record(kind: str) -> tuple[str, StructuredOutputsParams]:
     from quire.structured_outputs import StructuredOutputsParams
 
-    keys, numbers = _DEMO_KEYS[kind]
-    names = keys.replace(" and ", ", ").split(", ")
-    properties = {name: numbers.get(name, {"type": "string", "maxLength": 30}) for name in names}
+    properties = _DEMO_RECORDS[kind]
+    *names, last = properties
     schema = {
         "type": "object",
         "properties": properties,
-        "required": names,
+        "required": [*names, last],
         "additionalProperties": False,
     }
+    keys = f"{', '.join(names)} and {last}"
     prompt = f"Write a JSON record of a {kind} with the keys {keys}. Write it without spaces."
     return prompt, StructuredOutputsParams(json=schema, disable_any_whitespace=True)
 

@@ -96,8 +96,10 @@ class Library:
 def _of_runs(
     seconds: dict[str, list[list[float]]], percent: float, cases: Iterable[str] | None
 ) -> list[float]:
-    runs = zip(*(seconds[case] for case in (seconds if cases is None else cases)), strict=True)
-    return [percentile([s for part in run for s in part], percent) for run in runs]
+    names = seconds if cases is None else cases
+    parts = zip(*(seconds[name] for name in names), strict=True)
+    runs = [[value for part in run for value in part] for run in parts]
+    return [percentile(run, percent) for run in runs if run]
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -224,15 +226,16 @@ def _walk(library: Library, rows: list[_Row], steps: int, num_words: int) -> Non
     import numpy as np
 
     masks: npt.NDArray[np.int32] = np.zeros((len(rows), num_words), dtype=np.int32)
-    memory = np.zeros(_MEMORY_BYTES, dtype=np.uint8)
+    memory = np.ones(_MEMORY_BYTES // 8, dtype=np.int64)
     clock = time.thread_time  # nothing waits here, and others on the machine are left out
-    filled, accepted = dict[str, list[float]](), dict[str, list[float]]()
+    filled: dict[str, list[float]] = {row.case.name: [] for row in rows}
+    accepted: dict[str, list[float]] = {row.case.name: [] for row in rows}
     for _ in range(steps):
         memory.sum()
         for row, mask in zip(rows, masks, strict=True):
             started = clock()
             row.constraint.fill_mask(mask)
-            filled.setdefault(row.case.name, []).append(clock() - started)
+            filled[row.case.name].append(clock() - started)
         for row, mask in zip(rows, masks, strict=True):
             token = row.tokens.pop()
             if not mask[token // 32] >> token % 32 & 1:
@@ -240,7 +243,7 @@ def _walk(library: Library, rows: list[_Row], steps: int, num_words: int) -> Non
                 continue
             started = clock()
             row.constraint.accept([token])
-            accepted.setdefault(row.case.name, []).append(clock() - started)
+            accepted[row.case.name].append(clock() - started)
             if not row.tokens:
                 row.begin_next(as_whole=True)
     for case in filled:

@@ -17,7 +17,8 @@ from quire.bench.constrained import (
     measure_throughput,
     why_not_offered,
 )
-from quire.bench.contest import BenchError, Measurement
+from quire.bench.contest import Measurement
+from quire.bench.gguf import TYPES
 from quire.bench.masks import measure_masks
 from quire.bench.options import (
     Checkpoint,
@@ -31,6 +32,7 @@ from quire.bench.sides import quire_versions
 from quire.bench.structured_tables import cases_table, masks_table, rates_table, steps_table
 from quire.bench.tokens import make_tokenizer
 from quire.bench.workload import Workload, uniform
+from quire.errors import QuireError
 from quire.models.hf_config import max_length
 
 PARTS = ("masks", "throughput", "steps", "canonical")
@@ -51,7 +53,7 @@ class Sizes:
     batch, input_len, output_len : int
         Of the throughput.
     num_records : int
-        Of the steps.
+        Of the steps, of each kind.
     record_batches : tuple of int
         Prompts at once of the canonical mode.
     """
@@ -63,7 +65,7 @@ class Sizes:
     batch: int = 16
     input_len: int = 32
     output_len: int = 64
-    num_records: int = 12
+    num_records: int = 8
     record_batches: tuple[int, ...] = (1, 16)
 
 
@@ -75,7 +77,7 @@ QUICK = Sizes(
     batch=4,
     input_len=8,
     output_len=16,
-    num_records=3,
+    num_records=2,
     record_batches=(1, 4),
 )
 
@@ -113,6 +115,8 @@ def structured(
     for name in names:
         if name not in PARTS:
             raise typer.BadParameter(f"--parts {name!r}: some of {', '.join(PARTS)}")
+    if dtype not in TYPES:
+        raise typer.BadParameter(f"--dtype {dtype!r}: one of {', '.join(TYPES)}")
     given: dict[str, Any] = {"batch": batch, "output_len": output_len, "repeats": repeats}
     sizes = replace(
         QUICK if quick else Sizes(),
@@ -121,6 +125,12 @@ def structured(
     checkpoint = find_checkpoint(
         model, random or ("llama-small" if quick else "qwen2.5-0.5b"), dtype
     )
+    total, most = sizes.input_len + sizes.output_len, max_length(checkpoint.config)
+    if total > most:
+        raise typer.BadParameter(
+            f"a prompt and its output have {total} tokens together, and {checkpoint.name} takes "
+            f"{most}: lower --output-len"
+        )
     tokenizer = checkpoint.folder
     if model is None:
         tokenizer = make_tokenizer(checkpoint.vocab_size, checkpoint.config["eos_token_id"])
@@ -141,7 +151,7 @@ def structured(
         if name in names:
             try:
                 document[name] = measures[name]()
-            except BenchError as error:
+            except QuireError as error:
                 raise typer.BadParameter(f"{name}: {error}") from error
             typer.echo("")
     if json_file is not None:
@@ -161,7 +171,9 @@ class _Bench:
         self._options = {
             "dtype": dtype,
             "tokenizer": str(tokenizer),
-            "max_model_len": min(1024, max_length(checkpoint.config)),
+            "max_model_len": min(
+                max(1024, sizes.input_len + sizes.output_len), max_length(checkpoint.config)
+            ),
         }
 
     def masks(self) -> dict[str, Any]:
@@ -211,12 +223,12 @@ class _Bench:
         done = measure_steps(
             "quire/demo",
             {"dtype": "float32"},
-            num_prompts=self._sizes.num_records,
+            num_records=self._sizes.num_records,
             say=typer.echo,
         )
         typer.echo("\nsteps: quire/demo, records of fixed keys one by one, equal outputs")
         typer.echo(steps_table(done))
-        return _runs(done)
+        return {kind: _runs(sides) for kind, sides in done.items()}
 
     def canonical(self) -> dict[str, Any]:
         if (reason := why_not_offered()) is not None:

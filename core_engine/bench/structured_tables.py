@@ -82,7 +82,7 @@ def cases_table(libraries: list[Library]) -> str:
 
 
 def rates_table(measurements: list[Measurement], *, characters: bool = False) -> str:
-    """Return seconds and tokens per second, and what they are of the first side's."""
+    """Return seconds and tokens per second, and the ratios to the first side's."""
     first = measurements[0]
     rows = [["side", "seconds: median (range)", "steps", "tokens", "tok/s", f"vs {first.label}"]]
     if characters:
@@ -97,24 +97,33 @@ def rates_table(measurements: list[Measurement], *, characters: bool = False) ->
         names = ["tokens_per_second"] + ["characters_per_second"] * characters
         for name in names:
             row.append(spread(measurement, name, 1))
-            row.append(f"{measurement.median(name) / first.median(name):.3f}x")
+            # Runs of the same turn: a busy minute hits both.
+            pairs = zip(measurement.runs[name], first.runs[name], strict=True)
+            ratios = Measurement("", {"ratio": [value / of for value, of in pairs]})
+            row.append(spread(ratios, "ratio", 3))
         rows.append(row)
     return table(rows)
 
 
-def steps_table(measurements: list[Measurement]) -> str:
-    """Return the steps of all records together, and how many fewer than the first side's."""
-    total = sum(measurements[0].runs["steps"])
-    rows = [["side", "records", "tokens", "steps", "fewer steps"]]
-    for measurement in measurements:
-        steps = sum(measurement.runs["steps"])
+def steps_table(kinds: dict[str, list[Measurement]]) -> str:
+    """Return the steps for the records of each kind without and with, and for all."""
+    [(without, with_), *_] = kinds.values()
+    rows = [["keys of", "records", "tokens", without.label, with_.label, "fewer steps"]]
+    every = [Measurement(each.label) for each in (without, with_)]
+    for kind, sides in [*kinds.items(), ("all", every)]:
+        for side, total in zip(sides, every, strict=True):
+            if side is not total:
+                for name in ("steps", "tokens"):
+                    total.runs.setdefault(name, []).extend(side.runs[name])
+        before, after = (sum(side.runs["steps"]) for side in sides)
         rows.append(
             [
-                measurement.label,
-                str(len(measurement.runs["steps"])),
-                f"{sum(measurement.runs['tokens']):.0f}",
-                f"{steps:.0f}",
-                f"{1 - steps / total:.1%}",
+                kind,
+                str(len(sides[0].runs["steps"])),
+                f"{sum(sides[0].runs['tokens']):.0f}",
+                f"{before:.0f}",
+                f"{after:.0f}",
+                f"{1 - after / before:.1%}",
             ]
         )
     return table(rows)
