@@ -229,8 +229,8 @@ columns: "*" | NAME (", " NAME)*
 condition: comparison ((" AND " | " OR ") comparison)* | "(" condition ")"
 comparison: NAME (" = " | " < " | " > " | " LIKE ") value
 value: INT | STRING
-NAME: /[a-z][a-z_]{0,30}/
-INT: /[0-9]{1,9}/
+NAME: /[a-z][a-z_]*/
+INT: /[0-9]+/
 STRING: /'[^'\n]*'/
 """
 

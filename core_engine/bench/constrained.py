@@ -162,8 +162,7 @@ def measure_canonical(
 ) -> list[Measurement]:
     """Generate records of fixed keys without forced tokens, with exact ones and canonical ones.
 
-    The texts, and so the numbers of tokens, are the modes' own: a model with random weights
-    spells the keys in tokens of its liking where it is asked for them.
+    A mode's outputs may be its own, so that figures by character stand beside those by token.
 
     Parameters
     ----------
