@@ -1,4 +1,4 @@
-"""``quire bench``: throughput, prefix, latency, startup, kernels."""
+"""``quire bench``: throughput, prefix, latency, startup, kernels, structured."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from quire.bench.options import (
 from quire.bench.products import measure_products
 from quire.bench.record import Entry, Record, record
 from quire.bench.startup import measure_startup
+from quire.bench.structured import structured
 from quire.bench.workload import Workload, mixed, shared_prefix, uniform
 from quire.models.hf_config import max_length
 from quire.models.hub import resolve
@@ -347,3 +348,6 @@ def kernels(
     if json_file is not None:
         document = {"machine": report.machine(), "seconds": figures}
         json_file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+app.command()(structured)

@@ -77,19 +77,24 @@ class QuireSide:
 
     def versions(self) -> dict[str, str]:
         """Return quire's and torch's versions."""
-        import torch
+        return quire_versions()
 
-        import quire
-        from quire.kernels import get_backend
 
-        kernels = get_backend("cpu")
-        library = getattr(kernels, "library", None)
-        isa = "" if library is None else f" ({library.quire_isa().decode()})"
-        return {
-            "quire": quire.__version__,
-            "torch": torch.__version__,
-            "kernels": kernels.name + isa,
-        }
+def quire_versions() -> dict[str, str]:
+    """Return quire's and torch's versions, and which kernels compute."""
+    import torch
+
+    import quire
+    from quire.kernels import get_backend
+
+    kernels = get_backend("cpu")
+    library = getattr(kernels, "library", None)
+    isa = "" if library is None else f" ({library.quire_isa().decode()})"
+    return {
+        "quire": quire.__version__,
+        "torch": torch.__version__,
+        "kernels": kernels.name + isa,
+    }
 
 
 class TransformersSide:
