@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from quire import LLM, SamplingParams
     from quire.outputs import RequestOutput
     from quire.structured_outputs import StructuredOutputsParams
-
-FORCED_TOKENS = "structured_outputs_forced_tokens"
-CANONICAL_TOKENS = "canonical_tokens"
 
 ENDLESS: dict[str, str] = {
     "any text": r"(.|\n)*",
@@ -69,26 +66,12 @@ class Mode:
     constraint: StructuredOutputsParams | None
 
 
-def why_not_offered() -> str | None:
-    """Return why forced tokens cannot be measured with this version, or None."""
-    from quire.config.engine_config import argument_names
-    from quire.structured_outputs import StructuredOutputsParams
-
-    if FORCED_TOKENS not in argument_names():
-        return f"this version has no engine argument {FORCED_TOKENS}"
-    if CANONICAL_TOKENS not in {each.name for each in fields(StructuredOutputsParams)}:
-        return f"this version has no {CANONICAL_TOKENS} in StructuredOutputsParams"
-    return None
-
-
 def _open(stack: ExitStack, model: str, options: dict[str, Any], *, forced_tokens: bool) -> LLM:
     from quire import LLM
-    from quire.config.engine_config import argument_names
 
-    arguments = dict(options)
-    if FORCED_TOKENS in argument_names():
-        arguments[FORCED_TOKENS] = forced_tokens
-    return stack.enter_context(LLM(model, **arguments))
+    return stack.enter_context(
+        LLM(model, structured_outputs_forced_tokens=forced_tokens, **options)
+    )
 
 
 def measure_throughput(
@@ -179,8 +162,9 @@ def measure_canonical(
     from quire.structured_outputs import StructuredOutputsParams
 
     exact = StructuredOutputsParams(json=RECORD, disable_any_whitespace=True)
-    extra: dict[str, Any] = {CANONICAL_TOKENS: True}
-    canonical = StructuredOutputsParams(json=RECORD, disable_any_whitespace=True, **extra)
+    canonical = StructuredOutputsParams(
+        json=RECORD, disable_any_whitespace=True, canonical_tokens=True
+    )
     with ExitStack() as stack:
         without = _open(stack, str(model), options, forced_tokens=False)
         engine = _open(stack, str(model), options, forced_tokens=True)

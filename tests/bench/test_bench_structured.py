@@ -19,7 +19,6 @@ from quire.bench.constrained import (
     measure_canonical,
     measure_steps,
     measure_throughput,
-    why_not_offered,
 )
 from quire.bench.contest import Measurement
 from quire.bench.masks import Library, measure_masks, percentile
@@ -215,8 +214,6 @@ def test_constrained_and_free_generate_as_many_tokens(tiny_llama):
 
 def test_forced_tokens_save_steps_and_change_nothing():
     """The measurement fails if an output differs; each record counts on both sides."""
-    if (reason := why_not_offered()) is not None:
-        pytest.skip(reason)
     done = measure_steps("quire/demo", {"dtype": "float32"}, num_records=2, say=str)
     for without, with_ in done.values():
         assert with_.runs["tokens"] == without.runs["tokens"]
@@ -226,8 +223,6 @@ def test_forced_tokens_save_steps_and_change_nothing():
 
 def test_canonical_records_are_finished():
     """Three modes on the same prompts, in fewer steps the less the model is asked."""
-    if (reason := why_not_offered()) is not None:
-        pytest.skip(reason)
     options = {"dtype": "float32", "max_model_len": 1024}
     done = measure_canonical(Path("quire/demo"), options, [[5, 6], [7]], repeats=1, say=str)
     assert [each.label for each in done] == ["no forced tokens", "exact", "canonical"]
