@@ -25,6 +25,17 @@ R = TypeVar("R")
 
 _LARGEST_EXACT = 2**53
 
+_WORD_SLICES = (
+    r"[a-z_]+",
+    r"[A-Za-z0-9_]+",
+    r"""[^'"\\\x00-\x1F\x7F]{1,10}""",
+    r"""[^'"\\\x00-\x1F\x7F]{1,30}""",
+    r"""[^'"\\\x00-\x1F\x7F]+""",
+)
+"""Kinds of tokens of which the library decides at once whether a grammar allows all of them.
+
+Its own are those of JSON strings; these are for names, and for texts in single quotes."""
+
 _MOST_GBNF_RULES = 1000
 """The library turns GBNF into Lark in Python, in a time that grows with the square of them."""
 
@@ -80,7 +91,11 @@ class Backend:
     @_panics_are_errors
     def __init__(self, vocabulary: Vocabulary, deadline: float) -> None:
         wrapper = llguidance.TokenizerWrapper(_Tokens(vocabulary))
-        self._tokenizer = llguidance.LLTokenizer(wrapper, eos_token=vocabulary.end_id)
+        self._tokenizer = llguidance.LLTokenizer(
+            wrapper,
+            eos_token=vocabulary.end_id,
+            slices=[*_WORD_SLICES, *llguidance.LLTokenizer.general_slices()],
+        )
         self._special_tokens = frozenset(vocabulary.special_tokens.values())
 
     @_panics_are_errors
