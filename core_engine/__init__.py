@@ -34,6 +34,7 @@ _HOMES = {
     "OutOfMemoryError": "quire.errors",
     "QuireError": "quire.errors",
     "RequestFailedError": "quire.errors",
+    "StructureIncompleteError": "quire.errors",
     "TokenizerError": "quire.errors",
     "UnsupportedModelError": "quire.errors",
 }
@@ -60,6 +61,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructureIncompleteError",
     "StructuredOutputsParams",
     "TokenizerError",
     "UnsupportedModelError",
@@ -79,6 +81,7 @@ if TYPE_CHECKING:
         OutOfMemoryError,
         QuireError,
         RequestFailedError,
+        StructureIncompleteError,
         TokenizerError,
         UnsupportedModelError,
     )

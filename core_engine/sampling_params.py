@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import math
 import numbers
 from collections.abc import Callable, Mapping
@@ -54,6 +55,22 @@ def _changed_fields(params: SamplingParams | BeamSearchParams) -> dict[str, Any]
 _LIST_FIELDS: Final = ("stop", "stop_token_ids", "bad_words")
 
 
+def _remember_given(cls: type[SamplingParams]) -> type[SamplingParams]:
+    """Keep the names of the keywords that an object is made with, for ``explicit_fields``."""
+    checked = cls.__init__
+    num_fields = len(fields(cls))
+
+    @functools.wraps(checked)
+    def init(self: SamplingParams, *args: Any, **kwargs: Any) -> None:
+        # With every field there it is a copy, as of dataclasses.replace, and they say nothing.
+        self.__dict__["_given"] = frozenset() if len(kwargs) == num_fields else frozenset(kwargs)
+        checked(self, *args, **kwargs)
+
+    cls.__init__ = init  # type: ignore[method-assign]
+    return cls
+
+
+@_remember_given
 @refuse_unknown_keywords
 @dataclass(kw_only=True, repr=False)
 class SamplingParams:
@@ -319,6 +336,11 @@ class SamplingParams:
                 raise refuse(name, getattr(self, name), expected)
 
     @property
+    def explicit_fields(self) -> frozenset[str]:
+        """The fields that were written out, or that differ from their defaults."""
+        return frozenset(_changed_fields(self).keys() | self.__dict__["_given"])
+
+    @property
     def num_sequences(self) -> int:
         """Completions that are generated: ``best_of``, else ``n``."""
         return self.n if self.best_of is None else self.best_of
@@ -335,7 +357,9 @@ class SamplingParams:
 
     def clone(self) -> SamplingParams:
         """Return an independent copy, checked anew; callables are shared."""
-        return replace(self)
+        copied = replace(self)
+        copied.__dict__["_given"] = self.__dict__["_given"]
+        return copied
 
     def verify(self, vocab_size: int) -> None:
         """Check what depends on the model.
@@ -369,7 +393,7 @@ class SamplingParams:
         return _show(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        changed = _changed_fields(self)
+        changed = {name: getattr(self, name) for name in sorted(self.explicit_fields)}
         if self.temperature is not _UNSET_TEMPERATURE:
             changed["temperature"] = self.temperature
         return _rebuild, (type(self), changed)
