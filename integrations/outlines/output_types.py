@@ -6,9 +6,10 @@ import itertools
 import json
 import re
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, is_typeddict
 
 from quire.errors import InvalidRequestError
+from quire.integrations.outlines.schemas import read_schema
 from quire.integrations.outlines.upstream import (
     CFG,
     Alternatives,
@@ -34,9 +35,6 @@ from quire.utils.checks import shown
 
 _WHITESPACE: Final = "[ ]?"
 """What Outlines' manual says may stand between the parts of JSON, unless a schema says else."""
-
-_GENSON_DIALECT: Final = "http://json-schema.org/schema#"
-"""What genson writes for "the newest"; it is the name of no dialect."""
 
 
 def structured_outputs_for(
@@ -68,18 +66,14 @@ def structured_outputs_for(
         return None
     if isinstance(output_type, StructuredOutputsParams):
         return replace(output_type, backend=output_type.backend or backend)
-    # xgrammar takes no pattern; it writes JSON with any whitespace.
-    spaces = None if backend == "xgrammar" else _WHITESPACE
     if output_type is dict:
-        return StructuredOutputsParams(json_object=True, whitespace_pattern=spaces, backend=backend)
+        return StructuredOutputsParams(json_object=True, **_spaces(None, backend))
     term = _term(output_type)
     if isinstance(term, CFG):
         return StructuredOutputsParams(grammar=term.definition, backend=backend)
     if isinstance(term, JsonSchema):
         return StructuredOutputsParams(
-            json=_schema(term),
-            whitespace_pattern=term.whitespace_pattern or spaces,
-            backend=backend,
+            json=read_schema(term.schema), **_spaces(term.whitespace_pattern, backend)
         )
     texts = _texts(term)
     if texts is not None:
@@ -106,8 +100,11 @@ def _term(output_type: Any) -> Term:
     try:
         return python_types_to_terms(output_type)
     except TypeError as error:
+        hint = ""
+        if is_typeddict(output_type):
+            hint = "; before Python 3.12 it takes the TypedDict of typing_extensions"
         raise TypeError(
-            f"output type {shown(output_type)} is none of Outlines': {error}"
+            f"output type {shown(output_type)} is none that Outlines takes: {error}{hint}"
         ) from error
     except Exception as error:  # pydantic's, jsonschema's and Outlines' own, of many kinds
         raise InvalidRequestError(
@@ -115,11 +112,16 @@ def _term(output_type: Any) -> Term:
         ) from error
 
 
-def _schema(term: JsonSchema) -> Any:
-    schema = json.loads(term.schema)
-    if isinstance(schema, dict) and schema.get("$schema") == _GENSON_DIALECT:
-        return {key: value for key, value in schema.items() if key != "$schema"}
-    return term.schema
+def _spaces(pattern: str | None, backend: str | None) -> dict[str, Any]:
+    """Return what may stand between the parts of JSON, and the backend, as arguments."""
+    if pattern is None:
+        # xgrammar takes no pattern.
+        pattern = "" if backend == "xgrammar" else _WHITESPACE
+    return {
+        "whitespace_pattern": pattern or None,
+        "disable_any_whitespace": not pattern,
+        "backend": backend,
+    }
 
 
 def _texts(term: Term) -> list[str] | None:
@@ -191,13 +193,16 @@ class _Lark:
         return self._rule("TEXT", f"/{_in_slashes(to_rust(regex))}/")
 
     def _json(self, term: JsonSchema) -> str:
-        schema = json.loads(_text) if isinstance(_text := _schema(term), str) else _text
+        schema = read_schema(term.schema)
         # Its options are the engine's for any schema, whatever it says itself.
-        options = {
-            "lenient": False,
-            "coerce_one_of": False,
-            "whitespace_pattern": to_rust(term.whitespace_pattern or _WHITESPACE),
-        }
+        options: dict[str, Any] = {"lenient": False, "coerce_one_of": False}
+        if term.whitespace_pattern:
+            options["whitespace_pattern"] = to_rust(term.whitespace_pattern)
+        else:
+            # The parser takes optional whitespace around the whole of it, too.
+            spaces = "" if term.whitespace_pattern == "" else " "
+            options["whitespace_flexible"] = False
+            options["key_separator"], options["item_separator"] = f":{spaces}", f",{spaces}"
         return self._rule("json", f"%json {json.dumps({**schema, 'x-guidance': options})}")
 
     def _rule(self, kind: str, body: str) -> str:
