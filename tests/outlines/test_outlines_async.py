@@ -27,8 +27,11 @@ def twin(llm):
     return from_quire(AsyncLLM.from_llm(llm))
 
 
-async def read(stream):
-    return [text async for text in stream]
+async def read(stream, pieces=None):
+    pieces = [] if pieces is None else pieces
+    async for piece in stream:
+        pieces.append(piece)
+    return pieces
 
 
 async def wait_until_idle(llm, seconds=10.0):
@@ -67,11 +70,9 @@ async def test_chats_go_by_the_template(model, twin):
 async def test_a_structure_that_was_cut_off_is_no_answer(twin):
     with pytest.raises(StructureIncompleteError):
         await twin(PROMPT, ENDLESS, max_tokens=4)
-    pieces = []
-    stream = twin.stream(PROMPT, ENDLESS, max_tokens=4)
+    pieces: list[str] = []
     with pytest.raises(StructureIncompleteError) as caught:
-        while True:
-            pieces.append(await anext(stream))
+        await read(twin.stream(PROMPT, ENDLESS, max_tokens=4), pieces)
     assert caught.value.text == "".join(pieces) != ""
     text = await twin(PROMPT, ENDLESS, max_tokens=4, allow_incomplete=True)
     assert re.fullmatch("[abc]+", text)

@@ -123,8 +123,7 @@ def test_a_structure_that_was_cut_off_is_no_answer(model):
 def test_a_stream_that_was_cut_off_ends_with_the_error(model):
     pieces = []
     with pytest.raises(StructureIncompleteError) as caught:
-        for piece in model.stream(PROMPT, LONG, max_tokens=4):
-            pieces.append(piece)
+        pieces.extend(model.stream(PROMPT, LONG, max_tokens=4))
     assert pieces
     assert caught.value.text == "".join(pieces)
     assert "".join(model.stream(PROMPT, LONG, max_tokens=4, allow_incomplete=True))
