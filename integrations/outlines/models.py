@@ -111,7 +111,6 @@ class VLLM(VLLMOffline):
     def _set_up(self, lease: EngineLease, chat: bool) -> None:
         self._lease = lease
         self._chat = chat
-        self.type_adapter = _TypeAdapter(self)
 
     @property
     def llm(self) -> LLM:
@@ -133,6 +132,11 @@ class VLLM(VLLMOffline):
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
         return self.llm.get_tokenizer()
+
+    @property
+    def type_adapter(self) -> ModelTypeAdapter:  # type: ignore[override]
+        """Inputs and output types as the engine takes them."""
+        return _TypeAdapter(self)  # not kept: dropping the model frees its engine at once
 
     # -- what users call -------------------------------------------------------------------------
 
@@ -307,7 +311,11 @@ class AsyncVLLM(AsyncServerModel):
         llm._open_llm()  # a closed one is told now
         self.llm = llm
         self._chat = flag("chat", chat)
-        self.type_adapter = _TypeAdapter(self)
+
+    @property
+    def type_adapter(self) -> ModelTypeAdapter:  # type: ignore[override]
+        """Inputs and output types as the engine takes them."""
+        return _TypeAdapter(self)
 
     async def __call__(
         self,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
+import pickle
 import re
 import time
 import weakref
@@ -113,6 +113,8 @@ def test_a_structure_that_was_cut_off_is_no_answer(model):
         model(PROMPT, LONG, max_tokens=4)
     assert re.fullmatch("[abc]{1,39}", caught.value.text)
     assert caught.value.output.outputs[0].finish_reason == "length"
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.text) == (str(caught.value), caught.value.text)
     with pytest.raises(StructureIncompleteError, match="input 1 of 2: "):
         model.batch([PROMPT, [5] * 240], Regex("[abc]{99}"))
     assert model(PROMPT, LONG, max_tokens=4, seed=1, allow_incomplete=True) in (
@@ -279,7 +281,6 @@ def test_models_by_one_name_share_an_engine(tiny_llama):
             use()
     assert "closed" in repr(one)
     del two
-    gc.collect()
     assert reference() is None
     other.close()
     other.close()

@@ -350,6 +350,18 @@ class NoSchema(BaseModel):
             RequestFailedError,
             r"uniqueItems",
         ),
+        (
+            types.either(types.JsonSchema({"type": "array", "uniqueItems": True}), "none"),
+            RequestFailedError,
+            r"uniqueItems",
+        ),
+        (
+            types.either(
+                types.JsonSchema({"oneOf": [{"type": "number"}, {"type": "integer"}]}), "a"
+            ),
+            RequestFailedError,
+            r"oneOf",
+        ),
     ],
     ids=repr,
 )
