@@ -6,11 +6,12 @@ import datetime
 import enum
 import json
 import re
+import sys
 from dataclasses import dataclass
-from typing import Annotated, Literal, Optional, Union
+from typing import Annotated, Literal, Optional, TypedDict, Union
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("outlines", reason="the extra `outlines` is not installed")
@@ -192,6 +193,10 @@ def test_texts_are_valid_by_the_schema_of_a_type(model, output_type, schema):
         (Union[Person, Literal["I don't know", "a/b\n"]], Union[Person, None]),
         (list[Person], list[Person]),
         (types.exactly(2, types.JsonSchema(SCHEMA)), None),
+        (types.at_least(1, types.JsonSchema(SCHEMA)) + "!", None),
+        (types.at_most(2, types.JsonSchema(SCHEMA)) + "!", None),
+        (types.between(1, 2, types.JsonSchema(SCHEMA, whitespace_pattern="")) + "!", None),
+        ("?" + types.one_or_more(types.JsonSchema(SCHEMA)) + "!", None),
         (Optional[Point], None),
         (types.Choice([Person, "none"]), None),
     ],
@@ -295,7 +300,6 @@ def test_schemas_are_closed_in_all_their_parts():
     assert closed["prefixItems"][0]["additionalProperties"] is False
 
 
-@settings(max_examples=30)
 @given(st.data())
 def test_texts_of_any_pydantic_model_are_read_by_it(model, data):
     """Optional and nested members, unions, defaults: what is finished is valid for the model."""
@@ -319,6 +323,19 @@ def test_texts_of_any_pydantic_model_are_read_by_it(model, data):
     for text in texts(model, drawn, count=1, seed=data.draw(st.integers(0, 99)), max_tokens=200):
         if text.endswith("}") and text.count("{") == text.count("}"):
             drawn.model_validate_json(text)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="Outlines takes either TypedDict")
+def test_the_typed_dict_that_outlines_does_not_take_is_told(model):
+    with pytest.raises(TypeError, match="the TypedDict of typing_extensions"):
+        model(PROMPT, TypedDict("Old", {"a": int}))
+
+
+def test_a_schema_in_another_type_may_have_whitespace_of_its_own(model):
+    union = types.either(types.JsonSchema(SCHEMA, whitespace_pattern="\n"), "none")
+    found = [text for text in texts(model, union, count=12) if text != "none"]
+    assert found
+    assert all(re.fullmatch(r"[^\s]*(\n[^\s]+)*\s?", text) for text in found)
 
 
 class Opaque:
