@@ -8,7 +8,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from quire.structured_outputs import StructuredOutputsParams
 from quire.utils.checks import flag, integer, number, refuse, strings, token_ids
@@ -202,6 +202,8 @@ class SamplingParams:
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
 
+    _given: ClassVar[frozenset[str]] = frozenset()
+
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_stopping()
@@ -338,7 +340,7 @@ class SamplingParams:
     @property
     def explicit_fields(self) -> frozenset[str]:
         """The fields that were written out, or that differ from their defaults."""
-        return frozenset(_changed_fields(self).keys() | self.__dict__["_given"])
+        return frozenset(_changed_fields(self).keys() | self._given)
 
     @property
     def num_sequences(self) -> int:
@@ -358,7 +360,7 @@ class SamplingParams:
     def clone(self) -> SamplingParams:
         """Return an independent copy, checked anew; callables are shared."""
         copied = replace(self)
-        copied.__dict__["_given"] = self.__dict__["_given"]
+        copied.__dict__["_given"] = self._given
         return copied
 
     def verify(self, vocab_size: int) -> None:

@@ -18,7 +18,7 @@ _OPEN: Final = ("$ref", "additionalProperties", "anyOf", "minProperties", "patte
 """Keywords of an object that speak of other members than ``properties`` does."""
 
 
-def read_schema(text: str) -> Any:
+def read_schema(text: str) -> dict[str, Any]:
     """Return a schema in which an object that says nothing of further members has none.
 
     A text that matches it matches the schema as it was. Left to the letter of the standard, a
@@ -31,14 +31,15 @@ def read_schema(text: str) -> Any:
 
     Returns
     -------
-    dict or bool
+    dict
     """
     schema = json.loads(text)
-    if not isinstance(schema, dict):
-        return schema
+    if not isinstance(schema, dict):  # true or false
+        return {} if schema else {"not": {}}
     if schema.get("$schema") == _GENSON_DIALECT:
         del schema["$schema"]
-    return schema if _looks_at_others(schema) else _closed(schema)
+    closed: dict[str, Any] = schema if _looks_at_others(schema) else _closed(schema)
+    return closed
 
 
 def _looks_at_others(value: Any) -> bool:

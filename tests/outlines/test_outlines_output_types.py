@@ -196,6 +196,7 @@ def test_texts_are_valid_by_the_schema_of_a_type(model, output_type, schema):
         (types.at_least(1, types.JsonSchema(SCHEMA)) + "!", None),
         (types.at_most(2, types.JsonSchema(SCHEMA)) + "!", None),
         (types.between(1, 2, types.JsonSchema(SCHEMA, whitespace_pattern="")) + "!", None),
+        (types.optional("?") + types.either(types.JsonSchema(SCHEMA), "x"), None),
         ("?" + types.one_or_more(types.JsonSchema(SCHEMA)) + "!", None),
         (Optional[Point], None),
         (types.Choice([Person, "none"]), None),
@@ -282,7 +283,8 @@ class Open(BaseModel):
         ({"allOf": [SCHEMA, {"properties": {"c": {}}}]}, None),
         ({"oneOf": [SCHEMA, {"properties": {"c": {}}}]}, None),
         ({"not": SCHEMA}, None),
-        (True, None),
+        (True, {}),
+        (False, {"not": {}}),
         (Open.model_json_schema(), None),
     ],
 )
@@ -329,6 +331,12 @@ def test_texts_of_any_pydantic_model_are_read_by_it(model, data):
 def test_the_typed_dict_that_outlines_does_not_take_is_told(model):
     with pytest.raises(TypeError, match="the TypedDict of typing_extensions"):
         model(PROMPT, TypedDict("Old", {"a": int}))
+
+
+def test_a_schema_of_anything_may_stand_in_another_type(model):
+    for text in texts(model, types.either(types.JsonSchema("true"), "x"), count=6):
+        if text != "x":
+            json.loads(text)
 
 
 def test_a_schema_in_another_type_may_have_whitespace_of_its_own(model):
