@@ -20,9 +20,7 @@ def accepts(request, vocabulary, tokenizer):
     """Whether a pattern, as the library has it, takes a character."""
     pytest.importorskip(request.param, reason=f"{request.param} is not installed")
     backend = load_constraint_backend(request.param, vocabulary, 10.0)
-    compiled = {
-        each: backend.compile(StructuredOutputsParams(regex=each).spec) for each in CLASSES
-    }
+    compiled = {each: backend.compile(StructuredOutputsParams(regex=each).spec) for each in CLASSES}
 
     def accepts(pattern: str, character: str) -> bool:
         matcher = compiled[pattern].start()
