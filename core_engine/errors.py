@@ -5,11 +5,6 @@ Every message names the field, the value that was given and what would be right.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from quire.outputs import RequestOutput
-
 
 class QuireError(Exception):
     """Base of every error that quire raises on purpose."""
@@ -69,21 +64,21 @@ class RequestFailedError(QuireError, RuntimeError):
         return type(self), (self.request_id, self._message)
 
 
-class StructureIncompleteError(QuireError):
-    """A text that had to match a structure was cut off before it did.
+class StructureIncompleteError(QuireError, ValueError):
+    """A text that ended before the structure it has to match did.
 
     Attributes
     ----------
     text : str
-        The text as it stands.
-    output : RequestOutput or None
-        The request's output, with the completions that are whole; None where it was streamed.
+        What there is of it.
+    output : object
+        The RequestOutput with it.
     """
 
-    def __init__(self, message: str, text: str = "", output: RequestOutput | None = None) -> None:
+    def __init__(self, message: str, text: str, output: object) -> None:
         super().__init__(message)
         self.text = text
         self.output = output
 
-    def __reduce__(self) -> tuple[type, tuple[str, str, RequestOutput | None]]:
+    def __reduce__(self) -> tuple[type, tuple[str, str, object]]:
         return type(self), (str(self), self.text, self.output)
