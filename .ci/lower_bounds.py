@@ -1,6 +1,6 @@
 """Print a constraints file with the lowest version that pyproject.toml allows of each dependency.
 
-Taken are the required dependencies and those of the extra ``langchain``. torch keeps the version of
+Taken are the required dependencies and those of the adapters' extras. torch keeps the version of
 constraints.txt: its older CPU builds are not on the package index.
 """
 
@@ -30,7 +30,8 @@ def lower_bound(requirement: Requirement) -> str:
 def main() -> None:
     """Write the constraints to standard output."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = [*project["dependencies"], *project["optional-dependencies"]["langchain"]]
+    extras = project["optional-dependencies"]
+    declared = [*project["dependencies"], *extras["langchain"], *extras["outlines"]]
     requirements = [Requirement(line) for line in declared]
     sys.stdout.writelines(
         f"{lower_bound(requirement)}\n"

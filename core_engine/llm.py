@@ -197,14 +197,13 @@ class LLM:
         InvalidRequestError
             Also when there is no chat template, or the template refuses the messages.
         """
-        processor = self._open_processor()
         conversations = as_conversations(messages)
         prompts: list[Prompt] = []
         for i, conversation in enumerate(conversations):
             try:
-                token_ids = processor.render_chat(
+                prompt = self._chat_prompt(
                     conversation,
-                    chat_template=chat_template or self.config.model.chat_template,
+                    chat_template=chat_template,
                     add_generation_prompt=add_generation_prompt,
                     continue_final_message=continue_final_message,
                     tools=tools,
@@ -212,8 +211,7 @@ class LLM:
                 )
             except InvalidRequestError as error:
                 raise _at_index("conversation", i, len(conversations), error) from error
-            text = self.get_tokenizer().decode(token_ids)
-            prompts.append({"prompt": text, "prompt_token_ids": token_ids})
+            prompts.append(prompt)
         return self.generate(
             prompts,
             sampling_params,
@@ -373,6 +371,17 @@ class LLM:
         return f"{type(self).__name__}(model={self.config.model.model!r}{state})"
 
     # -- what the adapters share -----------------------------------------------------------------
+
+    def _chat_prompt(
+        self, conversation: list[Message], *, chat_template: str | None = None, **options: Any
+    ) -> Prompt:
+        """Write a conversation out by the chat template; the options are those of :meth:`chat`."""
+        template = chat_template or self.config.model.chat_template
+        token_ids = self._open_processor().render_chat(
+            conversation, chat_template=template, **options
+        )
+        text = self.get_tokenizer().decode(token_ids)
+        return {"prompt": text, "prompt_token_ids": token_ids}
 
     def _run(
         self,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import enum
+import functools
 import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from quire.structured_outputs import StructuredOutputsParams
 from quire.utils.checks import flag, integer, number, refuse, strings, token_ids
@@ -54,6 +55,22 @@ def _changed_fields(params: SamplingParams | BeamSearchParams) -> dict[str, Any]
 _LIST_FIELDS: Final = ("stop", "stop_token_ids", "bad_words")
 
 
+def _remember_given(cls: type[SamplingParams]) -> type[SamplingParams]:
+    """Keep the names of the keywords that an object is made with, for ``explicit_fields``."""
+    checked = cls.__init__
+    num_fields = len(fields(cls))
+
+    @functools.wraps(checked)
+    def init(self: SamplingParams, *args: Any, **kwargs: Any) -> None:
+        # With every field there it is a copy, as of dataclasses.replace, and they say nothing.
+        self.__dict__["_given"] = frozenset() if len(kwargs) == num_fields else frozenset(kwargs)
+        checked(self, *args, **kwargs)
+
+    cls.__init__ = init  # type: ignore[method-assign]
+    return cls
+
+
+@_remember_given
 @refuse_unknown_keywords
 @dataclass(kw_only=True, repr=False)
 class SamplingParams:
@@ -192,6 +209,8 @@ class SamplingParams:
     use_beam_search: bool = False
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
+
+    _given: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -346,6 +365,11 @@ class SamplingParams:
                 raise refuse(name, getattr(self, name), expected)
 
     @property
+    def explicit_fields(self) -> frozenset[str]:
+        """The fields that were written out, or that differ from their defaults."""
+        return frozenset(_changed_fields(self).keys() | self._given)
+
+    @property
     def num_sequences(self) -> int:
         """Completions that are generated: ``best_of``, else ``n``."""
         return self.n if self.best_of is None else self.best_of
@@ -362,7 +386,9 @@ class SamplingParams:
 
     def clone(self) -> SamplingParams:
         """Return an independent copy, checked anew; callables are shared."""
-        return replace(self)
+        copied = replace(self)
+        copied.__dict__["_given"] = self._given
+        return copied
 
     def verify(self, vocab_size: int) -> None:
         """Check what depends on the model.
@@ -396,7 +422,7 @@ class SamplingParams:
         return _show(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        changed = _changed_fields(self)
+        changed = {name: getattr(self, name) for name in sorted(self.explicit_fields)}
         if self.temperature is not _UNSET_TEMPERATURE:
             changed["temperature"] = self.temperature
         return _rebuild, (type(self), changed)

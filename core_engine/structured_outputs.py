@@ -210,7 +210,7 @@ def _json_text(name: str, value: Any, expected: str) -> str:
 
 
 def _read_regex(params: StructuredOutputsParams, name: str, value: Any) -> str:
-    text = _plain_text(name, value, "a regular expression")
+    text = _plain_text(name, value, "a regular expression", blank=name == "whitespace_pattern")
     _check_depth(name, _regex_depth(text))
     return text
 
@@ -253,8 +253,8 @@ _READERS: Final = {
 }
 
 
-def _plain_text(name: str, value: Any, expected: str) -> str:
-    if not isinstance(value, str) or not value.strip():
+def _plain_text(name: str, value: Any, expected: str, *, blank: bool = False) -> str:
+    if not isinstance(value, str) or not (value if blank else value.strip()):
         raise refuse(name, value, f"{expected}, as a string that is not empty")
     if len(value) > _LONGEST:
         raise InvalidRequestError(

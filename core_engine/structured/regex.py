@@ -7,8 +7,24 @@ the letters that ``\w`` stands for, and for anchors, which say nothing of a whol
 from __future__ import annotations
 
 import re
+import unicodedata
 
-_WORD = r"\p{L}\p{N}_"
+_AGE = ".".join(map(str, min((16, 0), tuple(map(int, unicodedata.unidata_version.split(".")[:2])))))
+"""The Unicode whose characters both know: the libraries' may be newer, by some digits and letters,
+than Python's."""
+
+_WORD = rf"[[\p{{L}}\p{{N}}_]&&\p{{age={_AGE}}}]"
+_DIGIT = rf"[\p{{Nd}}&&\p{{age={_AGE}}}]"
+_CLASSES = {
+    r"\w": _WORD,
+    r"\W": f"[^{_WORD}]",
+    r"\d": _DIGIT,
+    r"\D": f"[^{_DIGIT}]",
+    r"\s": r"[\s\x1c-\x1f]",
+    r"\S": r"[^\s\x1c-\x1f]",
+}
+"""What Python's classes stand for, in a class or outside of one."""
+
 _TOKEN = re.compile(r"\\.|\{,\d+\}|.", re.DOTALL)
 _SET_OPERATORS = "[&~-"
 
@@ -36,10 +52,8 @@ def to_rust(pattern: str) -> str:
             in_class = 1
         elif token.startswith("{,") and len(token) > 2:
             token = "{0" + token[1:]
-        elif token == r"\w":
-            token = f"[{_WORD}]"
-        elif token == r"\W":
-            token = f"[^{_WORD}]"
+        elif token in _CLASSES:
+            token = _CLASSES[token]
         elif token in (r"\<", r"\>"):  # a word's ends, in Rust
             token = token[1]
         parts.append(token)
@@ -80,10 +94,8 @@ def _tokens(pattern: str) -> list[str]:
 
 
 def _in_class(token: str, following: list[str]) -> str:
-    if token == r"\w":
-        return _WORD
-    if token == r"\W":
-        return f"[^{_WORD}]"
+    if token in _CLASSES:
+        return _CLASSES[token]
     if token in (r"\<", r"\>"):
         return token[1]
     # Rust nests classes, and has operators of two characters between them.

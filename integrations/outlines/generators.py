@@ -99,12 +99,12 @@ def request_params(
         wanted["n"] = drawing.num_samples
     if not given.use_beam_search:  # a search draws nothing, so nothing of how to draw concerns it
         wanted |= _drawing_fields(given, drawing)
-    return replace(given, **{k: v for k, v in wanted.items() if not _is_set(given, k)})
+    return replace(given, **{k: v for k, v in wanted.items() if k not in given.explicit_fields})
 
 
 def _drawing_fields(given: SamplingParams, drawing: SamplingParameters) -> dict[str, Any]:
     if drawing.sampler == "beam_search" and drawing.num_samples > 1:
-        num_samples = given.n if _is_set(given, "n") else drawing.num_samples
+        num_samples = given.n if "n" in given.explicit_fields else drawing.num_samples
         return {"use_beam_search": True, "best_of": max(num_samples, drawing.num_samples)}
     if drawing.sampler in ("beam_search", "greedy"):
         return {"temperature": 0.0}
@@ -114,13 +114,6 @@ def _drawing_fields(given: SamplingParams, drawing: SamplingParameters) -> dict[
         "temperature": drawing.temperature,
     }
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _is_set(params: SamplingParams, name: str) -> bool:
-    value, default = getattr(params, name), getattr(_DEFAULTS, name)
-    if name == "temperature":  # one that was left out is the default object, not an equal one
-        return value is not default
-    return bool(value != default)
 
 
 class SequenceGenerator:

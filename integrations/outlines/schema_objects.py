@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter
 from typing_extensions import TypedDict, is_typeddict
 
 from quire.errors import InvalidRequestError
+from quire.integrations.outlines.schemas import closed
 from quire.structured_outputs import StructuredOutputsParams
 from quire.utils.checks import refuse, shown
 
@@ -24,17 +25,7 @@ _EXPECTED: Final = (
     "a TypedDict or a genson SchemaBuilder"
 )
 
-_GENSON_DIALECT: Final = "http://json-schema.org/schema#"
-"""What genson writes unless it is told otherwise; there is no dialect of that name."""
-
-_APPLIED_TOGETHER: Final = frozenset(
-    ("allOf", "oneOf", "not", "if", "dependentSchemas", "unevaluatedProperties", "$dynamicRef")
-)
-"""Keywords by which one schema looks at members that another one names, or counts on it."""
-
 _TYPED_DICT: Final[Any] = TypedDict  # called with what a checker cannot know
-_MEMBERS: Final = frozenset(("properties", "required"))
-_ALTERNATIVES: Final = ("anyOf", "oneOf")
 
 
 def is_term(value: object, name: str = "Term") -> bool:
@@ -85,10 +76,7 @@ def _schema_of(value: Any) -> tuple[dict[str, Any] | str, Callable[[str], Any]]:
     if is_typeddict(value):
         return closed(TypeAdapter(value).json_schema()), json.loads
     if hasattr(value, "add_object") and hasattr(value, "to_schema"):
-        schema = value.to_schema()
-        if schema.get("$schema") == _GENSON_DIALECT:
-            del schema["$schema"]
-        return closed(schema), json.loads
+        return closed(value.to_schema()), json.loads
     is_function = callable(value) and not isinstance(value, type) and get_origin(value) is None
     if is_function or (isinstance(value, type) and dataclasses.is_dataclass(value)):
         return closed(TypeAdapter(_arguments_of(value)).json_schema()), json.loads
@@ -155,52 +143,3 @@ def _arguments_of(function: Callable[..., Any]) -> Any:
     typed: Any = _TYPED_DICT(name, arguments)
     typed.__pydantic_config__ = ConfigDict(extra="forbid")
     return typed
-
-
-def closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return a schema by which objects have no members but those that are named.
-
-    What it says of further members stays; and all of it stays where schemas are combined in ways
-    by which a closed one could contradict another.
-
-    Raises
-    ------
-    InvalidRequestError
-        For what is no schema, or is too long or too deep.
-    """
-    StructuredOutputsParams(json=schema)
-    return _closed(schema) if _may_close(schema) else schema
-
-
-def _may_close(schema: Any) -> bool:
-    if isinstance(schema, Mapping):
-        together = _APPLIED_TOGETHER & schema.keys()
-        if "discriminator" in schema:
-            together -= {"oneOf"}  # a constant tells them apart, closed or not
-        if together or (schema.keys() & _MEMBERS and schema.keys() & {"$ref", *_ALTERNATIVES}):
-            return False
-        return all(map(_may_close, schema.values()))
-    return not isinstance(schema, list) or all(map(_may_close, schema))
-
-
-def _closed(schema: Any) -> Any:
-    if not isinstance(schema, Mapping):
-        return schema
-    result = dict(schema)
-    for name in ("properties", "$defs", "definitions"):
-        if isinstance(result.get(name), Mapping):
-            result[name] = {key: _closed(inner) for key, inner in result[name].items()}
-    for name in ("items", "additionalProperties"):
-        if name in result:
-            result[name] = _closed(result[name])
-    for name in (*_ALTERNATIVES, "prefixItems"):
-        if isinstance(result.get(name), list):
-            result[name] = [_closed(inner) for inner in result[name]]
-    properties = result.get("properties")
-    if (
-        isinstance(properties, Mapping)
-        and not {"additionalProperties", "minProperties", "patternProperties"} & result.keys()
-        and set(result.get("required", ())) <= set(properties)
-    ):
-        result["additionalProperties"] = False
-    return result

@@ -1,4 +1,4 @@
-"""The demo model, and the smallest thing that Outlines' 0.x API takes for a model."""
+"""The demo model, as Outlines' 0.x API takes it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,7 @@ from typing import Any
 import pytest
 
 from quire import LLM
-
-
-class Model:
-    """What the generators ask of a model, and no more."""
-
-    def __init__(self, llm: LLM) -> None:
-        self.llm = llm
-
-
-def make_model(llm: LLM) -> Any:
-    return Model(llm)
+from quire.integrations.outlines.models import VLLM
 
 
 @pytest.fixture(scope="session")
@@ -31,14 +21,14 @@ def llm() -> Iterator[LLM]:
 
 @pytest.fixture(scope="session")
 def model(llm: LLM) -> Any:
-    return make_model(llm)
+    return VLLM(llm)
 
 
 @pytest.fixture
 def models_module(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Put :class:`Model` in place of the adapter's models."""
+    """Let the adapter's models be on the one engine."""
     module = ModuleType("quire.integrations.outlines.models")
-    module.VLLM = Model
-    module.vllm = lambda name, **kwargs: Model(llm)
+    module.VLLM = VLLM
+    module.vllm = lambda name, **kwargs: VLLM(llm)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return module

@@ -14,7 +14,7 @@ import outlines.models.vllm
 import pytest
 
 from quire.integrations.outlines import generate, samplers
-from quire.integrations.outlines.install import install, uninstall
+from quire.integrations.outlines.installation import install, uninstall
 
 UPSTREAM = outlines.models.vllm.VLLM
 
@@ -198,7 +198,7 @@ def test_in_a_process_of_its_own():
     """From the first import on: install() brings Outlines in, and leaves it as it is without."""
     code = """
 import sys
-from quire.integrations.outlines.install import install, uninstall
+from quire.integrations.outlines.installation import install, uninstall
 assert "outlines" not in sys.modules
 install()
 import outlines

@@ -15,7 +15,7 @@ import pytest
 from pydantic import BaseModel, constr
 
 from quire import LLM, SamplingParams
-from quire.integrations.outlines.install import install, uninstall
+from quire.integrations.outlines.installation import install, uninstall
 
 
 class Food(str, Enum):

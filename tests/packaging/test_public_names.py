@@ -13,7 +13,7 @@ import pytest
 
 import quire
 
-HEAVY = ("torch", "transformers", "numpy", "tokenizers", "jinja2", "langchain_core")
+HEAVY = ("torch", "transformers", "numpy", "tokenizers", "jinja2", "langchain_core", "outlines")
 
 
 def run(code: str, *options: str) -> str:
@@ -70,6 +70,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         "import quire",
         "from quire import EngineConfig, SamplingParams, BeamSearchParams, RequestOutput",
         "import quire.errors, quire.utils.log, quire.kernels, quire.integrations",
+        "import quire.integrations.langchain, quire.integrations.outlines",
         "import quire.cli.app",
     ],
 )

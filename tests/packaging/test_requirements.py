@@ -33,7 +33,7 @@ def pins(repo_root: Path) -> dict[str, str]:
 
 def declared(project: dict) -> list:
     lines = [*project["dependencies"]]
-    for extra in ("langchain", "dev"):
+    for extra in ("langchain", "outlines", "dev"):
         lines += project["optional-dependencies"][extra]
     return [r for r in map(requirements.Requirement, lines) if r.name != "quire"]
 
@@ -61,7 +61,8 @@ def test_lower_bounds_cover_every_dependency(repo_root: Path, project: dict) -> 
         [sys.executable, str(script)], check=True, capture_output=True, text=True
     ).stdout
     lines = dict(line.split("==") for line in printed.splitlines())
-    expected = [*project["dependencies"], *project["optional-dependencies"]["langchain"]]
+    extras = project["optional-dependencies"]
+    expected = [*project["dependencies"], *extras["langchain"], *extras["outlines"]]
     for requirement in map(requirements.Requirement, expected):
         bound = next(iter(requirement.specifier)).version
         assert lines[requirement.name] == ("2.13.0" if requirement.name == "torch" else bound)
@@ -79,6 +80,7 @@ def test_extras_bring_what_they_are_named_for(project: dict) -> None:
     assert set(extras) == named
     assert extras["bench"] == {"matplotlib"}
     assert extras["langchain"] == {"langchain-core"}
+    assert extras["outlines"] == {"outlines"}
     assert "openai" in extras["openai"]
     assert "triton" in extras["gpu"]
     assert "langchain-community" in extras["dev"]
