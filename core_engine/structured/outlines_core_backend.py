@@ -16,7 +16,7 @@ from outlines_core.json_schema import build_regex_from_schema
 
 from quire.errors import InvalidRequestError
 from quire.structured.closed_schema import why_open
-from quire.structured.regex import escape_rust, to_rust
+from quire.structured.regex import UntranslatableError, escape_rust, to_rust
 
 if TYPE_CHECKING:
     from quire.structured.vocabulary import Vocabulary
@@ -97,6 +97,13 @@ class Backend:
 
 
 def _regex(spec: ConstraintSpec) -> str:
+    try:
+        return _translated(spec)
+    except UntranslatableError as error:
+        raise _refusal(spec, f"it would not hold to {error}") from None
+
+
+def _translated(spec: ConstraintSpec) -> str:
     if spec.kind == "regex":
         return to_rust(spec.text)
     if spec.kind == "choice":
