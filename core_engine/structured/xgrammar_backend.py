@@ -15,11 +15,17 @@ import xgrammar
 from quire.errors import InvalidRequestError
 from quire.structured.closed_schema import why_open
 from quire.structured.regex import UntranslatableError, to_xgrammar
+from quire.structured.subschemas import subschemas
 from quire.structured_outputs import is_lark
 
 if TYPE_CHECKING:
     from quire.structured.vocabulary import Vocabulary
     from quire.structured_outputs import ConstraintSpec
+
+
+_MOST_CHARACTERS = 100_000
+_MOST_PROPERTIES = 300
+"""Of a constraint, and of an object in it: the library takes more than the square of their time."""
 
 
 class Backend:
@@ -29,7 +35,7 @@ class Backend:
     ----------
     vocabulary : Vocabulary
     deadline : float
-        Not looked at: what the library makes is as large as the grammar that it is given.
+        Not looked at: what the library makes is bounded by what it is given.
     """
 
     def __init__(self, vocabulary: Vocabulary, deadline: float) -> None:
@@ -53,6 +59,8 @@ class Backend:
 
     def _compile(self, spec: ConstraintSpec) -> Any:
         text = spec.text
+        if len(text) > _MOST_CHARACTERS:
+            raise _refusal(spec, f"it has more than {_MOST_CHARACTERS} characters: use llguidance")
         if spec.kind == "regex":
             try:
                 return self._compiler.compile_regex(to_xgrammar(text))
@@ -69,6 +77,10 @@ class Backend:
             raise _refusal(spec, "whitespace_pattern must be None: use llguidance")
         if spec.kind == "json" and (reason := why_open(json.loads(text))) is not None:
             raise _refusal(spec, f"it may not hold to {reason}")
+        for inner in subschemas(json.loads(text)):
+            if len(inner.get("properties", ())) > _MOST_PROPERTIES:
+                reason = f"an object has more than {_MOST_PROPERTIES} properties: use llguidance"
+                raise _refusal(spec, reason)
         if '"minLength"' in text or '"maxLength"' in text:
             raise _refusal(spec, "strings of bounded length may have control characters")
         if spec.any_whitespace:

@@ -236,7 +236,14 @@ def requests(backend, kind):
         return StructuredOutputsParams(**wanted, **space, backend=backend)
 
     one = st.builds(constraint, KINDS[kind](backend), st.sampled_from(spaces))
-    return st.lists(st.tuples(one, OPTIONS), min_size=4, max_size=8)
+    return st.lists(st.tuples(one, OPTIONS).filter(_can_be_long), min_size=4, max_size=8)
+
+
+def _can_be_long(wanted) -> bool:
+    """Whether a text of some tokens is asked for only where it need not be empty."""
+    constraint, options = wanted
+    may_be_empty = constraint.regex is not None and re.fullmatch(constraint.regex, "")
+    return "min_tokens" not in options or not may_be_empty
 
 
 @dataclass
