@@ -200,7 +200,13 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name == "schema of nearly 1 MB" else name
+        for name in LARGE
+    ],
+)
 def test_what_is_large_is_enforced_or_fails_in_time(llm, backend, others, name):
     """Meanwhile the others finish as they do alone, and afterwards there is room for more."""
     many, expected = others
