@@ -7,6 +7,7 @@ import os
 import platform
 import runpy
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -70,23 +71,40 @@ def flags_of(machine):
     return flags
 
 
+def num_usable_cores():
+    """Return how many cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class BuildNative(build_ext):
-    """Compiles each file for the instruction set that it is named for."""
+    """Compiles each file for the instruction set that it is named for, one on each core."""
 
     def build_extensions(self):
         """Compile, with the flags of `flags_of` for the files it names."""
-        compile_one = self.compiler._compile
+        compile_one, compile_all = self.compiler._compile, self.compiler.compile
         flags = {
             name: own
             for name, own in flags_of(platform.machine()).items()
             if name not in OPTIONAL_FLAGS or self.knows(own)
         }
 
-        def compile_with_own(obj, src, ext, cc_args, extra_postargs, pp_opts):
-            own = [*extra_postargs, *flags.get(Path(src).name, [])]
-            compile_one(obj, src, ext, cc_args, own, pp_opts)
+        def compile_together(*args, **kwargs):
+            begun = []
 
-        self.compiler._compile = compile_with_own
+            def begin(obj, src, ext, cc_args, extra_postargs, pp_opts):
+                own = [*extra_postargs, *flags.get(Path(src).name, [])]
+                begun.append(pool.submit(compile_one, obj, src, ext, cc_args, own, pp_opts))
+
+            self.compiler._compile = begin
+            with ThreadPoolExecutor(num_usable_cores()) as pool:
+                objects = compile_all(*args, **kwargs)
+            for compiled in begun:
+                compiled.result()
+            return objects
+
+        self.compiler.compile = compile_together
         super().build_extensions()
 
     def knows(self, flags):

@@ -46,12 +46,15 @@ class ConstraintSpec(NamedTuple):
     whitespace_pattern : str or None
     any_whitespace : bool
         Whether whitespace may stand between the parts of JSON.
+    drop_unsupported : bool
+        Whether what a library cannot enforce of a schema is left to a validation at the end.
     """
 
     kind: str
     text: str
     whitespace_pattern: str | None
     any_whitespace: bool
+    drop_unsupported: bool = False
 
 
 @refuse_unknown_keywords
@@ -88,6 +91,11 @@ class StructuredOutputsParams:
         is faster, and another distribution: the model would at times write the same text in other
         tokens, and go on otherwise after them. Penalties, biases and processors have no say in
         such tokens, and no log-probabilities can be asked for.
+    drop_unsupported : bool, default False
+        Keywords of a JSON schema that the backend cannot enforce do not fail the request: the
+        grammar goes without them, a warning is logged that names them, and each finished text is
+        validated by all of the schema. One that is not valid fails the request, with an error
+        that says where and quotes the text. Needs the package jsonschema.
     backend : {"llguidance", "outlines_core", "xgrammar"}, optional
         What enforces it; None for the engine's ``structured_outputs_backend``.
 
@@ -113,6 +121,7 @@ class StructuredOutputsParams:
     whitespace_pattern: str | None = None
     disable_any_whitespace: bool = False
     canonical_tokens: bool = False
+    drop_unsupported: bool = False
     backend: str | None = None
     spec: ConstraintSpec = field(init=False, repr=False, compare=False)
 
@@ -133,6 +142,8 @@ class StructuredOutputsParams:
             )
         flag("disable_any_whitespace", self.disable_any_whitespace)
         flag("canonical_tokens", self.canonical_tokens)
+        if flag("drop_unsupported", self.drop_unsupported) and kind != "json":
+            raise refuse("drop_unsupported", True, "False without json, whose keywords it is about")
         if self.whitespace_pattern is not None:
             if kind not in ("json", "json_object"):
                 expected = "None without json or json_object, whose whitespace it describes"
@@ -144,7 +155,13 @@ class StructuredOutputsParams:
         if self.backend is not None and self.backend not in BACKENDS:
             expected = f"one of {', '.join(map(repr, BACKENDS))}, or None"
             raise refuse("backend", self.backend, expected)
-        spec = ConstraintSpec(kind, text, self.whitespace_pattern, not self.disable_any_whitespace)
+        spec = ConstraintSpec(
+            kind,
+            text,
+            self.whitespace_pattern,
+            not self.disable_any_whitespace,
+            self.drop_unsupported,
+        )
         object.__setattr__(self, "spec", spec)
 
     def _keep(self, name: str, value: Any) -> None:

@@ -106,6 +106,16 @@ class Completion:
         self._num_read = end
         return self._detokenizer.append(unread)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it ended of itself, and not half-way by a stop string or its length."""
+        return self.finish_reason == "stop" and not isinstance(self.stop_reason, str)
+
+    def text_token_ids(self) -> list[int]:
+        """Return its tokens without one that ends the text."""
+        ends = bool(self.token_ids) and self.token_ids[-1] in self._ends
+        return self.token_ids[:-1] if ends else list(self.token_ids)
+
     def has_news(self) -> bool:
         """Return whether anything happened since the last delta."""
         finished = self.finish_reason is not None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from quire.errors import InvalidRequestError
 from quire.structured.compiler import Compilation, ConstraintCompiler
 from quire.structured.masks import MaskFiller, MaskRequest, Masks
+from quire.structured.validator import require_jsonschema
 from quire.structured.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ class RequestConstraints:
                 "use_beam_search must be False with structured_outputs where no token ends a "
                 "text (the model has none, or ignore_eos=True): hypotheses end with one"
             )
+        if wanted.drop_unsupported:
+            require_jsonschema()
         compilation = self._compiler.submit(wanted.backend or self._backend, wanted.spec)
         self._waiting[live.request.request_id] = live, compilation
 
@@ -94,6 +97,7 @@ class RequestConstraints:
             self.forget(live)
             error = compilation.error
             try:
+                live.validator = compilation.validator
                 if compilation.compiled is not None:
                     for sequence in live.deferred:
                         sequence.constraint = compilation.compiled.start()

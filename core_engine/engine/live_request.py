@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quire.engine.completion import Completion
+from quire.errors import RequestFailedError
 from quire.outputs import RequestMetrics, RequestOutput, TokenLogprobs
 from quire.sampling_params import RequestOutputKind
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from quire.engine.request import Request
     from quire.engine.sequence import Sequence
     from quire.sampling.beam_search import BeamSearch
+    from quire.structured.validator import Validator
     from quire.tokenizer.tokenizer import Tokenizer
 
 
@@ -30,6 +32,8 @@ class LiveRequest:
         Tokens that end its texts; none when they are to be ignored.
     stop_token_ids : frozenset of int
         Further tokens that end them, by the request's own wish.
+    validator : Validator or None
+        What each of its whole texts has to pass before it is told.
     beam : BeamSearch or None
         The search, for a request that asked for one.
     prompt_logprobs : list or None
@@ -48,6 +52,8 @@ class LiveRequest:
     ) -> None:
         self.request = request
         self.beam = beam
+        self.validator: Validator | None = None
+        self._validated: set[int] = set()
         self.candidates: dict[int, tuple[list[int], list[float]]] = {}
         self.beam_order: list[int] = []
         self.sequences: dict[int, Sequence] = {}
@@ -97,7 +103,13 @@ class LiveRequest:
                 completion.finish_reason = "abort"
 
     def output(self) -> RequestOutput | None:
-        """Return what the request wants to be told now, or None."""
+        """Return what the request wants to be told now, or None.
+
+        Raises
+        ------
+        RequestFailedError
+            A whole text is not valid.
+        """
         params = self.request.params
         held_back = self.beam is not None or params.num_sequences > params.n
         finished = self.finished
@@ -105,7 +117,11 @@ class LiveRequest:
             return None
         completions = list(self.completions.values())
         if held_back:
-            outputs = [c.output() for c in self._best(completions)]
+            completions = self._best(completions)
+        if self.validator is not None:
+            self._validate(self.validator, completions)
+        if held_back:
+            outputs = [c.output() for c in completions]
         elif params.output_kind == RequestOutputKind.DELTA:
             outputs = [c.delta() for c in completions if c.has_news()]
         else:
@@ -122,6 +138,18 @@ class LiveRequest:
             lora_request=self.request.lora_request,
             num_cached_tokens=self.num_cached_tokens,
         )
+
+    def _validate(self, validator: Validator, completions: list[Completion]) -> None:
+        for completion in completions:
+            if completion.index in self._validated or not completion.is_whole:
+                continue
+            self._validated.add(completion.index)
+            try:
+                cut = completion.stop_reason is not None
+                validator.check(completion.text_token_ids(), may_be_cut=cut)
+            except ValueError as error:
+                which = f"sample {completion.index}: " if len(completions) > 1 else ""
+                raise RequestFailedError(self.request.request_id, f"{which}{error}") from error
 
     def _best(self, completions: list[Completion]) -> list[Completion]:
         """Return the best ``n``, numbered anew; a beam search has ranked its own."""

@@ -6,12 +6,12 @@ import json
 import re
 from typing import Any, Final
 
-_NOTES: Final = frozenset(
+NOTES: Final = frozenset(
     ("title", "description", "default", "examples", "$schema", "$comment", "$defs", "definitions")
 )
 """Keywords that say nothing of what is valid here."""
 
-_BY_TYPE: Final[dict[str, frozenset[str]]] = {
+KEYWORDS_BY_TYPE: Final[dict[str, frozenset[str]]] = {
     "object": frozenset(("properties", "required", "additionalProperties")),
     "array": frozenset(("items", "minItems", "maxItems")),
     "string": frozenset(("minLength", "maxLength")),
@@ -40,7 +40,7 @@ def why_open(schema: Any) -> str | None:
         for inner in schema.get(name, {}).values():
             if (reason := why_open(inner)) is not None:
                 return reason
-    keywords = set(schema) - _NOTES
+    keywords = set(schema) - NOTES
     form = keywords & {"anyOf", "enum", "const", "$ref"}
     if not form:
         return _why_type_open(schema, keywords)
@@ -68,9 +68,9 @@ def _why_type_open(schema: dict[str, Any], keywords: set[str]) -> str | None:
         if keywords == {"type"} and all(item in _VALUES for item in kind):
             return None
         return "a list of types beside other keywords"
-    if not isinstance(kind, str) or kind not in _BY_TYPE:
+    if not isinstance(kind, str) or kind not in KEYWORDS_BY_TYPE:
         return "a schema without a type"
-    unknown = keywords - {"type"} - _BY_TYPE[kind]
+    unknown = keywords - {"type"} - KEYWORDS_BY_TYPE[kind]
     if unknown:
         return f"the keyword {min(unknown)!r} of {kind}"
     if kind == "object":

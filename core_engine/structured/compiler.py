@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 from quire.errors import InvalidRequestError
 from quire.structured.backends import load_constraint_backend
+from quire.structured.dropping import compile_dropping
 
 if TYPE_CHECKING:
     from quire.structured.constraint import CompiledConstraint, ConstraintBackend
+    from quire.structured.validator import Validator
     from quire.structured.vocabulary import Vocabulary
     from quire.structured_outputs import ConstraintSpec
 
@@ -34,6 +36,8 @@ class Compilation:
         Set last, when either of the following is.
     compiled : CompiledConstraint or None
     error : BaseException or None
+    validator : Validator or None
+        What finished texts have to be held against besides.
     """
 
     def __init__(self, backend: str, spec: ConstraintSpec) -> None:
@@ -42,6 +46,7 @@ class Compilation:
         self.done = False
         self.compiled: CompiledConstraint | None = None
         self.error: BaseException | None = None
+        self.validator: Validator | None = None
         self.clock = time.monotonic()  # when it was queued, then when its thread took it up
         self.running = False
 
@@ -201,4 +206,9 @@ class ConstraintCompiler:
         with self._changed:
             compilation.clock = time.monotonic()
             compilation.running = True
-        return backend.compile(compilation.spec)
+        if not compilation.spec.drop_unsupported:
+            return backend.compile(compilation.spec)
+        compiled, compilation.validator = compile_dropping(
+            compilation.backend, backend, compilation.spec, self._vocabulary
+        )
+        return compiled

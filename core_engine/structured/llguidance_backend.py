@@ -13,7 +13,7 @@ import numpy.typing as npt
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from quire.errors import InvalidRequestError
-from quire.structured.regex import to_rust
+from quire.structured.regex import UntranslatableError, to_rust
 from quire.structured_outputs import is_lark
 
 if TYPE_CHECKING:
@@ -101,7 +101,10 @@ class Backend:
     @_panics_are_errors
     def compile(self, spec: ConstraintSpec) -> Compiled:
         """Make a constraint ready."""
-        grammar = self._grammar(spec)
+        try:
+            grammar = self._grammar(spec)
+        except UntranslatableError as error:
+            raise _refusal(spec.kind, f"it would not hold to {error}") from None
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise _refusal(spec.kind, matcher.get_error())

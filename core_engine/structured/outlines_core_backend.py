@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import outlines_core
-from outlines_core.json_schema import build_regex_from_schema
 
 from quire.errors import InvalidRequestError
 from quire.structured.closed_schema import why_open
-from quire.structured.regex import escape_rust, to_rust
+from quire.structured.regex import UntranslatableError, escape_rust, to_rust
 
 if TYPE_CHECKING:
     from quire.structured.vocabulary import Vocabulary
@@ -39,13 +38,16 @@ try:
     resource.setrlimit(resource.RLIMIT_AS, (given["memory"], given["memory"]))
 except (ImportError, ValueError):
     pass
-import outlines_core
+import outlines_core.json_schema
 tokens = {}
 for i, token in enumerate(given["tokens"]):
     if token:
         tokens.setdefault(bytes.fromhex(token), []).append(i)
 try:
-    index = outlines_core.Index(given["regex"], outlines_core.Vocabulary(given["end_id"], tokens))
+    regex = given["regex"]
+    if given["schema"] is not None:
+        regex = outlines_core.json_schema.build_regex_from_schema(*given["schema"])
+    index = outlines_core.Index(regex, outlines_core.Vocabulary(given["end_id"], tokens))
 except Exception as error:
     sys.exit(f"refused: {error}")
 sys.stdout.buffer.write(index.__reduce__()[1][0])
@@ -55,8 +57,8 @@ sys.stdout.buffer.write(index.__reduce__()[1][0])
 class Backend:
     """See :class:`quire.structured.constraint.ConstraintBackend`.
 
-    The library makes a whole automaton, whose size and time nothing bounds: it does so in a
-    process of its own, which can be ended.
+    The library makes a regex of a schema and a whole automaton of that, whose size and time
+    nothing bounds: it does so in a process of its own, which can be ended.
 
     Parameters
     ----------
@@ -77,7 +79,7 @@ class Backend:
             "memory": _MOST_MEMORY,
             "tokens": self._tokens,
             "end_id": self._vocabulary.end_id,
-            "regex": _regex(spec),
+            **_wanted(spec),
         }
         try:
             done = subprocess.run(
@@ -96,23 +98,24 @@ class Backend:
         return Compiled(outlines_core.Index.from_binary(done.stdout), self._vocabulary)
 
 
-def _regex(spec: ConstraintSpec) -> str:
-    if spec.kind == "regex":
-        return to_rust(spec.text)
-    if spec.kind == "choice":
-        return "|".join(f"(?:{escape_rust(item)})" for item in json.loads(spec.text))
-    if spec.kind not in ("json", "json_object"):
-        raise _refusal(spec, "it knows regexes, choices and JSON schemas: use llguidance")
-    if spec.kind == "json" and (reason := why_open(json.loads(spec.text))) is not None:
-        raise _refusal(spec, f"it would not hold to {reason}")
-    whitespace = "[ \\n\\r\\t]*" if spec.any_whitespace else ""
-    if spec.whitespace_pattern is not None:
-        whitespace = f"(?:{to_rust(spec.whitespace_pattern)})"
+def _wanted(spec: ConstraintSpec) -> dict[str, Any]:
+    """Return the regex, or the schema and the whitespace that one is made of."""
     try:
-        regex: str = build_regex_from_schema(spec.text, whitespace)
-    except Exception as error:
-        raise _refusal(spec, str(error)) from error
-    return regex
+        if spec.kind == "regex":
+            return {"regex": to_rust(spec.text), "schema": None}
+        if spec.kind == "choice":
+            items = "|".join(f"(?:{escape_rust(item)})" for item in json.loads(spec.text))
+            return {"regex": items, "schema": None}
+        if spec.kind not in ("json", "json_object"):
+            raise _refusal(spec, "it knows regexes, choices and JSON schemas: use llguidance")
+        if spec.kind == "json" and (reason := why_open(json.loads(spec.text))) is not None:
+            raise _refusal(spec, f"it would not hold to {reason}")
+        whitespace = "[ \\n\\r\\t]*" if spec.any_whitespace else ""
+        if spec.whitespace_pattern is not None:
+            whitespace = f"(?:{to_rust(spec.whitespace_pattern)})"
+    except UntranslatableError as error:
+        raise _refusal(spec, f"it would not hold to {error}") from None
+    return {"regex": None, "schema": [spec.text, whitespace]}
 
 
 def _refusal(spec: ConstraintSpec, reason: str) -> InvalidRequestError:

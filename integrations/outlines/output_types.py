@@ -29,7 +29,7 @@ from quire.integrations.outlines.upstream import (
     python_types_to_terms,
     to_regex,
 )
-from quire.structured.regex import to_rust
+from quire.structured.regex import UntranslatableError, to_rust
 from quire.structured_outputs import StructuredOutputsParams
 from quire.utils.checks import shown
 
@@ -197,14 +197,14 @@ class _Lark:
         return f"({self._expression(_members(term)[0])}){_repetition(term)}"
 
     def _terminal(self, regex: str) -> str:
-        return self._rule("TEXT", f"/{_in_slashes(to_rust(regex))}/")
+        return self._rule("TEXT", f"/{_in_slashes(_rust(regex))}/")
 
     def _json(self, term: JsonSchema) -> str:
         schema = _schema(term.schema)
         # Its options are the engine's for any schema, whatever it says itself.
         options: dict[str, Any] = {"lenient": False, "coerce_one_of": False}
         if term.whitespace_pattern:
-            options["whitespace_pattern"] = to_rust(term.whitespace_pattern)
+            options["whitespace_pattern"] = _rust(term.whitespace_pattern)
         else:
             # The parser takes optional whitespace around the whole of it, too.
             spaces = "" if term.whitespace_pattern == "" else " "
@@ -234,6 +234,13 @@ def _repetition(term: Term) -> str:
     if isinstance(term, QuantifyBetween):
         return f"{{{term.min_count},{term.max_count}}}"
     raise TypeError(f"{shown(term)} cannot have a JSON schema in it")
+
+
+def _rust(regex: str) -> str:
+    try:
+        return to_rust(regex)
+    except UntranslatableError as error:
+        raise InvalidRequestError(f"regex {shown(regex)} cannot be enforced: {error}") from error
 
 
 def _in_slashes(regex: str) -> str:
