@@ -15,7 +15,7 @@ COPY kernels kernels
 COPY integrations integrations
 # The compiler makes the native kernels and is not needed afterwards.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ \
-    && QUIRE_REQUIRE_NATIVE=1 pip install --no-cache-dir -c constraints.txt ".[langchain]" \
+    && QUIRE_REQUIRE_NATIVE=1 pip install --no-cache-dir -c constraints.txt ".[langchain,outlines]" \
     && apt-get purge -y --auto-remove g++ && rm -rf /var/lib/apt/lists/* /src/*
 
 # Downloaded models go to the volume; the process has no rights beyond it.

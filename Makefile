@@ -39,7 +39,7 @@ $(BIN)/python:
 
 # A stamp says that the install it is named for was done from these very inputs.
 $(VENV)/.demo: $(BIN)/python $(INPUTS)
-	$(PIP) install --quiet -c constraints.txt -e ".[langchain]"
+	$(PIP) install --quiet -c constraints.txt -e ".[langchain,outlines]"
 	@touch $@
 
 $(VENV)/.dev: $(BIN)/python $(INPUTS)
