@@ -41,6 +41,29 @@ const Isa& isa() {
   return *found;
 }
 
+// Of four tokens, by their bits in a mask: all ones for a token that may come.
+constexpr uint32_t kYes = ~uint32_t{0};
+constexpr uint32_t kMayCome[16][4] = {
+    {0, 0, 0, 0},       {kYes, 0, 0, 0},       {0, kYes, 0, 0},       {kYes, kYes, 0, 0},
+    {0, 0, kYes, 0},    {kYes, 0, kYes, 0},    {0, kYes, kYes, 0},    {kYes, kYes, kYes, 0},
+    {0, 0, 0, kYes},    {kYes, 0, 0, kYes},    {0, kYes, 0, kYes},    {kYes, kYes, 0, kYes},
+    {0, 0, kYes, kYes}, {kYes, 0, kYes, kYes}, {0, kYes, kYes, kYes}, {kYes, kYes, kYes, kYes},
+};
+
+// Without a branch for each token: most words of a mask may leave out some of theirs.
+void mask_word(float* logits, uint32_t word) {
+  constexpr uint32_t kMinusInfinity = 0xff800000;
+  for (int64_t first = 0; first < 32; first += 4) {
+    const uint32_t* may_come = kMayCome[word >> first & 15];
+    uint32_t bits[4];
+    std::memcpy(bits, logits + first, sizeof bits);
+    for (int64_t i = 0; i < 4; ++i) {
+      bits[i] = (bits[i] & may_come[i]) | (kMinusInfinity & ~may_come[i]);
+    }
+    std::memcpy(logits + first, bits, sizeof bits);
+  }
+}
+
 // At least as many as a program has: of each layer, and before and after them all.
 constexpr size_t kLoopsPerLayer = 24;
 constexpr size_t kLoopsBeside = 16;
@@ -288,15 +311,16 @@ QUIRE_API void quire_mask(float* logits, int64_t stride, int64_t vocab, const in
   for (int64_t m = 0; m < num_masks; ++m, words += num_words) {
     float* row = logits + rows[m] * stride;
     for (int64_t w = 0; w * 32 < vocab; ++w) {
-      // A grammar allows few tokens, or nearly all: whole words are the rule.
       const uint32_t word = w < num_words ? words[w] : 0;
       const int64_t first = w * 32, count = std::min<int64_t>(32, vocab - first);
       if (word == 0) {
         std::fill(row + first, row + first + count, kNone);
-      } else if (word != ~uint32_t{0}) {
+      } else if (count < 32) {
         for (int64_t i = 0; i < count; ++i) {
           if ((word >> i & 1) == 0) row[first + i] = kNone;
         }
+      } else if (word != ~uint32_t{0}) {
+        mask_word(row + first, word);
       }
     }
   }
