@@ -122,6 +122,9 @@ class Validator:
             )
             if self._work > _MOST_WORK:
                 raise InvalidTextError("it cannot be validated: it takes too long")
+            # A reference may lead to what is no subschema by its place, and was not looked at.
+            if unbounded := next((word for word in _UNBOUNDED if word in schema), None):
+                raise InvalidTextError(f"it cannot be validated: nothing bounds {unbounded!r}")
             return check(validator, value, instance, schema) or ()
 
         return counted

@@ -235,6 +235,18 @@ def test_no_text_and_no_schema_keep_the_engine_waiting():
         assert time.monotonic() - started < 3.0
 
 
+@pytest.mark.parametrize("inner", [{"$ref": "#/hidden"}, {"allOf": [{"$ref": "#/hidden"}]}])
+@pytest.mark.parametrize("other", [{}, {"additionalProperties": False}])
+def test_patterns_that_only_a_reference_leads_to_are_not_tried(inner, other):
+    """Where no schema stands by its place, there may be one: Python's re would run for hours."""
+    hidden = {**other, "patternProperties": {"^(a+)+$": False}}
+    validator = Validator({"not": inner, "hidden": hidden}, ["not"], Letters())
+    started = time.monotonic()
+    with pytest.raises(InvalidTextError, match="nothing bounds 'patternProperties'"):
+        validator.check(json.dumps({"a" * 25 + "b": 1}).encode())
+    assert time.monotonic() - started < 1.0
+
+
 def test_only_schemas_are_rewritten():
     """Not names of properties, nor values, wherever they look like keywords."""
     data = {"not": {"not": 1}, "uniqueItems": True}
