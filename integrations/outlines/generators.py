@@ -99,7 +99,8 @@ def request_params(
         wanted["n"] = drawing.num_samples
     if not given.use_beam_search:  # a search draws nothing, so nothing of how to draw concerns it
         wanted |= _drawing_fields(given, drawing)
-    return replace(given, **{k: v for k, v in wanted.items() if k not in given.explicit_fields})
+    explicit = given.explicit_fields - {"structured_outputs"}  # there, None says nothing
+    return replace(given, **{k: v for k, v in wanted.items() if k not in explicit})
 
 
 def _drawing_fields(given: SamplingParams, drawing: SamplingParameters) -> dict[str, Any]:
