@@ -55,6 +55,8 @@ class Validator:
         for inner in subschemas(schema):
             if unbounded := next((word for word in _UNBOUNDED if word in inner), None):
                 raise self._refusal(f"{unbounded!r} is in it, whose validation nothing bounds")
+        if isinstance(schema, dict) and not isinstance(schema.get("$schema", ""), str):
+            raise self._refusal("it is no schema: $['$schema'] is no string")
         base = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
         try:
             base.check_schema(schema)

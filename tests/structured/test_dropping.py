@@ -155,6 +155,18 @@ def test_what_cannot_be_dropped_or_validated_is_refused(llm):
         assert "drop_unsupported=True" in str(error)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"$schema": 5}, {"$schema": []}, {"$defs": []}, {"anyOf": 5}, {"enum": 5}, {"type": [[]]}],
+)
+def test_what_is_no_schema_is_refused_as_such(llm, backend, wrong):
+    """Not by what Python says of the code that reads it."""
+    schema = {"type": "boolean", "not": {"const": True}, **wrong}
+    wanted = StructuredOutputsParams(json=schema, backend=backend, drop_unsupported=True)
+    with pytest.raises(RequestFailedError, match="json cannot be enforced"):
+        llm.generate(PROMPT, SamplingParams(structured_outputs=wanted), use_tqdm=False)
+
+
 def test_it_is_about_json_and_needs_a_library(llm, monkeypatch):
     with pytest.raises(InvalidRequestError, match="drop_unsupported must be False without json"):
         StructuredOutputsParams(regex="a", drop_unsupported=True)
