@@ -60,7 +60,8 @@ def request_params(
     Parameters
     ----------
     given : SamplingParams or None
-        What it sets, that is, has at another value than the default, wins over all the rest.
+        What it sets explicitly, a default that is written out included, wins over all the rest;
+        but for a ``structured_outputs=None``, which takes nothing away.
     drawing : SamplingParameters
         What the sampler stands for.
     max_tokens : int, optional

@@ -150,7 +150,9 @@ def request_params(
     if structured_outputs is not None:
         for twice in (values.get("structured_outputs"), base.structured_outputs):
             if twice is not None:
-                raise refuse("structured_outputs", twice, "None beside an output type, which is one")
+                raise refuse(
+                    "structured_outputs", twice, "None beside an output type, which is one"
+                )
         values["structured_outputs"] = structured_outputs
     explicit = base.explicit_fields - {"structured_outputs"}  # there, None says nothing
     if given is not None:

@@ -331,7 +331,10 @@ def test_what_fails_in_the_users_own_schema_is_a_refusal_with_the_reason():
     class Failing(BaseModel):
         model_config = ConfigDict(json_schema_extra=fail)
 
-    for wrong in (Failing, BaseModel, SchemaBuilder, TypedDict("Lost", {"x": "Nowhere"})):
+    class Lost(TypedDict):
+        x: Nowhere  # noqa: F821
+
+    for wrong in (Failing, BaseModel, SchemaBuilder, Lost):
         with pytest.raises(InvalidRequestError, match="makes no schema: "):
             schema_of(wrong)
 
