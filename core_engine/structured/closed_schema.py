@@ -34,11 +34,18 @@ def why_open(schema: Any) -> str | None:
 
     An object may have fewer members than the schema allows, which is valid all the same.
     """
+    try:
+        return _why_open(schema)
+    except (AttributeError, TypeError) as error:  # no schema, by the type of a keyword's value
+        return f"what is no JSON schema ({error})"
+
+
+def _why_open(schema: Any) -> str | None:
     if not isinstance(schema, dict):
         return f"the schema {schema!r}"
     for name in ("$defs", "definitions"):
         for inner in schema.get(name, {}).values():
-            if (reason := why_open(inner)) is not None:
+            if (reason := _why_open(inner)) is not None:
                 return reason
     keywords = set(schema) - NOTES
     form = keywords & {"anyOf", "enum", "const", "$ref"}
@@ -47,7 +54,7 @@ def why_open(schema: Any) -> str | None:
     if len(form) > 1 or not keywords <= form | {"type"}:
         return f"all of {sorted(keywords)} together"
     if form == {"anyOf"} and keywords == form:
-        return next((r for item in schema["anyOf"] if (r := why_open(item)) is not None), None)
+        return next((r for item in schema["anyOf"] if (r := _why_open(item)) is not None), None)
     if form == {"$ref"} and keywords == form:
         # Any other is taken for a schema of anything.
         local = re.fullmatch(r"#/(\$defs|definitions)/[^/%~]+", str(schema["$ref"]))
@@ -81,7 +88,7 @@ def _why_type_open(schema: dict[str, Any], keywords: set[str]) -> str | None:
             return "the name of a property that JSON escapes"  # it does not
         if schema.get("additionalProperties", True) not in (True, False):
             return "a schema of additionalProperties"
-        return next((r for item in properties.values() if (r := why_open(item)) is not None), None)
+        return next((r for item in properties.values() if (r := _why_open(item)) is not None), None)
     if kind == "array":
-        return why_open(schema["items"]) if "items" in schema else "an array of anything"
+        return _why_open(schema["items"]) if "items" in schema else "an array of anything"
     return None

@@ -55,6 +55,8 @@ class Validator:
         for inner in subschemas(schema):
             if unbounded := next((word for word in _UNBOUNDED if word in inner), None):
                 raise self._refusal(f"{unbounded!r} is in it, whose validation nothing bounds")
+        if isinstance(schema, dict) and not isinstance(schema.get("$schema", ""), str):
+            raise self._refusal("it is no schema: $['$schema'] is no string")
         base = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
         try:
             base.check_schema(schema)
@@ -122,6 +124,9 @@ class Validator:
             )
             if self._work > _MOST_WORK:
                 raise InvalidTextError("it cannot be validated: it takes too long")
+            # A reference may lead to what is no subschema by its place, and was not looked at.
+            if unbounded := next((word for word in _UNBOUNDED if word in schema), None):
+                raise InvalidTextError(f"it cannot be validated: nothing bounds {unbounded!r}")
             return check(validator, value, instance, schema) or ()
 
         return counted

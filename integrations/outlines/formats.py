@@ -39,7 +39,7 @@ _TYPES: Final[dict[Any, tuple[str, Callable[[str], Any]]]] = {
 }
 
 
-def format_of(python_type: Any) -> Format:
+def format_of(python_type: Any, backend: str | None = None) -> Format:
     """Return the constraint of a type, and what makes a value of a text.
 
     Parameters
@@ -47,6 +47,8 @@ def format_of(python_type: Any) -> Format:
     python_type : type
         int, float, bool, date, time or datetime; an Enum, for the name of a member; a type of
         ``outlines.types``, for a text; ``Annotated[type, ...]`` with a JSON schema's ``pattern``.
+    backend : str, optional
+        What enforces a type of ``outlines.types``; None for the engine's.
 
     Raises
     ------
@@ -54,7 +56,7 @@ def format_of(python_type: Any) -> Format:
         For any other.
     """
     if is_term(python_type):
-        return _term(python_type), str
+        return term_constraint(python_type, backend), str
     if get_origin(python_type) is Annotated:
         kind, *notes = get_args(python_type)
         for note in notes:
@@ -72,16 +74,9 @@ def format_of(python_type: Any) -> Format:
     )
 
 
-def _term(term: Any) -> StructuredOutputsParams:
-    if is_term(term, "CFG"):
-        return StructuredOutputsParams(grammar=term.definition)
-    if is_term(term, "JsonSchema"):
-        return StructuredOutputsParams(json=term.schema, whitespace_pattern=term.whitespace_pattern)
-    return StructuredOutputsParams(regex=regex_of(term))
-
-
-def regex_of(term: Any) -> str:
-    """Return the regex of one of Outlines' types."""
-    if is_term(term, "Regex"):
-        return str(term.pattern)
-    return str(importlib.import_module("outlines.types.dsl").to_regex(term))
+def term_constraint(term: Any, backend: str | None = None) -> StructuredOutputsParams:
+    """Return the constraint of one of Outlines' types, as new calls of models have it."""
+    # Not before there is a term: only then is Outlines there, and imported.
+    output_types = importlib.import_module("quire.integrations.outlines.output_types")
+    constraint: StructuredOutputsParams = output_types.structured_outputs_for(term, backend=backend)
+    return constraint

@@ -52,8 +52,11 @@ def regex(model: Any, regex_str: Any, sampler: Sampler | None = None) -> Sequenc
     SequenceGenerator
         Its results are str.
     """
-    pattern = formats.regex_of(regex_str) if schema_objects.is_term(regex_str) else regex_str
-    return SequenceGenerator(model, StructuredOutputsParams(regex=pattern), sampler)
+    if schema_objects.is_term(regex_str):
+        constraint = formats.term_constraint(regex_str, _backend(model))
+    else:
+        constraint = StructuredOutputsParams(regex=regex_str)
+    return SequenceGenerator(model, constraint, sampler)
 
 
 def json(
@@ -100,10 +103,14 @@ def _json_constraint(
     if whitespace_pattern == "":
         return StructuredOutputsParams(json=schema, disable_any_whitespace=True)
     # xgrammar takes no pattern: there, what nobody asked for is left to it.
-    backend = llm_of(model).config.structured.structured_outputs_backend
-    if whitespace_pattern is None and backend != "xgrammar":
+    if whitespace_pattern is None and _backend(model) != "xgrammar":
         whitespace_pattern = "[ ]?"
     return StructuredOutputsParams(json=schema, whitespace_pattern=whitespace_pattern)
+
+
+def _backend(model: Any) -> str:
+    """Return what enforces constraints where nobody says."""
+    return llm_of(model).config.structured.structured_outputs_backend
 
 
 def cfg(model: Any, cfg_str: Any, sampler: Sampler | None = None) -> SequenceGenerator:
@@ -146,7 +153,7 @@ def format(model: Any, python_type: Any, sampler: Sampler | None = None) -> Sequ
     TypeError
         For any other type.
     """
-    constraint, parse = formats.format_of(python_type)
+    constraint, parse = formats.format_of(python_type, _backend(model))
     return SequenceGenerator(model, constraint, sampler, parse)
 
 

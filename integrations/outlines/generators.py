@@ -60,7 +60,8 @@ def request_params(
     Parameters
     ----------
     given : SamplingParams or None
-        What it sets, that is, has at another value than the default, wins over all the rest.
+        What it sets explicitly, a default that is written out included, wins over all the rest;
+        but for a ``structured_outputs=None``, which takes nothing away.
     drawing : SamplingParameters
         What the sampler stands for.
     max_tokens : int, optional
@@ -99,7 +100,8 @@ def request_params(
         wanted["n"] = drawing.num_samples
     if not given.use_beam_search:  # a search draws nothing, so nothing of how to draw concerns it
         wanted |= _drawing_fields(given, drawing)
-    return replace(given, **{k: v for k, v in wanted.items() if k not in given.explicit_fields})
+    explicit = given.explicit_fields - {"structured_outputs"}  # there, None says nothing
+    return replace(given, **{k: v for k, v in wanted.items() if k not in explicit})
 
 
 def _drawing_fields(given: SamplingParams, drawing: SamplingParameters) -> dict[str, Any]:

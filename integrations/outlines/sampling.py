@@ -90,7 +90,7 @@ def read_call(
     chat_options = {name: left.pop(name) for name in CHAT_OPTIONS if name in left}
     engine_options = {name: left.pop(name) for name in _ENGINE if name in left}
     asked = options.get("backend")
-    structure = structured_outputs_for(output_type, backend=asked or backend)
+    structure = structured_outputs_for(output_type, backend=backend if asked is None else asked)
     return Call(
         params=request_params(
             owner, default, options.get("sampling_params"), left, structured_outputs=structure
@@ -148,14 +148,19 @@ def request_params(
         values[name] = value
     base = default if given is None else given
     if structured_outputs is not None:
-        twice = values.get("structured_outputs") or base.structured_outputs
-        if twice is not None:
-            raise refuse("structured_outputs", twice, "None beside an output type, which is one")
+        for twice in (values.get("structured_outputs"), base.structured_outputs):
+            if twice is not None:
+                raise refuse(
+                    "structured_outputs", twice, "None beside an output type, which is one"
+                )
         values["structured_outputs"] = structured_outputs
-    explicit = base.explicit_fields
+    explicit = base.explicit_fields - {"structured_outputs"}  # there, None says nothing
     if given is not None:
         values = {name: value for name, value in values.items() if name not in explicit}
     constrained = values.get("structured_outputs", base.structured_outputs) is not None
     if constrained and "max_tokens" not in explicit:
         values.setdefault("max_tokens", None)
-    return replace(base, **values)
+    params = replace(base, **values)
+    if not params.detokenize:
+        raise refuse("detokenize", False, "True: what is returned is text")
+    return params

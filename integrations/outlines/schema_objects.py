@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, Final, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 from typing_extensions import TypedDict, is_typeddict
 
 from quire.errors import InvalidRequestError
@@ -56,9 +56,11 @@ def schema_of(value: Any) -> tuple[dict[str, Any] | str, Callable[[str], Any]]:
     """
     try:
         return _schema_of(value)
-    except PydanticUserError as error:
+    except InvalidRequestError:
+        raise
+    except Exception as error:  # pydantic's, genson's, and those of the user's own code in them
         raise InvalidRequestError(
-            f"schema_object must be {_EXPECTED}; of {shown(value)}, pydantic says: {error}"
+            f"schema_object must be {_EXPECTED}; {shown(value)} makes no schema: {error}"
         ) from error
 
 

@@ -63,11 +63,12 @@ def _closed(schema: Any) -> Any:
     for name in (*_ALTERNATIVES, "prefixItems"):
         if isinstance(result.get(name), list):
             result[name] = [_closed(inner) for inner in result[name]]
-    properties = result.get("properties")
+    properties, required = result.get("properties"), result.get("required", [])
     if (
         isinstance(properties, Mapping)
         and not {"additionalProperties", "minProperties", "patternProperties"} & result.keys()
-        and set(result.get("required", ())) <= set(properties)
+        and isinstance(required, (list, tuple))
+        and all(isinstance(name, str) and name in properties for name in required)
     ):
         result["additionalProperties"] = False
     return result

@@ -100,6 +100,9 @@ def test_a_structure_has_the_room_that_is_left_and_plain_text_the_default(model,
         ({"chat": 1}, InvalidRequestError, "chat must be True or False"),
         ({"allow_incomplete": 1}, InvalidRequestError, "allow_incomplete must be"),
         ({"backend": "none"}, InvalidRequestError, "backend must be one of"),
+        ({"backend": ""}, InvalidRequestError, "backend must be one of"),
+        ({"detokenize": False}, InvalidRequestError, "detokenize must be True"),
+        ({"structured_outputs": 0}, InvalidRequestError, "None beside an output type"),
         (
             {"sampling_params": SamplingParams(structured_outputs=DIGITS)},
             InvalidRequestError,
@@ -111,3 +114,11 @@ def test_a_structure_has_the_room_that_is_left_and_plain_text_the_default(model,
 def test_wrong_arguments_are_errors_that_name_them(arguments, error, message):
     with pytest.raises(error, match=message):
         read_call("f", DEFAULT, int, arguments)
+
+
+def test_none_written_out_for_a_constraint_takes_none_away():
+    """SamplingParams(structured_outputs=None) is what many write who have no other."""
+    given = SamplingParams(structured_outputs=None)
+    assert read_call("f", DEFAULT, int, {"sampling_params": given}).params.structured_outputs
+    call = read_call("f", DEFAULT, None, {"sampling_params": given, "structured_outputs": DIGITS})
+    assert call.params.structured_outputs == DIGITS

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from outlines import types
 from pydantic import WithJsonSchema
 
-from quire import StructuredOutputsParams
+from quire import InvalidRequestError, StructuredOutputsParams
 from quire.integrations.outlines import formats
 from quire.integrations.outlines.formats import format_of
 
@@ -84,10 +84,23 @@ def test_types_of_outlines_are_texts():
     assert format_of(types.CFG("start: /a/"))[0] == StructuredOutputsParams(grammar="start: /a/")
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     constraint, _ = format_of(types.JsonSchema(schema))
-    assert constraint.spec.kind == "json"
+    assert constraint.json == {**schema, "additionalProperties": False}
     constraint, _ = format_of(types.either("a", types.exactly(2, types.Regex("[b-d]"))))
     assert re.fullmatch(constraint.regex, "cd")
     assert re.fullmatch(constraint.regex, "a")
+
+
+def test_a_schema_within_a_type_of_outlines_keeps_its_bounds():
+    """Outlines' regex of it would lose them."""
+    constraint, _ = format_of(types.either("none", types.JsonSchema({"maximum": 9})))
+    assert '"maximum": 9' in constraint.grammar
+
+
+@pytest.mark.parametrize("empty", [types.Choice([]), types.either(types.Choice([]))])
+def test_a_choice_of_nothing_is_refused(empty):
+    """Its regex would be that of the empty text."""
+    with pytest.raises(InvalidRequestError, match="choice must be a list of at least one string"):
+        format_of(empty)
 
 
 @pytest.mark.parametrize("wrong", [str, complex, None, "int", 3, Annotated[int, "no pattern"]])

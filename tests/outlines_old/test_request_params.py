@@ -118,6 +118,13 @@ def test_a_second_constraint_is_refused():
     assert request_params(params, parameters_of(None)).structured_outputs == CONSTRAINT
 
 
+def test_none_written_out_for_a_constraint_takes_none_away():
+    """SamplingParams(structured_outputs=None) is what many write who have no other."""
+    given = SamplingParams(structured_outputs=None)
+    params = request_params(given, parameters_of(None), constraint=CONSTRAINT)
+    assert params.structured_outputs == CONSTRAINT
+
+
 @pytest.mark.parametrize("wrong", [{"max_tokens": 3}, 1, [SamplingParams()]])
 def test_what_are_no_sampling_params_is_refused(wrong):
     """A dict, a number, a list: named as what they are."""

@@ -315,6 +315,30 @@ def test_what_stands_for_no_schema_is_refused(wrong, reason):
         schema_of(wrong)
 
 
+@pytest.mark.parametrize("required", [5, [["x"]], [{}], "x", None])
+def test_what_is_wrong_within_a_schema_is_left_to_the_library_to_refuse(required):
+    """It has the words for it; here is nothing but a schema that stays as it is."""
+    schema = {**POINT, "required": required}
+    assert closed(schema) == schema
+
+
+def test_what_fails_in_the_users_own_schema_is_a_refusal_with_the_reason():
+    """Code of a model's, classes in place of objects, names that lead nowhere."""
+
+    def fail(schema):
+        raise ZeroDivisionError("by zero, in the model's own code")
+
+    class Failing(BaseModel):
+        model_config = ConfigDict(json_schema_extra=fail)
+
+    class Lost(TypedDict):
+        x: Nowhere  # noqa: F821
+
+    for wrong in (Failing, BaseModel, SchemaBuilder, Lost):
+        with pytest.raises(InvalidRequestError, match="makes no schema: "):
+            schema_of(wrong)
+
+
 def test_a_schema_too_deep_to_walk_is_refused():
     """A dict of 10,000 levels is an error with a reason, and no overflow."""
     deep: dict[str, object] = {}

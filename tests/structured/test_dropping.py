@@ -155,6 +155,18 @@ def test_what_cannot_be_dropped_or_validated_is_refused(llm):
         assert "drop_unsupported=True" in str(error)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"$schema": 5}, {"$schema": []}, {"$defs": []}, {"anyOf": 5}, {"enum": 5}, {"type": [[]]}],
+)
+def test_what_is_no_schema_is_refused_as_such(llm, backend, wrong):
+    """Not by what Python says of the code that reads it."""
+    schema = {"type": "boolean", "not": {"const": True}, **wrong}
+    wanted = StructuredOutputsParams(json=schema, backend=backend, drop_unsupported=True)
+    with pytest.raises(RequestFailedError, match="json cannot be enforced"):
+        llm.generate(PROMPT, SamplingParams(structured_outputs=wanted), use_tqdm=False)
+
+
 def test_it_is_about_json_and_needs_a_library(llm, monkeypatch):
     with pytest.raises(InvalidRequestError, match="drop_unsupported must be False without json"):
         StructuredOutputsParams(regex="a", drop_unsupported=True)
@@ -233,6 +245,18 @@ def test_no_text_and_no_schema_keep_the_engine_waiting():
         with pytest.raises(InvalidTextError):
             validator.check(json.dumps(value).encode())
         assert time.monotonic() - started < 3.0
+
+
+@pytest.mark.parametrize("inner", [{"$ref": "#/hidden"}, {"allOf": [{"$ref": "#/hidden"}]}])
+@pytest.mark.parametrize("other", [{}, {"additionalProperties": False}])
+def test_patterns_that_only_a_reference_leads_to_are_not_tried(inner, other):
+    """Where no schema stands by its place, there may be one: Python's re would run for hours."""
+    hidden = {**other, "patternProperties": {"^(a+)+$": False}}
+    validator = Validator({"not": inner, "hidden": hidden}, ["not"], Letters())
+    started = time.monotonic()
+    with pytest.raises(InvalidTextError, match="nothing bounds 'patternProperties'"):
+        validator.check(json.dumps({"a" * 25 + "b": 1}).encode())
+    assert time.monotonic() - started < 1.0
 
 
 def test_only_schemas_are_rewritten():
