@@ -54,12 +54,8 @@ class Vocabulary:
             )
         self._tokenizer = tokenizer
         self.end_id = vocab_size
-        special = (id_ for id_ in tokenizer.all_special_ids if id_ < vocab_size)
-        self.special_tokens = {
-            id_: token
-            for id_ in special
-            if (token := tokenizer.convert_ids_to_tokens(id_)) is not None
-        }
+        special = tokenizer.special_texts().items()
+        self.special_tokens = {id_: text for id_, text in special if id_ < vocab_size}
         self.tokens = known[:vocab_size]
         self.tokens += [b""] * (vocab_size + 1 - len(self.tokens))
         for id_ in self.special_tokens:
