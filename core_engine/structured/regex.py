@@ -1,7 +1,7 @@
 r"""Regular expressions as Python reads them, in the dialect that automata libraries read.
 
 These are written in Rust, and theirs is Rust's: nearly Python's, but for what a class may hold, for
-the letters that ``\w`` stands for, and for anchors, which say nothing of a whole text.
+the characters that ``\w`` and ``\s`` stand for, and for anchors, which say nothing of a whole text.
 """
 
 from __future__ import annotations
@@ -11,6 +11,13 @@ import re
 _WORD = r"\p{L}\p{N}_"
 _TOKEN = re.compile(r"\\.|\{,\d+\}|.", re.DOTALL)
 _SET_OPERATORS = "[&~-"
+_SPACE = r"\s\x1c-\x1f"  # Python's has four separators that Unicode's has not
+
+_XGRAMMAR_TOKEN = re.compile(
+    r"\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\U[0-9a-fA-F]{8}|\\.|\{,\d+\}|.", re.DOTALL
+)
+_XGRAMMAR_ESCAPES = "dswnrtfv"
+_SURROGATES = r"\ud800-\udfff"
 
 
 def to_rust(pattern: str) -> str:
@@ -40,31 +47,52 @@ def to_rust(pattern: str) -> str:
             token = f"[{_WORD}]"
         elif token == r"\W":
             token = f"[^{_WORD}]"
+        elif token == r"\s":
+            token = f"[{_SPACE}]"
+        elif token == r"\S":
+            token = f"[^{_SPACE}]"
         elif token in (r"\<", r"\>"):  # a word's ends, in Rust
             token = token[1]
         parts.append(token)
     return "".join(parts)
 
 
-def to_ascii_classes(pattern: str) -> str | None:
-    r"""Return such a regex for a library whose ``\w``, ``\d`` and ``\s`` stand for ASCII alone.
+def to_xgrammar(pattern: str) -> str | None:
+    r"""Return such a regex for xgrammar, or None where it would match what ``re`` does not.
 
-    None where the pattern has one of their opposites, which stand for more than Python's do.
+    Its ``\w``, ``\d`` and ``\s`` stand for ASCII alone, so that their opposites are too many. It
+    passes over anchors, knows escapes that Python does not, reads as many digits behind ``\x`` as
+    there are, and takes the halves of surrogate pairs for characters.
     """
-    parts = []
-    in_class = False
-    for token in _tokens(pattern):
-        if token in (r"\W", r"\D", r"\S"):
-            return None
-        if token == "]":
-            in_class = False
+    parts: list[str] = []
+    in_class = 0  # tokens since a class began, or 0 outside of one
+    negated = False
+    for token in _XGRAMMAR_TOKEN.findall("".join(_tokens(pattern))):
+        if token[0] == "\\" and token[1].isalnum():
+            if len(token) > 2:
+                code = int(token[2:], 16)
+                if code > 0x10FFFF or 0xD800 <= code < 0xE000:
+                    return None
+                token = f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+            elif token[1] not in _XGRAMMAR_ESCAPES or (negated and token[1] in "dsw"):
+                return None
+        if in_class:
+            if token == "]" and in_class > 1:
+                in_class, token = 0, f"{_SURROGATES}]" if negated else token
+                negated = False
+            elif token == "^" and in_class == 1 and not negated:
+                negated = True
+            else:
+                in_class += 1
+                token = "\\" + token if token in "[]" else token
         elif token == "[":
-            token = r"\[" if in_class else token
-            in_class = True
-        elif token.startswith("{,") and len(token) > 2 and not in_class:
+            in_class = 1
+        elif token in "^$":
+            return None
+        elif token.startswith("{,") and len(token) > 2:
             token = "{0" + token[1:]
-        elif token == "." and not in_class:
-            token = r"[^\n]"
+        elif token == ".":
+            token = rf"[^\n{_SURROGATES}]"
         parts.append(token)
     return "".join(parts)
 
@@ -84,6 +112,10 @@ def _in_class(token: str, following: list[str]) -> str:
         return _WORD
     if token == r"\W":
         return f"[^{_WORD}]"
+    if token == r"\s":
+        return _SPACE
+    if token == r"\S":
+        return f"[^{_SPACE}]"
     if token in (r"\<", r"\>"):
         return token[1]
     # Rust nests classes, and has operators of two characters between them.

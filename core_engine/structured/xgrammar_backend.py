@@ -13,7 +13,7 @@ import xgrammar
 
 from quire.errors import InvalidRequestError
 from quire.structured.closed_schema import why_open
-from quire.structured.regex import to_ascii_classes
+from quire.structured.regex import to_xgrammar
 from quire.structured_outputs import is_lark
 
 if TYPE_CHECKING:
@@ -52,9 +52,10 @@ class Backend:
     def _compile(self, spec: ConstraintSpec) -> Any:
         text = spec.text
         if spec.kind == "regex":
-            pattern = to_ascii_classes(text)
+            pattern = to_xgrammar(text)
             if pattern is None:
-                raise _refusal(spec, r"its \W, \D and \S stand for more than Python's")
+                reason = r"it does not read as Python does \W, \D, \S, anchors, or rare escapes"
+                raise _refusal(spec, f"{reason}: use llguidance")
             return self._compiler.compile_regex(pattern)
         if spec.kind == "choice":
             items = " | ".join(_ebnf_string(item) for item in json.loads(text))

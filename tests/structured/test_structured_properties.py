@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from quire import SamplingParams, StructuredOutputsParams
 from quire.structured.backends import load_constraint_backend
 from quire.structured.closed_schema import why_open
-from quire.structured.regex import to_ascii_classes
+from quire.structured.regex import to_xgrammar
 
 PROMPT = {"prompt_token_ids": [1, 40, 41, 42]}
 MAX_TOKENS = 100
@@ -126,7 +126,7 @@ def regex_constraints(backend):
     patterns = REGEXES
     if backend == "xgrammar":  # it refuses the others
         patterns = REGEXES.filter(
-            lambda pattern: to_ascii_classes(pattern) is not None and "(?P<" not in pattern
+            lambda pattern: to_xgrammar(pattern) is not None and "(?P<" not in pattern
         )
     one = patterns.map(lambda pattern: StructuredOutputsParams(regex=pattern, backend=backend))
     return st.lists(one, min_size=4, max_size=8)
