@@ -120,6 +120,18 @@ def test_drafts_are_proposed_and_kept_and_thrown_away(engines):
     assert proposed > metric(drafting, "num_accepted_forced_tokens") > 0
 
 
+def test_a_very_long_forced_text_has_few_drafts_in_a_step(engines):
+    """The mask of each takes as long as the text is, and other requests wait for it."""
+    drafting, _ = engines
+    for length, most in ((1_000, 32), (30_000, 2)):
+        steps, drafts = metric(drafting, "num_steps"), metric(drafting, "num_forced_tokens")
+        wanted = StructuredOutputsParams(choice=["z" * length])
+        run(drafting, [SamplingParams(temperature=1.0, max_tokens=40, structured_outputs=wanted)])
+        steps = metric(drafting, "num_steps") - steps
+        drafts = metric(drafting, "num_forced_tokens") - drafts
+        assert 0 < drafts <= most * steps
+
+
 @pytest.mark.parametrize("backend", ["llguidance", "outlines_core", "xgrammar"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_model_that_writes_as_its_tokenizer_does_needs_fewer_steps(demo, backend, temperature):
