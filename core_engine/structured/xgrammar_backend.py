@@ -54,8 +54,8 @@ class Backend:
         if spec.kind == "regex":
             pattern = to_xgrammar(text)
             if pattern is None:
-                reason = r"it does not read as Python does \W, \D, \S, anchors, or rare escapes"
-                raise _refusal(spec, f"{reason}: use llguidance")
+                why = r"it does not read as Python does \W, \D, \S, anchors, or rare escapes"
+                raise _refusal(spec, f"{why}: use llguidance")
             return self._compiler.compile_regex(pattern)
         if spec.kind == "choice":
             items = " | ".join(_ebnf_string(item) for item in json.loads(text))
@@ -82,7 +82,7 @@ def _refusal(spec: ConstraintSpec, reason: str) -> InvalidRequestError:
 
 
 def _ebnf_string(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\x7f")
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 class Compiled:

@@ -18,7 +18,7 @@ LIBRARIES = ("llguidance", "outlines_core", "xgrammar")
 CONSTRAINTS = [
     {"regex": "(ab|[c-e]{2})+x?"},
     {"regex": r"hello world, this is (\d{2}|é€😀)"},
-    {"choice": ["the quick fox", "the quick dog", "the", "o.(*", 'é\n"']},
+    {"choice": ["the quick fox", "the quick dog", "the", "o.(*", 'é\n"', "\x7fa"]},
     {
         "json": {
             "type": "object",
@@ -122,6 +122,17 @@ def test_what_matches_a_regex_of_rare_parts_does_so_in_python(backend, vocabular
                 num_texts += 1
                 assert re.fullmatch(pattern, text.decode()), (pattern, text)
     assert num_texts > 500
+
+
+def test_a_choice_is_spelled_as_it_is(backend, vocabulary):
+    """Also where a letter stands behind an escape that might take it for one of its digits."""
+    for text in ("\x7fa", "\x000", "\x1bcd", "\\x41"):
+        compiled = backend.compile(spec(choice=[text]))
+        walker, found = compiled.start(), b""
+        while choices := allowed(walker, vocabulary):
+            walker.accept(choices[:1])
+            found += vocabulary.tokens[choices[0]]
+        assert (found.decode(), walker.is_accepting()) == (text, True)
 
 
 def test_a_token_that_may_not_follow_is_refused(backend, vocabulary):
