@@ -26,6 +26,10 @@ _PAUSE_SECONDS = 0.01
 _MOST_DRAFTS = 32
 """Forced tokens that one step computes of a sequence."""
 
+_MOST_FORCED_READ = 1 << 16
+"""Forced tokens that a library may look at for a step's drafts: for each it reads all that follow,
+and everyone in the batch waits for it."""
+
 
 class RequestConstraints:
     """What an engine does about ``structured_outputs``.
@@ -118,7 +122,9 @@ class RequestConstraints:
         assert live.request.params.max_tokens is not None
         # One token more than its drafts is what a step can give a sequence.
         room = live.request.params.max_tokens - len(sequence.output_token_ids) - 1
-        sequence.draft_token_ids = constraint.forced_tokens()[: max(0, min(room, _MOST_DRAFTS))]
+        forced = constraint.forced_tokens()
+        count = min(room, _MOST_DRAFTS, _MOST_FORCED_READ // max(len(forced), 1))
+        sequence.draft_token_ids = forced[: max(0, count)]
 
     def start_masks(
         self, sequences: Row[Sequence], num_drafts: Row[int], requests: dict[str, LiveRequest]

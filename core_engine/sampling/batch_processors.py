@@ -15,6 +15,7 @@ from quire.errors import ConfigError, InvalidRequestError, QuireError
 from quire.logits_processor import AddedRow, BatchChange, LiveTokens, LogitsProcessor
 from quire.sampling_params import SamplingParams
 from quire.utils import log
+from quire.utils.checks import described
 
 logger = log.get_logger()
 
@@ -90,12 +91,12 @@ class _Registered:
         whole = len(places) == len(logits)
         before = spare.hold(logits) if whole else logits  # to begin again from
         index = torch.tensor(places, device=logits.device)
-        given = logits if whole else logits[index]
+        given = logits[:] if whole else logits[index]  # to be bent without bending ours
         try:
             result = self._call(given, [rows[place] for place in places])
             if result.amax(dim=1).isnan().any():
                 raise self._wrong(given, "NaN")
-        except InvalidRequestError:
+        except Exception:
             if whole:
                 logits.copy_(before)
             return failures | self._apply_alone(logits, rows, places)
@@ -118,7 +119,7 @@ class _Registered:
                 if result.amax().isnan():
                     raise self._wrong(line, "NaN")
                 line.copy_(result)
-            except (InvalidRequestError, QuireError) as error:
+            except Exception as error:
                 failures[place] = error
         return failures
 
@@ -137,6 +138,8 @@ class _Registered:
             raise self._wrong(logits, f"{kind} of shape {tuple(result.shape)}")
         if result.device != device:
             raise self._wrong(logits, f"one on {result.device} instead of {device}")
+        if result.layout != torch.strided:
+            raise self._wrong(logits, f"one of layout {result.layout}")
         return result.detach()
 
     def _tell(self) -> None:
@@ -176,7 +179,7 @@ class _Registered:
 
     def _raised(self, method: str, error: BaseException) -> InvalidRequestError:
         return InvalidRequestError(
-            f"logits processor {self.name}.{method} raised {type(error).__name__}: {error}"
+            f"logits processor {self.name}.{method} raised {described(error)}"
         )
 
     def _wrong(self, logits: torch.Tensor, got: str) -> InvalidRequestError:
@@ -312,6 +315,5 @@ def _concerns(registered: _Registered, params: SamplingParams) -> bool:
         return bool(registered.processor.concerns(params))
     except BaseException as error:  # also SystemExit: its request is to fail alone
         raise InvalidRequestError(
-            f"logits processor {registered.name} refused the request: "
-            f"{type(error).__name__}: {error}"
+            f"logits processor {registered.name} refused the request: {described(error)}"
         ) from error

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from quire.errors import InvalidRequestError, QuireError
+from quire.errors import QuireError
 from quire.sampling.row import Row
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _process(logits: torch.Tensor, processed: Sequence[tuple[int, Row]]) -> Fail
                 raise QuireError("the model produced NaN logits")
             # A copy, so that a processor that keeps its logits does not keep the batch's.
             logits[place] = row.processors(row.output_token_ids, logits[place].clone())
-        except (InvalidRequestError, QuireError) as error:
+        except Exception as error:  # also of tensors that a processor has bent
             failures[place] = error
     return failures
 

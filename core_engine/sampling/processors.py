@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 import torch
 
 from quire.errors import InvalidRequestError
+from quire.utils.checks import described, shown
 
 RowProcessor = Callable[..., torch.Tensor]
 """``f(token_ids, logits)`` or ``f(prompt_token_ids, token_ids, logits)``, returning logits."""
@@ -119,7 +120,7 @@ class LogitsProcessors:
                 result = processor(*history, list(token_ids), logits)
             except BaseException as error:  # also SystemExit: its request is to fail alone
                 raise InvalidRequestError(
-                    f"logits processor {_name(processor)} raised {type(error).__name__}: {error}"
+                    f"logits processor {_name(processor)} raised {described(error)}"
                 ) from error
             logits = _checked(processor, result, logits)
         return logits
@@ -141,8 +142,7 @@ def _start(processor: RowProcessor | SequenceState) -> tuple[RowProcessor, bool]
         own = factory()
     except BaseException as error:  # also SystemExit: its request is to fail alone
         raise InvalidRequestError(
-            f"logits processor {_name(processor)}.for_sequence raised "
-            f"{type(error).__name__}: {error}"
+            f"logits processor {_name(processor)}.for_sequence raised {described(error)}"
         ) from error
     if not callable(own):
         raise InvalidRequestError(
@@ -161,6 +161,8 @@ def _checked(processor: RowProcessor, result: Any, logits: torch.Tensor) -> torc
         got = f"{kind} of shape {tuple(result.shape)}"
     elif result.device != logits.device:
         got = f"one on {result.device} instead of {logits.device}"
+    elif result.layout != logits.layout:
+        got = f"one of layout {result.layout}"
     elif result.detach().amax().isnan():
         got = "NaN"
     else:
@@ -172,4 +174,4 @@ def _checked(processor: RowProcessor, result: Any, logits: torch.Tensor) -> torc
 
 def _name(processor: RowProcessor | SequenceState) -> str:
     name = getattr(processor, "__qualname__", None)
-    return name if isinstance(name, str) else repr(processor)
+    return name if isinstance(name, str) else shown(processor)

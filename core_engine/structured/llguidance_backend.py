@@ -96,7 +96,7 @@ class Backend:
             eos_token=vocabulary.end_id,
             slices=[*_WORD_SLICES, *llguidance.LLTokenizer.general_slices()],
         )
-        self._special_tokens = frozenset(vocabulary.special_tokens.values())
+        self._special_ids = {text: id_ for id_, text in vocabulary.special_tokens.items()}
 
     @_panics_are_errors
     def compile(self, spec: ConstraintSpec) -> Compiled:
@@ -167,8 +167,9 @@ class Backend:
             if item["end"]:
                 parts.append(_lark_string(item["end"]))
             body = " ".join(parts)
-            if trigger in self._special_tokens:
-                lines.append(f"{name}: TEXT {trigger} {body}")
+            if trigger in self._special_ids:
+                # By its id: a name need not be in angle brackets.
+                lines.append(f"{name}: TEXT <[{self._special_ids[trigger]}]> {body}")
             else:
                 lines.append(f"{name}_trigger[lazy]: TEXT {_lark_string(trigger)}")
                 lines.append(f"{name}: {name}_trigger {body}")

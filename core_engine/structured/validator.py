@@ -94,13 +94,13 @@ class Validator:
             It is not valid, or that cannot be told.
         """
         tokens = self._vocabulary.tokens
-        text = b"".join(tokens[id_] for id_ in token_ids if id_ < len(tokens)).decode()
+        raw = b"".join(tokens[id_] for id_ in token_ids if id_ < len(tokens))
         reason = None
         self._work = 0
         try:
             try:
-                value = json.loads(text)
-            except json.JSONDecodeError:
+                value = json.loads(raw.decode())
+            except (json.JSONDecodeError, UnicodeDecodeError):
                 if may_be_cut:
                     return
                 raise
@@ -112,6 +112,7 @@ class Validator:
         except Exception as raised:  # such as a reference that leads nowhere, or to itself
             reason = f"it cannot be validated: {type(raised).__name__}: {raised}"
         if reason is not None:
+            text = raw.decode(errors="replace")
             raise InvalidTextError(
                 f"the text is not valid by its schema, of which drop_unsupported=True let "
                 f"{', '.join(self.dropped)} go unenforced: {reason[:500]}; the text: {text[:500]!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from quire.errors import InvalidRequestError
@@ -53,12 +54,8 @@ class Vocabulary:
             )
         self._tokenizer = tokenizer
         self.end_id = vocab_size
-        special = (id_ for id_ in tokenizer.all_special_ids if id_ < vocab_size)
-        self.special_tokens = {
-            id_: token
-            for id_ in special
-            if (token := tokenizer.convert_ids_to_tokens(id_)) is not None
-        }
+        special = tokenizer.special_texts().items()
+        self.special_tokens = {id_: text for id_, text in special if id_ < vocab_size}
         self.tokens = known[:vocab_size]
         self.tokens += [b""] * (vocab_size + 1 - len(self.tokens))
         for id_ in self.special_tokens:
@@ -70,5 +67,37 @@ class Vocabulary:
         return (len(self.tokens) + 31) // 32
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the tokens that the model knows this text by, within a text."""
-        return [id_ for id_ in self._tokenizer.encode_fragment(text) if id_ < self.end_id]
+        """Return the tokens that the model knows this text by, within a text.
+
+        A tokenizer may normalize what it reads, or read a special token out of it: from there on
+        these are the longest tokens that spell the text, which has to come as it is.
+        """
+        spelled, end = text.encode(), 0
+        ids: list[int] = []
+        for id_ in self._tokenizer.encode_fragment(text):
+            piece = self.tokens[id_] if id_ < self.end_id else b""
+            if not piece or not spelled.startswith(piece, end):
+                break
+            ids.append(id_)
+            end += len(piece)
+        return ids + self._longest_tokens(spelled[end:])
+
+    def _longest_tokens(self, spelled: bytes) -> list[int]:
+        """Return tokens for as much of some bytes as there are tokens for."""
+        ids: list[int] = []
+        while spelled:
+            lengths = range(min(self._longest, len(spelled)), 0, -1)
+            length = next((n for n in lengths if spelled[:n] in self._ids), 0)
+            if not length:
+                break
+            ids.append(self._ids[spelled[:length]])
+            spelled = spelled[length:]
+        return ids
+
+    @functools.cached_property
+    def _ids(self) -> dict[bytes, int]:
+        return {token: id_ for id_, token in enumerate(self.tokens) if token}
+
+    @functools.cached_property
+    def _longest(self) -> int:
+        return max(map(len, self._ids), default=0)

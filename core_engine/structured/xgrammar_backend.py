@@ -95,7 +95,7 @@ def _refusal(spec: ConstraintSpec, reason: str) -> InvalidRequestError:
 
 
 def _ebnf_string(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\x7f")
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 class TextTokens:

@@ -386,6 +386,14 @@ class Tokenizer:
         """
         return None if self._pieces is None else self._pieces.all_bytes(len(self))
 
+    def special_texts(self) -> dict[int, str]:
+        """Return the special tokens by id: those with a role, and all others that are no text."""
+        found = set(self._special_ids)
+        if self._pieces is not None:
+            found |= self._pieces.special_ids
+        texts = {id_: self._id_to_token(id_) for id_ in sorted(found)}
+        return {id_: text for id_, text in texts.items() if text is not None}
+
     def stream(
         self,
         prompt_token_ids: Sequence[int],

@@ -28,6 +28,14 @@ def shown(value: object) -> str:
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
+def described(error: BaseException) -> str:
+    """Return an exception's type and what it says, if it can say it."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # somebody else wrote its class
+        return type(error).__name__
+
+
 def integer(name: str, value: object, expected: str, low: int, high: int | None = None) -> int:
     """Return ``value`` as an int in [low, high]; a bool or a float is not taken for one.
 

@@ -17,6 +17,10 @@ _APPLIED_TOGETHER: Final = frozenset(
 
 _MEMBERS: Final = frozenset(("properties", "required"))
 _ALTERNATIVES: Final = ("anyOf", "oneOf")
+_BY_NAME: Final = frozenset(("properties", "$defs", "definitions"))
+"""Keywords whose values have names that are no keywords."""
+_VALUES: Final = frozenset(("const", "default", "enum", "examples"))
+"""Keywords with values in which nothing is one."""
 
 
 def closed(schema: dict[str, Any]) -> dict[str, Any]:
@@ -46,7 +50,12 @@ def _may_close(schema: Any) -> bool:
             together -= {"oneOf"}  # a constant tells them apart, closed or not
         if together or (schema.keys() & _MEMBERS and schema.keys() & {"$ref", *_ALTERNATIVES}):
             return False
-        return all(map(_may_close, schema.values()))
+        return all(
+            all(map(_may_close, value.values()))
+            if name in _BY_NAME and isinstance(value, Mapping)
+            else name in _VALUES or _may_close(value)
+            for name, value in schema.items()
+        )
     return not isinstance(schema, list) or all(map(_may_close, schema))
 
 
@@ -54,7 +63,7 @@ def _closed(schema: Any) -> Any:
     if not isinstance(schema, Mapping):
         return schema
     result = dict(schema)
-    for name in ("properties", "$defs", "definitions"):
+    for name in _BY_NAME:
         if isinstance(result.get(name), Mapping):
             result[name] = {key: _closed(inner) for key, inner in result[name].items()}
     for name in ("items", "additionalProperties"):

@@ -129,6 +129,13 @@ def test_what_says_more_of_members_stays_as_it_is(schema):
     assert closed(schema) == schema
 
 
+def test_names_and_values_are_no_keywords():
+    """A member may be called as a keyword is, and an example may look like a schema."""
+    schema = {**POINT, "examples": [{"not": 1}], "properties": {"not": {}, "oneOf": {}, "x": {}}}
+    schema["required"] = ["not"]
+    assert closed(schema) == {**schema, "additionalProperties": False}
+
+
 def test_a_pydantic_model_may_allow_further_members():
     """``extra="allow"`` is honoured."""
 

@@ -272,6 +272,25 @@ def dead_end_at_1(rows: list[int], logits: torch.Tensor) -> Any:
     return torch.where(torch.tensor(rows)[:, None] == 1, -torch.inf, logits)
 
 
+def sparse_at_1(rows: list[int], logits: torch.Tensor) -> Any:
+    return logits.to_sparse() if 1 in rows else logits
+
+
+def bend_at_1(rows: list[int], logits: torch.Tensor) -> Any:
+    return logits.resize_(2, 3) if 1 in rows else logits
+
+
+class Unreadable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("nothing to say")
+
+
+def unreadable_at_1(rows: list[int], logits: torch.Tensor) -> Any:
+    if 1 in rows:
+        raise Unreadable
+    return logits
+
+
 BROKEN = [
     (raise_at_1, r"Function\.apply raised ZeroDivisionError: nothing to divide by"),
     (nan_at_1, r"Function\.apply must return a float32 tensor of shape \(1, 50\).* got NaN"),
@@ -279,6 +298,9 @@ BROKEN = [
     (none_at_1, r"must return .* got NoneType"),
     (double_at_1, r"must return .* got float64 of shape \(1, 50\)"),
     (short_at_1, r"must return .* got float32 of shape \(1, 49\)"),
+    (sparse_at_1, "must return .* got one of layout torch.sparse_coo"),
+    (bend_at_1, r"must return .* got float32 of shape \(2, 3\)"),
+    (unreadable_at_1, r"Function\.apply raised Unreadable"),
     (dead_end_at_1, "no token is allowed"),
 ]
 
@@ -299,6 +321,17 @@ def test_a_row_that_goes_wrong_fails_alone(function: Any, message: str, temperat
     with pytest.raises(InvalidRequestError, match=message):
         raise disturbed.failures[1]
     assert_same(undisturbed, disturbed, [0, 2, 3])
+
+
+def test_a_processor_cannot_bend_the_logits_of_a_step() -> None:
+    """Where it is given all of them: those that it does without are sampled as if it had not."""
+    logits = logits_of(2)
+    sampler = make(Function(bend_at_1))
+    for row in range(2):
+        add(sampler, row, temperature=0)
+    found = sampler.sample(logits, np.array([0, 1]))
+    assert list(found.failures) == [1]
+    assert found.token_ids[0] == logits[0].argmax()
 
 
 def test_a_model_s_nan_is_not_laid_at_a_processor_s_door() -> None:

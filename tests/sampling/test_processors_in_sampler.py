@@ -93,12 +93,29 @@ def raising(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
     raise ZeroDivisionError("nothing to divide by")
 
 
+class Unreadable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("nothing to say")
+
+
+class Nameless:
+    """Has neither a name nor a repr."""
+
+    def __call__(self, token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        raise Unreadable
+
+    def __repr__(self) -> str:
+        raise Unreadable
+
+
 BROKEN = [
     (raising, "raising raised ZeroDivisionError: nothing to divide by"),
     (lambda token_ids, logits: None, "must return .* got NoneType"),
     (lambda token_ids, logits: logits[:-1], r"must return .*\(50,\).* got .*\(49,\)"),
     (lambda token_ids, logits: logits.double(), "must return .*float32.* got float64"),
     (lambda token_ids, logits: logits * math.nan, "must return .* got NaN"),
+    (lambda token_ids, logits: logits.to_sparse(), "must return .* layout torch.sparse_coo"),
+    (Nameless(), "of type Nameless raised Unreadable"),
     (lambda token_ids, logits: logits - torch.inf, "no token is allowed"),
 ]
 
@@ -124,6 +141,14 @@ def test_a_broken_processor_fails_its_row_alone(
     with pytest.raises(InvalidRequestError, match=message):
         raise failure
     assert_same(undisturbed, disturbed, [0, 2])
+
+
+def test_a_processor_that_bends_its_logits_fails_alone() -> None:
+    """Into another shape, which shows only when they are put back."""
+    sampler = make()
+    add(sampler, 0, logits_processors=[lambda ids, logits: logits.resize_(3)])
+    add(sampler, 1)
+    assert set(sampler.sample(torch.zeros(2, VOCAB), np.array([0, 1])).failures) == {0}
 
 
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 
 import numpy as np
@@ -17,7 +18,7 @@ LIBRARIES = ("llguidance", "outlines_core", "xgrammar")
 CONSTRAINTS = [
     {"regex": "(ab|[c-e]{2})+x?"},
     {"regex": r"hello world, this is (\d{2}|é€😀)"},
-    {"choice": ["the quick fox", "the quick dog", "the", "o.(*", 'é\n"']},
+    {"choice": ["the quick fox", "the quick dog", "the", "o.(*", 'é\n"', "\x7fa"]},
     {
         "json": {
             "type": "object",
@@ -92,6 +93,46 @@ def test_forced_tokens_are_the_only_text_that_may_follow(backend, vocabulary, wa
             if walker.is_accepting():
                 break
     assert found or "hello" not in str(wanted)
+
+
+RARE = [
+    *(r"\x41b", r"[\x41bc]{2}", r"\u0041b", r"\U0001F600a", r"\0a", r"\012", r"[\012]", r"[\b]a"),
+    *("a$b", "a^b", "(^a|b$)", "a$|^b", r"(\Aa)b", r"a\Zb", "[^]a]b", "[]a]{2}", "[^^]", "[$^]{2}"),
+    *(r"\s{2}", r"\S", r"[\S]", r"[^\s]", r"\W", r"[^\w]", "a.b", r"[^\]]a", r"\Q", r"\e"),
+    *(r"[\a\f\v]{2}", r"\a", r"\.\*\$\^", "a{,2}b", r"\ud83d", r"\N{DIGIT ONE}"),
+]
+
+
+def test_what_matches_a_regex_of_rare_parts_does_so_in_python(backend, vocabulary):
+    """Such parts are read as Python does, or refused."""
+    rng = random.Random(2)
+    num_texts = 0
+    for pattern in RARE:
+        try:
+            compiled = backend.compile(spec(regex=pattern))
+        except InvalidRequestError:
+            continue
+        for _ in range(60):
+            walker, text = compiled.start(), b""
+            while (choices := allowed(walker, vocabulary)) and len(text) < 30:
+                token = rng.choice(choices)
+                walker.accept([token])
+                text += vocabulary.tokens[token]
+            if walker.is_accepting():
+                num_texts += 1
+                assert re.fullmatch(pattern, text.decode()), (pattern, text)
+    assert num_texts > 500
+
+
+def test_a_choice_is_spelled_as_it_is(backend, vocabulary):
+    """Also where a letter stands behind an escape that might take it for one of its digits."""
+    for text in ("\x7fa", "\x000", "\x1bcd", "\\x41"):
+        compiled = backend.compile(spec(choice=[text]))
+        walker, found = compiled.start(), b""
+        while choices := allowed(walker, vocabulary):
+            walker.accept(choices[:1])
+            found += vocabulary.tokens[choices[0]]
+        assert (found.decode(), walker.is_accepting()) == (text, True)
 
 
 def test_a_token_that_may_not_follow_is_refused(backend, vocabulary):

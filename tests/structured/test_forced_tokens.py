@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from hypothesis import given, settings
@@ -117,6 +118,18 @@ def test_drafts_are_proposed_and_kept_and_thrown_away(engines):
     run(drafting, [SamplingParams(structured_outputs={"json": PERSON}, max_tokens=70, seed=1)] * 8)
     proposed = metric(drafting, "num_forced_tokens")
     assert proposed > metric(drafting, "num_accepted_forced_tokens") > 0
+
+
+def test_a_very_long_forced_text_has_few_drafts_in_a_step(engines):
+    """The mask of each takes as long as the text is, and other requests wait for it."""
+    drafting, _ = engines
+    for length, most in ((1_000, 32), (30_000, 2)):
+        steps, drafts = metric(drafting, "num_steps"), metric(drafting, "num_forced_tokens")
+        wanted = StructuredOutputsParams(choice=["z" * length])
+        run(drafting, [SamplingParams(temperature=1.0, max_tokens=40, structured_outputs=wanted)])
+        steps = metric(drafting, "num_steps") - steps
+        drafts = metric(drafting, "num_forced_tokens") - drafts
+        assert 0 < drafts <= most * steps
 
 
 @pytest.mark.parametrize("backend", ["llguidance", "outlines_core", "xgrammar"])
@@ -239,3 +252,35 @@ def test_canonical_tokens_refuse_what_needs_the_models_word(name, options):
         SamplingParams(structured_outputs={"regex": "a", "canonical_tokens": True}, **options)
     with pytest.raises(InvalidRequestError, match="canonical_tokens must be True or False"):
         StructuredOutputsParams(regex="a", canonical_tokens=1)
+
+
+# -- tokenizers that do not give back what they read -----------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["NFC", "Lowercase", None])
+def normalizing(request, tiny_llama, tmp_path_factory):
+    """An engine whose tokenizer normalizes, or reads special tokens out of a text."""
+    folder = tmp_path_factory.mktemp("normalizing") / "model"
+    shutil.copytree(tiny_llama, folder)
+    if request.param is not None:
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        tokenizer["normalizer"] = {"type": request.param}
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with LLM(folder, dtype="float32", block_size=4) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize("backend", ["llguidance", "outlines_core", "xgrammar"])
+@pytest.mark.parametrize("canonical_tokens", [False, True])
+def test_forced_text_comes_as_it_is_whatever_its_tokenizer_makes_of_it(
+    normalizing, backend, canonical_tokens
+):
+    """Letters with marks of their own, capitals, and the names of special tokens."""
+    pytest.importorskip(backend)
+    for text in ("E\u0301tude, de\u0301ja\u0300 VU", "before <|end|> and after <|bos|>"):
+        wanted = StructuredOutputsParams(
+            choice=[text], backend=backend, canonical_tokens=canonical_tokens
+        )
+        params = SamplingParams(temperature=1.0, max_tokens=80, structured_outputs=wanted)
+        [(got, _, finish_reason, _, _)] = run(normalizing, [params])
+        assert (got, finish_reason) == (text, "stop")

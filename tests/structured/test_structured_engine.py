@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import threading
 import time
 
@@ -174,6 +175,34 @@ def test_a_constraint_may_start_after_a_marker(llm, tokenizer, needed, only_firs
     assert needed is all('q"' in text for text in texts)
     if only_first:
         assert all(text.endswith(('"yes"', '"no"')) for text in texts if 'q"' in text)
+
+
+def test_a_special_token_without_a_role_or_angle_brackets_is_a_marker(tiny_llama, tmp_path):
+    """Such as tokenizers have for the calls of tools: the token itself, and not its letters."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    [call, *others] = ["[CALLS]", "<call it>", "<|call|>"]
+    first = max(tokenizer["model"]["vocab"].values()) + 1
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer["added_tokens"] += [
+        {"id": first + i, "content": name, "special": True, **flags}
+        for i, name in enumerate([call, *others])
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with LLM(folder, dtype="float32") as engine:
+        for i, name in enumerate([call, *others]):
+            tag = {
+                "structures": [{"begin": f"{name}f", "schema": {"enum": [1, 2]}, "end": ";"}],
+                "triggers": [name],
+                "at_least_one": True,
+                "stop_after_first": True,
+            }
+            likelier = {first + i: 9.0}
+            completion = one(engine, {"structural_tag": tag}, seed=1, logit_bias=likelier)
+            assert completion.finish_reason == "stop"
+            assert first + i in completion.token_ids
+            assert re.search("f[12];$", completion.text)
 
 
 def test_texts_end_where_nothing_may_follow_and_may_end_only_where_the_grammar_accepts(llm):
