@@ -36,6 +36,9 @@ _WORD_SLICES = (
 
 Its own are those of JSON strings; these are for names, and for texts in single quotes."""
 
+_DEAD_END = "NoExtensionBias"
+"""The library's word for a text that can neither go on nor end."""
+
 _MOST_GBNF_RULES = 1000
 """The library turns GBNF into Lark in Python, in a time that grows with the square of them."""
 
@@ -110,8 +113,10 @@ class Backend:
             raise _refusal(spec.kind, matcher.get_error())
         if warnings := matcher.get_grammar_warnings():
             raise _refusal(spec.kind, "; ".join(warnings))
-        if not any(matcher.compute_bitmask()):
-            raise _refusal(spec.kind, matcher.get_error() or "no text matches it")
+        matcher.compute_bitmask()
+        if matcher.is_error():
+            reason = _first_lines(matcher.get_error())
+            raise _refusal(spec.kind, "no text matches it" if reason == _DEAD_END else reason)
         return Compiled(matcher)
 
     def _grammar(self, spec: ConstraintSpec) -> str:
@@ -240,9 +245,11 @@ class Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
+            reason = _first_lines(self._matcher.get_error())
+            if reason == _DEAD_END:
+                reason = "no token may follow, and the text may not end"
             raise InvalidRequestError(
-                f"structured_outputs cannot be enforced further by llguidance: "
-                f"{_first_lines(self._matcher.get_error())}"
+                f"structured_outputs cannot be enforced further by llguidance: {reason}"
             )
 
 

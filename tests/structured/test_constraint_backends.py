@@ -135,6 +135,15 @@ def test_a_choice_is_spelled_as_it_is(backend, vocabulary):
         assert (found.decode(), walker.is_accepting()) == (text, True)
 
 
+@pytest.mark.parametrize(
+    "wanted", [{"grammar": "start: start"}, {"json": {"$ref": "#"}}, {"regex": r"[^\s\S]"}]
+)
+def test_what_no_text_matches_is_refused(vocabulary, wanted):
+    """When it is compiled, and not by a request that is stuck at its first token."""
+    with pytest.raises(InvalidRequestError, match="no text matches it"):
+        load_constraint_backend("llguidance", vocabulary, 10.0).compile(spec(**wanted))
+
+
 def test_a_token_that_may_not_follow_is_refused(backend, vocabulary):
     walker = backend.compile(spec(regex="ab")).start()
     wrong = vocabulary.tokens.index(b"b")

