@@ -92,7 +92,8 @@ class NativeForward:
         """
         if kv_caches is not self._caches:
             self._attach(kv_caches)
-        self._extend_tables(int(batch.seq_lens.max()))
+        # By numpy, which keeps the interpreter: masks are being filled by another thread.
+        self._extend_tables(int(batch.seq_lens.numpy().max()))
         num_tokens = batch.input_ids.shape[0]
         hidden = torch.empty(num_tokens, self._spec.hidden_size, dtype=torch.float32, device="cpu")
         held = [
