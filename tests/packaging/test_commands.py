@@ -40,7 +40,7 @@ def planned(clone: Path, target: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("target", "extra", "runs"), [("demo", "langchain", (DEMO,)), ("test", "dev", CHECKS)]
+    ("target", "extra", "runs"), [("demo", "langchain,outlines", (DEMO,)), ("test", "dev", CHECKS)]
 )
 def test_the_first_time_makes_an_environment_of_the_pinned_versions(
     clone: Path, target: str, extra: str, runs: tuple[str, ...]
