@@ -29,6 +29,8 @@ _HOMES = {
     "RequestMetrics": "quire.outputs",
     "RequestOutput": "quire.outputs",
     "ConfigError": "quire.errors",
+    "DeviceLostError": "quire.errors",
+    "EngineBusyError": "quire.errors",
     "EngineClosedError": "quire.errors",
     "InvalidRequestError": "quire.errors",
     "ModelLoadError": "quire.errors",
@@ -52,6 +54,8 @@ __all__ = [
     "BeamSearchSequence",
     "CompletionOutput",
     "ConfigError",
+    "DeviceLostError",
+    "EngineBusyError",
     "EngineClosedError",
     "EngineConfig",
     "InvalidRequestError",
@@ -79,6 +83,8 @@ if TYPE_CHECKING:
     from quire.config import EngineConfig
     from quire.errors import (
         ConfigError,
+        DeviceLostError,
+        EngineBusyError,
         EngineClosedError,
         InvalidRequestError,
         ModelLoadError,

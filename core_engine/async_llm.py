@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from quire.arguments import EngineArguments
     from quire.engine.loop import EngineLoop
+    from quire.engine.processor import ModelLimits
     from quire.tokenizer.tokenizer import Tokenizer
 
 
@@ -199,6 +200,11 @@ class AsyncLLM:
         """Forget all cached prefixes, and return True; running requests keep what they use."""
         llm = self._may_wait()
         return await asyncio.to_thread(llm.reset_prefix_cache)
+
+    @property
+    def limits(self) -> ModelLimits:
+        """What a request is measured against: the vocabulary's size, the longest request."""
+        return self._open_llm()._open_processor().limits
 
     @property
     def config(self) -> EngineConfig:

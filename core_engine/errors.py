@@ -46,6 +46,27 @@ class EngineClosedError(QuireError, RuntimeError):
     """The engine was closed; make a new one."""
 
 
+class EngineBusyError(QuireError, RuntimeError):
+    """As many requests wait as ``max_waiting_requests`` allows; nothing was lost, try again later.
+
+    Attributes
+    ----------
+    retry_after : float
+        Seconds after which it is worth trying.
+    """
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[type, tuple[str, float]]:
+        return type(self), (str(self), self.retry_after)
+
+
+class DeviceLostError(QuireError, RuntimeError):
+    """The device that a model runs on does not answer any more, and the engine with it."""
+
+
 class RequestFailedError(QuireError, RuntimeError):
     """A request that was accepted and then failed while it ran.
 

@@ -58,6 +58,14 @@ def bench(context: typer.Context) -> None:
     bench_app(args=context.args, prog_name="quire bench")
 
 
+@app.command(context_settings=_PASS_ON, add_help_option=False)
+def serve(context: typer.Context) -> None:
+    """Serve a model over HTTP to OpenAI's clients; `quire serve --help` has the options."""
+    from quire.server.cli import app as serve_app
+
+    serve_app(args=context.args, prog_name="quire serve")
+
+
 @app.command()
 def demo() -> None:
     """Show the embedded model at work, through LangChain and in a chat."""

@@ -1,0 +1,1 @@
+"""What the server answers, an endpoint or a family of endpoints per file."""

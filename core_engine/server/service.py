@@ -1,0 +1,103 @@
+"""Service: what the endpoints share, the engine foremost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from fastapi import Request
+
+from quire.server.errors import ApiError
+
+if TYPE_CHECKING:
+    from quire.async_llm import AsyncLLM
+    from quire.chat import ChatFormat
+    from quire.engine.processor import ModelLimits
+    from quire.outputs import RequestOutput
+    from quire.prompts import Prompt
+    from quire.sampling_params import SamplingParams
+    from quire.server.settings import ServerSettings
+    from quire.tokenizer.tokenizer import Tokenizer
+
+
+class Service:
+    """The engine and the settings of one server.
+
+    Parameters
+    ----------
+    llm : AsyncLLM
+        Closed by whoever made it.
+    settings : ServerSettings
+    tokenizer : Tokenizer
+    """
+
+    def __init__(self, llm: AsyncLLM, settings: ServerSettings, tokenizer: Tokenizer) -> None:
+        self.llm = llm
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.created = int(time.time())
+
+    @cached_property
+    def chat_format(self) -> ChatFormat:
+        """How the model's answers in a chat are read."""
+        from quire.chat import ChatFormat
+
+        template = self.settings.chat_template or self.llm.config.model.chat_template
+        return ChatFormat.for_model(
+            template or self.tokenizer,
+            tool_parser=self.settings.tool_call_parser,
+            reasoning_parser=self.settings.reasoning_parser,
+        )
+
+    @property
+    def limits(self) -> ModelLimits:
+        """What a request is measured against."""
+        return self.llm.limits
+
+    @property
+    def model_name(self) -> str:
+        """The name that stands in answers."""
+        return self.settings.served_model_names[0]
+
+    def check_model(self, name: str | None) -> str:
+        """Return the model's name for an answer; None asks for the only model there is.
+
+        Raises
+        ------
+        ApiError
+            404: nothing here is called so.
+        """
+        if name is None:
+            return self.model_name
+        if name not in self.settings.served_model_names:
+            served = ", ".join(self.settings.served_model_names)
+            raise ApiError(
+                404,
+                f"the model {name!r} is not served here: this server has {served}",
+                param="model",
+                code="model_not_found",
+            )
+        return name
+
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        **options: Any,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Run one prompt; every endpoint's requests go through here.
+
+        Closing the generator, or cancelling the task that reads it, ends the request.
+        """
+        return self.llm.generate(prompt, params, request_id, priority=priority, **options)
+
+
+def get_service(request: Request) -> Service:
+    """Return the service of the application that a request came to, for ``Depends``."""
+    service: Service = request.app.state.service
+    return service
