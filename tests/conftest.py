@@ -17,10 +17,6 @@ for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "VLLM_USE_MODELSCOPE", "QUIR
 
 # tests/helpers is on the path: see pyproject.toml
 pytest_plugins = ["checkpoints", "isas", "servers"]
-    "checkpoints",
-    "isas",
-    "servers",
-]  # tests/helpers is on the path: see pyproject.toml
 
 # A failure in the fast suite must repeat on the next run; the slow suite looks further each time.
 _COMMON = {
