@@ -26,6 +26,8 @@ _OWN: Final = frozenset(
     }
 )
 
+_OF_TEMPLATE: Final = ("the chat template is not", "the chat template cannot")
+
 
 async def chat_prompt(service: Service, body: ChatFields, **variables: Any) -> TokensPrompt:
     """Return the prompt of a conversation, in text and tokens.
@@ -69,7 +71,9 @@ async def chat_prompt(service: Service, body: ChatFields, **variables: Any) -> T
         # A template is a program, and a conversation may be long.
         return await asyncio.to_thread(_render, service, body, options)
     except InvalidRequestError as error:
-        raise field_error(error, body, "messages") from None
+        of_template = body.chat_template and str(error).startswith(_OF_TEMPLATE)
+        other = "chat_template" if of_template else "messages"
+        raise field_error(error, body, other) from None
 
 
 def _own_template(service: Service) -> str | None:

@@ -72,6 +72,14 @@ def structured_outputs(body: SamplingBody) -> StructuredOutputsParams | None:
         raise ApiError(400, f"{param}: {error}", param=param) from None
 
 
+def structure_field(body: SamplingBody) -> str:
+    """Return the field by which a text has to match something; with none, it is the tools."""
+    for name in ("structured_outputs", *_GUIDED, "response_format"):
+        if getattr(body, name):
+            return name
+    return "tools"
+
+
 def _guided_options(body: SamplingBody) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if body.guided_whitespace_pattern is not None:

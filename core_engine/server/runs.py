@@ -8,9 +8,10 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from quire.errors import InvalidRequestError
+from quire.errors import InvalidRequestError, RequestFailedError
 from quire.outputs import RequestOutput
 from quire.server.errors import ApiError
+from quire.server.response_format import structure_field
 from quire.server.sampling import field_error
 
 if TYPE_CHECKING:
@@ -121,10 +122,19 @@ class Run:
                         _check_whole(output)
                     yield output
         except InvalidRequestError as error:
-            failed = field_error(error, self._body, self._prompt_field)
-            if len(self.prompts) > 1:
-                failed.message = f"prompt {i} of {len(self.prompts)}: {failed.message}"
-            raise failed from None
+            raise self._wrong(i, error, self._prompt_field) from None
+        except RequestFailedError as error:
+            cause = error.__cause__
+            if not isinstance(cause, InvalidRequestError):
+                raise
+            # What a text has to match is read after the request was taken in.
+            raise self._wrong(i, cause, structure_field(self._body)) from None
+
+    def _wrong(self, i: int, error: InvalidRequestError, field: str) -> ApiError:
+        failed = field_error(error, self._body, field)
+        if len(self.prompts) > 1:
+            failed.message = f"prompt {i} of {len(self.prompts)}: {failed.message}"
+        return failed
 
 
 def _check_whole(output: RequestOutput) -> None:
