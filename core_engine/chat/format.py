@@ -19,7 +19,7 @@ from quire.chat.tool_parsers.interface import ToolParser
 from quire.chat.tools import read_tool_choice, read_tools
 
 if TYPE_CHECKING:
-    from quire.sampling_params import SamplingParams
+    pass
 
 
 class _Tokenizer(Protocol):

@@ -157,9 +157,7 @@ class JsonScanner:
     def _read_mark(self, char: str, at: int) -> int:
         """Read the character that a value, or what stands between values, begins with."""
         state = self._at
-        if char == "}" and state is _At.KEY_OR_END:
-            self._close()
-        elif char == "]" and state is _At.VALUE_OR_END:
+        if (char == "}" and state is _At.KEY_OR_END) or (char == "]" and state is _At.VALUE_OR_END):
             self._close()
         elif state is _At.COMMA_OR_END:
             if char == ",":

@@ -40,9 +40,7 @@ async def create_embeddings(
     """Turn texts into vectors: pooled hidden states of the model."""
     accept_fields(request, body, service)
     model = service.check_model(body.model)
-    given = body.input
-    if isinstance(given, str) or (given and isinstance(given[0], int)):
-        given = [given]  # type: ignore[list-item]
+    given = _texts(body.input)
     if not 1 <= len(given) <= _MOST_INPUTS:
         raise ApiError(
             400, f"input must have 1 to {_MOST_INPUTS} texts, got {len(given)}", param="input"
@@ -56,7 +54,7 @@ async def create_embeddings(
         )
     except InvalidRequestError as error:
         raise field_error(error, body) from None
-    prompts = await tokenized(service, given, body)  # type: ignore[arg-type]
+    prompts = await tokenized(service, given, body)
     outputs = await until_disconnect(request.receive, _all(service, body, prompts, pooling))
     num_tokens = sum(len(output.prompt_token_ids) for output in outputs)
     return json_response(
@@ -76,13 +74,26 @@ async def create_embeddings(
     )
 
 
+def _texts(given: Any) -> list[str | list[int]]:
+    """Return what was given as the list that it is, or is one item of."""
+    is_one = isinstance(given, str) or (given and isinstance(given[0], int))
+    return [given] if is_one else list(given)
+
+
 async def _all(
     service: Service,
     body: EmbeddingRequest,
     prompts: list[TokensPrompt],
     pooling: PoolingParams,
 ) -> list[EmbeddingRequestOutput]:
-    tasks = [asyncio.ensure_future(service.llm.embed(prompt, pooling)) for prompt in prompts]
+    # One request of many texts must not be what keeps others, or its own last ones, out.
+    room = asyncio.Semaphore(service.llm.config.scheduler.max_num_seqs)
+
+    async def one(prompt: TokensPrompt) -> EmbeddingRequestOutput:
+        async with room:
+            return await service.llm.embed(prompt, pooling)
+
+    tasks = [asyncio.ensure_future(one(prompt)) for prompt in prompts]
     try:
         return await asyncio.gather(*tasks)
     except InvalidRequestError as error:

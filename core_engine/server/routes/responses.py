@@ -145,9 +145,7 @@ def _renamed(error: ApiError) -> ApiError:
 class _Answer:
     """The answer to a request, whole or in events."""
 
-    def __init__(
-        self, service: Service, body: ResponsesRequest, chat: ChatRun, model: str
-    ) -> None:
+    def __init__(self, service: Service, body: ResponsesRequest, chat: ChatRun, model: str) -> None:
         params = chat.run.params
         self._chat = chat
         self._reader = chat.readers[0]
