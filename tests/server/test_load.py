@@ -142,4 +142,4 @@ async def test_clients_that_stay_and_clients_that_leave(seconds, num_clients):
         await run(server, seconds, num_clients)
         assert server.stop() == 0
     finally:
-        server.process.kill()
+        server.kill()

@@ -172,8 +172,8 @@ def test_logprobs_are_those_of_the_tokens(client):
 )
 def test_what_cannot_be_honoured_is_refused_by_its_own_name(client, param, fields):
     for stream in (False, True):
+        body = {"model": MODEL, "input": "Hello", "stream": stream, **fields}
         with pytest.raises(openai.APIStatusError) as caught:
-            body = {"model": MODEL, "input": "Hello", "stream": stream, **fields}
             client.post("/responses", body=body, cast_to=object)
         assert caught.value.status_code == 400
         assert caught.value.body["param"].startswith(param)
