@@ -61,7 +61,9 @@ def honour_attention_backend(environ: Mapping[str, str] = os.environ) -> None:
 
 def _honour(variable: str, name: str, environ: Mapping[str, str]) -> None:
     if name.upper() in _OF_VLLM:
-        logger.warning("%s=%s has no effect: attention is computed by quire's kernels", variable, name)
+        logger.warning(
+            "%s=%s has no effect: attention is computed by quire's kernels", variable, name
+        )
         return
     from quire.kernels import available_backends
 

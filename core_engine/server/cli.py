@@ -31,7 +31,7 @@ def main(args: Sequence[str] | None = None, prog_name: str = "quire serve") -> N
         code = launch(plan)
     except QuireError as error:
         # The message names what is wrong; a traceback would only hide it.
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")
         code = 1
     except KeyboardInterrupt:  # while the model was loading
         code = 130

@@ -23,7 +23,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong without listing a hundred flags."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.stderr.write(f"error: {message}; see {self.prog} --help\n")
         sys.exit(2)
 
 
@@ -89,7 +89,9 @@ class CommandLine:
 
     def _unknown(self, word: str) -> NoReturn:
         # A switch is known by its negative, too.
-        guess = nearest(word, (o for action in self._parser._actions for o in action.option_strings))
+        guess = nearest(
+            word, (o for action in self._parser._actions for o in action.option_strings)
+        )
         hint = "" if guess is None else f"; did you mean {guess}?"
         self._parser.error(f"there is no {word}{hint}")
 

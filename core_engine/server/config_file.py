@@ -74,7 +74,7 @@ def _load(path: str) -> dict[str, Any]:
     except ImportError:
         raise ConfigError("a file of arguments needs PyYAML: pip install 'quire[server]'") from None
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
         """Takes no key twice: the first value would be dropped without a word."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -82,7 +82,8 @@ def _load(path: str) -> dict[str, Any]:
             for key in keys:
                 if keys.count(key) > 1:
                     raise ConfigError(f"{path}: {key!r} stands there twice")
-            return super().construct_mapping(node, deep=deep)
+            mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+            return mapping
 
     try:
         loaded = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)  # as safe as its base

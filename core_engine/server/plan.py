@@ -64,7 +64,9 @@ def make_plan(given: Mapping[str, Any], environ: Mapping[str, str] = os.environ)
         raise ConfigError("no model was given: quire serve MODEL, such as quire/demo")
     if values.pop("lora_modules", None):
         raise NotSupportedError("lora_modules: adapters are not offered by this version of quire")
-    engine_args = {name: values.pop(name) for name in argument_names() if name in _of_engine(values)}
+    engine_args = {
+        name: values.pop(name) for name in argument_names() if name in _of_engine(values)
+    }
     template = _chat_template(values.pop("chat_template", None))
     if template is not None:
         engine_args["chat_template"] = template
@@ -287,7 +289,7 @@ def _chat_template(value: Any) -> str | None:
             text = Path(text).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
-                f"chat_template={shown(value)} is no template, and no file that can be read: {error}"
+                f"chat_template={shown(value)} is no template, and no readable file: {error}"
             ) from None
     from quire.tokenizer.chat_template import check_template
 

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from quire.server.errors import ApiError
 from quire.server.life import Life
 from quire.server.middleware.paths import PROBES, route_path
+from quire.server.middleware.refusal import refuse
 from quire.server.settings import ServerSettings
 
 _FAREWELL_SECONDS = 1.0
@@ -38,7 +39,7 @@ class Admission:
             await self._app(scope, receive, send)
             return
         if self._life.ending is not None:
-            await self._ending().response()(scope, receive, send)
+            await refuse(self._ending(), scope, receive, send)
             return
 
         is_stream: bool | None = None  # once the answer has begun
@@ -59,7 +60,7 @@ class Admission:
             return
         problem = self._ending() if self._life.ending is not None else self._late()
         if is_stream is None:
-            await problem.response()(scope, receive, send)
+            await refuse(problem, scope, receive, send)
         elif is_stream:
             with anyio.move_on_after(_FAREWELL_SECONDS):
                 event = f"data: {json.dumps(problem.body())}\n\n".encode()

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quire.server.errors import ApiError
 from quire.server.middleware.paths import PROBES, route_path
+from quire.server.middleware.refusal import refuse
 from quire.server.settings import ServerSettings
 
 PAGE_PATHS = ("/page/",)
@@ -45,7 +46,7 @@ class Auth:
             if not is_open:
                 problem = self._problem(scope)
                 if problem is not None:
-                    await problem.response()(scope, receive, send)
+                    await refuse(problem, scope, receive, send)
                     return
         await self._app(scope, receive, send)
 

@@ -6,13 +6,8 @@ import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.server.errors import ApiError
+from quire.server.middleware.refusal import announced_body, refuse
 from quire.server.settings import ServerSettings
-
-_LINGER_SECONDS = 2.0
-"""How long what a client still sends is thrown away, so that it reads why it was refused.
-
-A connection that is closed with data unread is reset, and with it goes the answer.
-"""
 
 
 class Body:
@@ -34,12 +29,12 @@ class Body:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        length, has_body = _announced(scope)
+        length, has_body = announced_body(scope)
         if not has_body:
             await self._app(scope, receive, send)
             return
         if length > self._limit:
-            await self._refuse(self._too_long(), scope, receive, send)
+            await refuse(self._too_long(), scope, receive, send)
             return
         chunks: list[bytes] = []
         size = 0
@@ -57,11 +52,11 @@ class Body:
                     break
         if deadline.cancelled_caught:
             problem = ApiError(408, f"the body did not come within {self._seconds:g} seconds")
-            await self._refuse(problem, scope, receive, send, linger=False)
+            await refuse(problem, scope, receive, send)
             return
         if size > self._limit:
             chunks.clear()
-            await self._refuse(self._too_long(), scope, receive, send)
+            await refuse(self._too_long(), scope, receive, send)
             return
 
         whole: Message | None = {
@@ -82,34 +77,3 @@ class Body:
         return ApiError(
             413, f"a request may have {self._limit:,} bytes at most", code="request_too_large"
         )
-
-    async def _refuse(
-        self, problem: ApiError, scope: Scope, receive: Receive, send: Send, *, linger: bool = True
-    ) -> None:
-        response = problem.response()
-        response.headers["Connection"] = "close"
-        await send(
-            {"type": "http.response.start", "status": problem.status, "headers": response.raw_headers}
-        )
-        await send({"type": "http.response.body", "body": response.body, "more_body": linger})
-        if not linger:
-            return
-        with anyio.move_on_after(_LINGER_SECONDS):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect" or not message.get("more_body", False):
-                    break
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def _announced(scope: Scope) -> tuple[int, bool]:
-    """Return how long a request says its body is, 0 where it does not, and whether it has one."""
-    length, has_body = 0, False
-    for name, value in scope["headers"]:
-        if name == b"content-length":
-            # The web server has refused what is no number.
-            length = int(value)
-            has_body |= length > 0
-        elif name == b"transfer-encoding":
-            has_body = True
-    return length, has_body
