@@ -19,7 +19,7 @@ from quire.async_llm import AsyncLLM
 from quire.server.app import build_app
 from quire.server.logs import set_up_logs
 from quire.server.plan import Plan
-from quire.server.protocol import guarded_protocol
+from quire.server.connection import guarded_protocol
 from quire.server.service import Service
 from quire.server.sockets import bind, is_local, shown_address
 
