@@ -9,7 +9,16 @@ from fastapi import FastAPI
 from quire import __version__
 from quire.server.errors import install_error_handlers
 from quire.server.middleware import surround
-from quire.server.routes import health, metrics, models
+from quire.server.routes import (
+    chat,
+    completions,
+    embeddings,
+    health,
+    metrics,
+    models,
+    responses,
+    tokenization,
+)
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -36,6 +45,7 @@ def build_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     install_error_handlers(app)
-    for module in (models, health, metrics):
+    endpoints = (models, completions, chat, responses, embeddings, tokenization, health, metrics)
+    for module in endpoints:
         app.include_router(module.router)
     return app
