@@ -61,9 +61,9 @@ def bench(context: typer.Context) -> None:
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def serve(context: typer.Context) -> None:
     """Serve a model over HTTP to OpenAI's clients; `quire serve --help` has the options."""
-    from quire.server.cli import app as serve_app
+    from quire.server.cli import main as run_server
 
-    serve_app(args=context.args, prog_name="quire serve")
+    run_server(args=context.args, prog_name="quire serve")
 
 
 @app.command()
