@@ -16,6 +16,7 @@ for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "VLLM_USE_MODELSCOPE", "QUIR
     os.environ.pop(_name, None)
 
 pytest_plugins = [
+    "browser",
     "checkpoints",
     "isas",
     "servers",

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 
 from quire import __version__
 from quire.server.errors import install_error_handlers
-from quire.server.routes import models
+from quire.server.routes import models, page
 
 if TYPE_CHECKING:
     from quire.server.service import Service
@@ -21,4 +21,6 @@ def build_app(service: Service) -> FastAPI:
     install_error_handlers(app)
     for module in (models,):
         app.include_router(module.router)
+    if service.settings.page:
+        app.include_router(page.router)
     return app

@@ -21,6 +21,8 @@ class ServerSettings:
         How answers are read; None guesses by the model's chat template.
     strict_fields : bool
         Refuse a request with a field that nobody knows; otherwise a header of the answer names it.
+    page : bool
+        Offer a page for browsers at ``/``.
     """
 
     served_model_names: tuple[str, ...]
@@ -29,3 +31,4 @@ class ServerSettings:
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
     strict_fields: bool = False
+    page: bool = True
