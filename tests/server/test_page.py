@@ -80,8 +80,10 @@ class Stub:
 
     async def stream(self) -> AsyncIterator[str]:
         try:
-            for self.sent, event in enumerate(self.events, start=1):
+            self.sent = 0
+            for event in self.events:
                 yield f"data: {json.dumps(event)}\n\n"
+                self.sent += 1
                 await asyncio.sleep(self.pause)
             yield "data: [DONE]\n\n"
         except asyncio.CancelledError:
@@ -179,7 +181,7 @@ def test_an_answer_grows_as_it_is_written(opened: Page, stub: Stub) -> None:
 
 
 def test_a_conversation_is_sent_with_its_parameters(opened: Page, stub: Stub) -> None:
-    """Only what was typed in is sent, as numbers; what was said before goes along; Clear ends it."""
+    """Only what was typed in is sent, as numbers, with what was said before; a new chat forgets."""
     stub.events = said("fine")
     opened.send("one")
     opened.done()
@@ -270,7 +272,8 @@ def test_reasoning_and_calls_are_shown_and_results_sent(opened: Page, stub: Stub
         opened.send(result)
     opened.done()
     [_, body] = stub.asked
-    assert [message["role"] for message in body["messages"]] == ["user", "assistant", "tool", "tool"]
+    roles = [message["role"] for message in body["messages"]]
+    assert roles == ["user", "assistant", "tool", "tool"]
     assert [call["id"] for call in body["messages"][1]["tool_calls"]] == ["a", "b"]
     assert body["messages"][3] == {"role": "tool", "tool_call_id": "b", "content": "0"}
 
@@ -332,9 +335,11 @@ def test_charts_follow_the_metrics(opened: Page, stub: Stub, prefix: str) -> Non
         )
 
     def drawn() -> str:
-        return str(opened.chrome.execute_script(
-            "return [...document.querySelectorAll('canvas')].map((c) => c.toDataURL()).join()"
-        ))
+        return str(
+            opened.chrome.execute_script(
+                "return [...document.querySelectorAll('canvas')].map((c) => c.toDataURL()).join()"
+            )
+        )
 
     before = drawn()
     stub.metrics = metrics(100)
