@@ -75,7 +75,10 @@ class CompletionLogprobs:
         end : int, optional
             The length of the text, where it is known: a stop string may have cut it.
         """
-        offsets, tokens, chosen, top = [], [], [], []
+        offsets: list[int] = []
+        tokens: list[str] = []
+        chosen: list[float | None] = []
+        top: list[dict[str, float] | None] = []
         for token_id, found in zip(token_ids, entries, strict=True):
             offset = self._settled + len(self._stream.tentative())
             offsets.append(offset if end is None else min(offset, end))

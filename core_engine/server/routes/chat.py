@@ -148,7 +148,7 @@ class _Answer:
     def whole(self, output: RequestOutput) -> dict[str, Any]:
         """Return the answer in one piece."""
         self._usage.add(0, output)
-        answer = {
+        answer: dict[str, Any] = {
             **self._head,
             "choices": [self._whole_choice(completion) for completion in output.outputs],
             "usage": self._usage.shape(),
