@@ -16,7 +16,7 @@ for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "VLLM_USE_MODELSCOPE", "QUIR
     os.environ.pop(_name, None)
 
 # tests/helpers is on the path: see pyproject.toml
-pytest_plugins = ["checkpoints", "isas", "servers"]
+pytest_plugins = ["checkpoints", "fake_openai", "isas", "servers"]
 
 # A failure in the fast suite must repeat on the next run; the slow suite looks further each time.
 _COMMON = {
