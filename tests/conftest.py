@@ -18,6 +18,7 @@ for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "VLLM_USE_MODELSCOPE", "QUIR
 pytest_plugins = [
     "browser",
     "checkpoints",
+    "fake_openai",
     "isas",
     "servers",
 ]  # tests/helpers is on the path: see pyproject.toml
