@@ -125,6 +125,4 @@ def chat_prompt(
             "that was tuned for chat (its name often ends in -Instruct), or use VLLM, which "
             "completes text"
         )
-    return llm._chat_prompt(
-        template_messages(messages), tools=template_tools(tools), **rendering
-    )
+    return llm._chat_prompt(template_messages(messages), tools=template_tools(tools), **rendering)

@@ -12,14 +12,12 @@ from langchain_core.callbacks import (
     CallbackManagerForLLMRun,
 )
 from langchain_core.language_models.base import LangSmithParams, LanguageModelInput
-from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
-from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import get_executor_for_config
 from pydantic import PrivateAttr
 
-from quire.errors import InvalidRequestError
 from quire.integrations.langchain.batch import batch_configs
 from quire.integrations.langchain.chat_profile import chat_profile
 from quire.integrations.langchain.chat_request import (
@@ -38,23 +36,10 @@ from quire.integrations.langchain.chat_results import (
 from quire.integrations.langchain.engine_model import EngineModel
 from quire.integrations.langchain.gathering import MOST_THREADS, Gathering
 from quire.integrations.langchain.messages import openai_messages
-from quire.integrations.langchain.response_format import json_schema, schema_format
-from quire.integrations.langchain.structured_output import (
-    METHODS,
-    Method,
-    StructuredOutputParser,
-    described_schema,
-    model_class_of,
-    structured_chain,
-)
-from quire.integrations.langchain.tool_binding import (
-    ToolLike,
-    openai_tool_choice,
-    openai_tools,
-)
+from quire.integrations.langchain.tool_binding import ToolLike, openai_tools
+from quire.integrations.langchain.tool_calling import ToolCallingModel
 from quire.outputs import RequestOutput
 from quire.sampling_params import RequestOutputKind
-from quire.utils.checks import refuse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -79,7 +64,7 @@ _FORMAT = ("tool_parser", "reasoning_parser")
 """Fields that say how an answer is read."""
 
 
-class ChatVLLM(EngineModel, BaseChatModel):
+class ChatVLLM(EngineModel, ToolCallingModel):
     """A chat model on quire's engine.
 
     A conversation is written out by the model's own chat template, tools included; tool calls and
@@ -179,7 +164,9 @@ disable_streaming, output_version, profile
 
     def _for_call(self, kwargs: Mapping[str, Any]) -> tuple[Self, ChatOptions]:
         """Return a model whose fields are those of one call, and what else the call asks for."""
-        kwargs = {k: v for k, v in kwargs.items() if k not in ("stream", "structured_output_format")}
+        kwargs = {
+            k: v for k, v in kwargs.items() if k not in ("stream", "structured_output_format")
+        }
         options = ChatOptions(**{name: kwargs.pop(name, None) for name in OPTION_NAMES})
         if not kwargs:
             return self, options
@@ -187,6 +174,10 @@ disable_streaming, output_version, profile
         copied = self._call_copy()
         copied.__dict__.update(values)
         return copied, options
+
+    def _check_call(self, kwargs: Mapping[str, Any]) -> None:
+        ignored = ("ls_structured_output_format", "stop")
+        self._for_call({k: v for k, v in kwargs.items() if k not in ignored})
 
     def _request(
         self,
@@ -345,126 +336,6 @@ disable_streaming, output_version, profile
             params["ls_max_tokens"] = most
         return params
 
-    # -- tools and schemas -----------------------------------------------------------------------
-
-    def bind_tools(
-        self,
-        tools: Sequence[ToolLike],
-        *,
-        tool_choice: str | bool | dict[str, Any] | None = None,
-        strict: bool | None = None,
-        parallel_tool_calls: bool | None = None,
-        **kwargs: Any,
-    ) -> Runnable[LanguageModelInput, AIMessage]:
-        """Return the model with tools that it may call.
-
-        Parameters
-        ----------
-        tools : list
-            Pydantic models, TypedDicts, functions with type hints, dicts, LangChain's tools and
-            runnables.
-        tool_choice : str, bool or dict, optional
-            ``"any"``, ``"required"`` or True makes the model call at least one, a tool's name
-            that one: the answer is constrained, so that the call can always be read and its
-            arguments match their schema. ``"auto"``, the default, leaves it to the model;
-            ``"none"`` or False forbids it.
-        strict : bool, optional
-            Constrain the arguments of calls that are left to the model, too.
-        parallel_tool_calls : bool, optional
-            False for at most one call per answer.
-        **kwargs
-            Other arguments of a call, as for ``bind``.
-
-        Returns
-        -------
-        Runnable
-
-        Raises
-        ------
-        InvalidRequestError
-            For what is no tool, and for a choice that is none of these.
-        TypeError
-            For an argument that no call takes.
-        """
-        converted = openai_tools(tools, strict=strict)
-        bound: dict[str, Any] = {"tools": converted, **kwargs}
-        choice = openai_tool_choice(tool_choice, converted)
-        if choice is not None:
-            bound["tool_choice"] = choice
-        if parallel_tool_calls is not None:
-            bound["parallel_tool_calls"] = parallel_tool_calls
-        self._for_call(bound)
-        return self.bind(**bound)
-
-    def with_structured_output(
-        self,
-        schema: dict[str, Any] | type | None = None,
-        *,
-        method: Method = "json_schema",
-        include_raw: bool = False,
-        strict: bool | None = None,
-        tools: Sequence[ToolLike] | None = None,
-        **kwargs: Any,
-    ) -> Runnable[LanguageModelInput, Any]:
-        """Return the model with answers that are objects of a schema.
-
-        Parameters
-        ----------
-        schema : type or dict
-            A pydantic model, whose objects the answers become; or a TypedDict, a JSON schema or a
-            function in OpenAI's shape, which make them dicts. May be left out with
-            ``"json_mode"``.
-        method : str, default "json_schema"
-            ``"json_schema"``: the answer is constrained to JSON of the schema.
-            ``"function_calling"``: it is constrained to the call of a tool of that schema.
-            ``"json_mode"``: it is some JSON object; the prompt has to say which, and what a
-            pydantic model does not take is an error.
-        include_raw : bool, default False
-            Return a dict of ``raw``, the message, ``parsed`` and ``parsing_error``.
-        strict : bool, optional
-            Told to the template and to traces. Schemas are enforced whatever it is.
-        tools : list, optional
-            Tools that the model may call before it answers. The result is None then. With
-            ``"json_schema"`` only.
-        **kwargs
-            Other arguments of a call, as for ``bind``.
-
-        Returns
-        -------
-        Runnable
-            What it streams is the value as far as it is there.
-
-        Raises
-        ------
-        InvalidRequestError
-            For a method that does not exist, and a schema that is none.
-        """
-        if method not in METHODS:
-            raise refuse("method", method, f"one of {', '.join(map(repr, METHODS))}")
-        if schema is None and method != "json_mode":
-            raise InvalidRequestError(f"method={method!r} needs a schema")
-        if tools and method != "json_schema":
-            raise InvalidRequestError(f"tools= needs method='json_schema', not {method!r}")
-        parser = StructuredOutputParser(model_class=model_class_of(schema))
-        bound = {**kwargs, "ls_structured_output_format": described_schema(schema, method, strict)}
-        if method == "function_calling":
-            [tool] = openai_tools([schema])
-            parser.tool_name = tool["function"]["name"]
-            model = self.bind_tools(
-                [schema],
-                tool_choice=parser.tool_name,
-                strict=strict,
-                parallel_tool_calls=False,
-                **bound,
-            )
-        elif method == "json_mode":
-            model = self.bind(response_format={"type": "json_object"}, **bound)
-        else:
-            bound["response_format"] = schema_format(json_schema(schema), strict=strict)
-            model = self.bind_tools(tools, **bound) if tools else self.bind(**bound)
-        self._for_call(bound)
-        return structured_chain(model, parser, include_raw=include_raw)
-
     # -- batches ---------------------------------------------------------------------------------
 
     def batch(
@@ -512,10 +383,11 @@ disable_streaming, output_version, profile
         with get_executor_for_config({"max_concurrency": width}) as executor:
             try:
                 return list(executor.map(result, calls))
-            except BaseException as error:
-                gathering.abandon()
+            except Exception as error:
                 # The first in the list may have ended because another one failed.
-                raise (gathering.failure if isinstance(error, Exception) else None) or error
+                raise (gathering.failure or error) from None
+            finally:  # also where Ctrl-C ended the wait; what has ended is not affected
+                gathering.abandon()
 
     def batch_as_completed(
         self,

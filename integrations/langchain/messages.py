@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from langchain_core.messages import (
@@ -11,9 +11,7 @@ from langchain_core.messages import (
     BaseMessage,
     ChatMessage,
     HumanMessage,
-    InvalidToolCall,
     SystemMessage,
-    ToolCall,
     ToolMessage,
 )
 
@@ -114,7 +112,8 @@ def _no_text(where: str, block: dict[str, Any]) -> InvalidRequestError:
 
 
 def _assistant(where: str, message: AIMessage) -> dict[str, Any]:
-    calls: list[Any] = [_openai_call(call) for call in message.tool_calls]
+    every = [*message.tool_calls, *message.invalid_tool_calls]
+    calls = [_openai_call(call.get("id"), call["name"], call["args"]) for call in every]
     known = {call["id"] for call in calls}
     texts: list[str] = []
     reasoning: list[str] = []
@@ -130,10 +129,10 @@ def _assistant(where: str, message: AIMessage) -> dict[str, Any]:
             reasoning.append(str(block.get(_REASONING_BLOCKS[kind]) or ""))
         elif kind in _CALL_ARGUMENTS:
             if block.get("id") not in known:
-                calls.append(_openai_call({**block, "args": block.get(_CALL_ARGUMENTS[kind])}))
+                arguments = block.get(_CALL_ARGUMENTS[kind])
+                calls.append(_openai_call(block.get("id"), block.get("name"), arguments))
         elif kind not in _REPEATED_BLOCKS:
             raise _no_text(f"{where}.content[{j}]", block)
-    texts += _written_out(message.invalid_tool_calls)
     converted: dict[str, Any] = {"role": "assistant", "content": "".join(texts)}
     if calls:
         converted["tool_calls"] = calls
@@ -143,17 +142,9 @@ def _assistant(where: str, message: AIMessage) -> dict[str, Any]:
     return converted
 
 
-def _openai_call(call: ToolCall | dict[str, Any]) -> dict[str, Any]:
-    return {
-        "id": call.get("id"),
-        "type": "function",
-        "function": {
-            "name": call.get("name"),
-            "arguments": json.dumps(call.get("args") or {}, ensure_ascii=False),
-        },
-    }
-
-
-def _written_out(calls: Iterable[InvalidToolCall]) -> list[str]:
-    # A template writes arguments as JSON, which these are not; the model may still see them.
-    return [f"{call.get('name') or ''}({call.get('args') or ''})" for call in calls]
+def _openai_call(call_id: str | None, name: str | None, arguments: Any) -> dict[str, Any]:
+    # Those of an invalid call are the text that the model wrote.
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments or {}, ensure_ascii=False)
+    function = {"name": name, "arguments": arguments}
+    return {"id": call_id, "type": "function", "function": function}

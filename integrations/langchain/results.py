@@ -132,6 +132,7 @@ def _joined(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
 def final_info(
     output: RequestOutput, completion: CompletionOutput, num_tokens: int
 ) -> dict[str, Any]:
+    """Return why a completion ended and the tokens that it used."""
     num_prompt_tokens = len(output.prompt_token_ids)
     info: dict[str, Any] = {
         "finish_reason": completion.finish_reason,
@@ -170,6 +171,7 @@ def _logprobs_info(completion: CompletionOutput) -> dict[str, Any]:
 
 
 def token_text(token_id: int, position: TokenLogprobs) -> str:
+    """Return the text of a token among those of its position; its id where it has none."""
     decoded = position[token_id].decoded_token
     return f"token_id:{token_id}" if decoded is None else decoded
 
