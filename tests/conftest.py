@@ -15,11 +15,8 @@ os.environ["LANGSMITH_TRACING"] = os.environ["LANGCHAIN_TRACING_V2"] = "false"
 for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "VLLM_USE_MODELSCOPE", "QUIRE_LOG_LEVEL"):
     os.environ.pop(_name, None)
 
-pytest_plugins = [
-    "checkpoints",
-    "isas",
-    "servers",
-]  # tests/helpers is on the path: see pyproject.toml
+# tests/helpers is on the path: see pyproject.toml
+pytest_plugins = ["checkpoints", "isas", "servers"]
 
 # A failure in the fast suite must repeat on the next run; the slow suite looks further each time.
 _COMMON = {

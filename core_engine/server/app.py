@@ -8,7 +8,7 @@ from fastapi import FastAPI
 
 from quire import __version__
 from quire.server.errors import install_error_handlers
-from quire.server.routes import models
+from quire.server.routes import chat, completions, models, tokenization
 
 if TYPE_CHECKING:
     from quire.server.service import Service
@@ -19,6 +19,6 @@ def build_app(service: Service) -> FastAPI:
     app = FastAPI(title="quire", version=__version__)
     app.state.service = service
     install_error_handlers(app)
-    for module in (models,):
+    for module in (models, completions, chat, tokenization):
         app.include_router(module.router)
     return app
