@@ -454,6 +454,9 @@ disable_streaming, output_version, profile
             run=[run for result in results for run in result.run or []] or None,
         )
 
+    def __repr_args__(self) -> Any:
+        return ((name, value) for name, value in super().__repr_args__() if name != "profile")
+
     # -- tokens ----------------------------------------------------------------------------------
 
     def get_token_ids(self, text: str) -> list[int]:

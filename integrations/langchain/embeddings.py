@@ -34,6 +34,8 @@ class VLLMEmbeddings(EngineHolder, Embeddings):
         Make each vector one of length 1.
     dimensions : int, optional
         Keep only so many numbers of each vector, for models that were trained for that.
+    truncate_prompt_tokens : int, optional
+        Keep only so many of each text's last tokens; -1 as many as there is room for.
     query_prefix, document_prefix : str, default ""
         Written before each query and each document, as many models want it: ``"query: "``.
     show_progress : bool, default False
@@ -60,11 +62,12 @@ class VLLMEmbeddings(EngineHolder, Embeddings):
     pooling: Literal["last", "mean", "cls"] | None = None
     normalize: bool = True
     dimensions: int | None = None
+    truncate_prompt_tokens: int | None = None
     query_prefix: str = ""
     document_prefix: str = ""
     show_progress: bool = False
 
-    @field_validator("dimensions", mode="before")
+    @field_validator("dimensions", "truncate_prompt_tokens", mode="before")
     @classmethod
     def _no_number(cls, value: Any) -> Any:
         return no_flag(value)
@@ -76,7 +79,10 @@ class VLLMEmbeddings(EngineHolder, Embeddings):
         from quire.pooling_params import PoolingParams
 
         return PoolingParams(
-            pooling=self.pooling, normalize=self.normalize, dimensions=self.dimensions
+            pooling=self.pooling,
+            normalize=self.normalize,
+            dimensions=self.dimensions,
+            truncate_prompt_tokens=self.truncate_prompt_tokens,
         )
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:

@@ -33,14 +33,12 @@ class Snapshot:
 
     def __eq__(self, other: object) -> bool:
         assert isinstance(other, dict)
-        kwargs = {k: v for k, v in other["kwargs"].items() if k != "metadata"}
-        assert {**other, "kwargs": kwargs} == {
-            "lc": 1,
-            "type": "constructor",
-            "id": ["quire", "integrations", "langchain", "chat_vllm", "ChatVLLM"],
-            "name": "ChatVLLM",
-            "kwargs": {"model": "quire/demo", "temperature": 0.0, "max_new_tokens": 100, "stop": []},
-        }
+        kwargs = other["kwargs"]
+        given = {"model": "quire/demo", "temperature": 0.0, "max_new_tokens": 100, "stop": []}
+        assert {k: kwargs[k] for k in given} == given
+        assert kwargs.keys() <= {*ChatVLLM.model_fields} - {"client", "profile", "callbacks"}
+        assert other["id"] == ["quire", "integrations", "langchain", "chat_vllm", "ChatVLLM"]
+        assert (other["lc"], other["type"]) == (1, "constructor")
         return True
 
     __hash__ = None  # type: ignore[assignment]
