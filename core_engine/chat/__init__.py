@@ -5,6 +5,7 @@ It knows neither HTTP nor an engine: the server and the chat models of other lib
 
 from quire.chat.format import ChatFormat
 from quire.chat.message import ChatDelta, ChatMessage, ToolCall, ToolCallDelta
+from quire.chat.messages import template_messages
 from quire.chat.reader import ChatReader
 from quire.chat.registry import reasoning_parser_names, tool_parser_names
 from quire.chat.tools import template_tools
@@ -17,6 +18,7 @@ __all__ = [
     "ToolCall",
     "ToolCallDelta",
     "reasoning_parser_names",
+    "template_messages",
     "template_tools",
     "tool_parser_names",
 ]

@@ -43,10 +43,6 @@ class CallObject:
     Attributes
     ----------
     started : bool
-    done : bool
-        Whether the object is whole.
-    failed : bool
-        Whether it turned out to be no call. If it started before that, it stays one.
     has_arguments : bool
         Whether the arguments are whole, or were not needed.
     """
@@ -65,10 +61,12 @@ class CallObject:
 
     @property
     def done(self) -> bool:
+        """Whether the object is whole."""
         return self._at is _At.DONE
 
     @property
     def failed(self) -> bool:
+        """Whether it turned out to be no call. If it started before that, it stays one."""
         return self._at is _At.FAILED
 
     def feed(self, text: str, events: list[Event]) -> int:

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from quire.chat.grammar import answer_constraint
+from quire.chat.lark import lark_string
+from quire.chat.messages import template_messages
 from quire.chat.reader import ChatReader
 from quire.chat.reasoning_parsers.interface import ReasoningParser
 from quire.chat.registry import (
@@ -130,6 +133,104 @@ class ChatFormat:
             self._reasoning.reader(prompt) if self._reasoning else None,
             parser.call_id if parser else _call_id,
         )
+
+    def constrain(
+        self,
+        params: SamplingParams,
+        tools: Any = None,
+        tool_choice: Any = "auto",
+        parallel_tool_calls: bool = True,
+        prompt: str = "",
+    ) -> SamplingParams:
+        """Return the parameters of a completion that has to be what was asked for.
+
+        A required call, or that of a named function, always parses, and its arguments match the
+        function's schema; objects in it have no members that the schema does not name. Where the
+        model may answer or call, it is left free; but calls match the functions that are there
+        where one of them is ``strict``, or ``parallel_tool_calls`` is False (then nothing
+        follows the first), or ``params.structured_outputs`` say what an answer has to match.
+        Before all this, a model that thinks may think.
+
+        Parameters
+        ----------
+        params : SamplingParams
+            Not changed.
+        tools : list of dict, optional
+        tool_choice : str or dict, default "auto"
+        parallel_tool_calls : bool, default True
+        prompt : str, optional
+            The prompt, or its end: a model may be in the midst of thinking there.
+
+        Returns
+        -------
+        SamplingParams
+            Also adjusted, see :meth:`adjust`; ``params`` itself where nothing is to be changed.
+
+        Raises
+        ------
+        InvalidRequestError
+            Tools or a choice that are malformed; a call is asked for together with
+            ``params.structured_outputs``; or such as cannot be had together with tools.
+        """
+        choice = read_tool_choice(tool_choice, read_tools(tools))
+        own = params.structured_outputs
+        constraint = answer_constraint(
+            own,
+            choice,
+            parallel=parallel_tool_calls,
+            prompt=prompt,
+            tool_parser=self._parser(choice.required),
+            reasoning_parser=self._reasoning,
+            literal=self._literal,
+        )
+        params = self.adjust(params, bool(choice.tools))
+        if constraint is not own:
+            params = params.clone()
+            params.structured_outputs = constraint
+        return params
+
+    def adjust(self, params: SamplingParams, has_tools: bool = True) -> SamplingParams:
+        """Return parameters under which the tags that are special tokens stay in the text.
+
+        Parameters
+        ----------
+        params : SamplingParams
+            Not changed.
+        has_tools : bool, default True
+            Whether the reader will look for calls.
+        """
+        parsers = (self._tools if has_tools else None, self._reasoning)
+        markers = {marker for parser in parsers if parser for marker in parser.markers}
+        if not params.skip_special_tokens or markers.isdisjoint(self._special):
+            return params
+        params = params.clone()
+        params.skip_special_tokens = False
+        return params
+
+    def messages(self, messages: Any) -> list[dict[str, Any]]:
+        """Do what :func:`quire.chat.template_messages` does, with ids as this format has them.
+
+        Parameters
+        ----------
+        messages : list of dict
+
+        Raises
+        ------
+        InvalidRequestError
+            A message that is malformed.
+        """
+        written = template_messages(messages)
+        if self._tools is not None:
+            for message in written:
+                for call in (*message.get("tool_calls", ()), message):
+                    key = "tool_call_id" if call is message else "id"
+                    if key in call:
+                        call[key] = self._tools.template_id(call[key])
+        return written
+
+    def _literal(self, marker: str) -> str:
+        id_ = self._special.get(marker)
+        return lark_string(marker) if id_ is None else f"<[{id_}]>"
 
     def _parser(self, required: bool) -> ToolParser | None:
         """Return what reads calls; where calls are forced, there is always something."""

@@ -34,18 +34,15 @@ class _At(Enum):
     FAILED = auto()
 
 
+_EMPTY: Final = (("}", _At.KEY_OR_END), ("]", _At.VALUE_OR_END))
+"""What ends a container in which there is nothing."""
+
+
 class JsonScanner:
     """Read one JSON value in pieces of any size.
 
     Control characters within strings, which JSON forbids and models write all the same, are
     escaped; all else is taken as it is.
-
-    Attributes
-    ----------
-    done : bool
-        Whether the value is whole. What ends a number is the character behind it.
-    failed : bool
-        Whether it turned out to be no JSON.
     """
 
     def __init__(self) -> None:
@@ -58,10 +55,12 @@ class JsonScanner:
 
     @property
     def done(self) -> bool:
+        """Whether the value is whole. What ends a number is the character behind it."""
         return self._at is _At.DONE
 
     @property
     def failed(self) -> bool:
+        """Whether it turned out to be no JSON."""
         return self._at is _At.FAILED
 
     def take(self) -> str:
@@ -157,9 +156,7 @@ class JsonScanner:
     def _read_mark(self, char: str, at: int) -> int:
         """Read the character that a value, or what stands between values, begins with."""
         state = self._at
-        if char == "}" and state is _At.KEY_OR_END:
-            self._close()
-        elif char == "]" and state is _At.VALUE_OR_END:
+        if (char, state) in _EMPTY:
             self._close()
         elif state is _At.COMMA_OR_END:
             if char == ",":

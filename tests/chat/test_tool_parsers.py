@@ -83,7 +83,7 @@ def test_a_message_does_not_depend_on_how_its_text_was_cut(parser, reasoning, da
     whole = message([text])
     assert message(list(text)) == whole
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
-    assert message([text[a:b] for a, b in zip([0, *cuts], [*cuts, None])]) == whole
+    assert message([text[a:b] for a, b in zip([0, *cuts], [*cuts, None], strict=True)]) == whole
     if not parallel:
         assert len(whole[2]) <= 1
 

@@ -45,6 +45,10 @@ class HermesToolParser:
         """Return a new id for a call."""
         return f"call_{secrets.token_hex(12)}"
 
+    def template_id(self, id_: str) -> str:
+        """Return an id as it is."""
+        return id_
+
     def grammar(
         self, functions: Sequence[Function], literal: Callable[[str], str], parallel: bool
     ) -> str:

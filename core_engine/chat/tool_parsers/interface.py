@@ -93,6 +93,10 @@ class ToolParser(Protocol):
         """Return a new id for a call."""
         ...
 
+    def template_id(self, id_: str) -> str:
+        """Return an id, of whatever origin, as the chat template takes it."""
+        ...
+
     def grammar(
         self, functions: Sequence[Function], literal: Callable[[str], str], parallel: bool
     ) -> str:

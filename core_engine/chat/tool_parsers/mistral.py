@@ -5,6 +5,7 @@ Older ones write a list of objects behind it, newer ones a name, ``[ARGS]`` and 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import secrets
@@ -23,6 +24,8 @@ _BEGIN: Final = "[TOOL_CALLS]"
 _ARGS: Final = "[ARGS]"
 _CALL_ID: Final = "[CALL_ID]"
 _ALPHANUMERIC: Final = string.ascii_letters + string.digits
+_ID_LENGTH: Final = 9
+_ID: Final = re.compile(f"[{_ALPHANUMERIC}]{{{_ID_LENGTH}}}")
 
 _LIST: Final = re.compile(r"\s*\[\s*(?=\{)")
 _LIST_BEGINNING: Final = re.compile(r"\s*(\[\s*)?")
@@ -56,8 +59,14 @@ class MistralToolParser:
         return MistralReader(parallel)
 
     def call_id(self) -> str:
-        """Return a new id for a call; the templates take no other."""
-        return "".join(secrets.choice(_ALPHANUMERIC) for _ in range(9))
+        """Return a new id for a call."""
+        return "".join(secrets.choice(_ALPHANUMERIC) for _ in range(_ID_LENGTH))
+
+    def template_id(self, id_: str) -> str:
+        """Return an id of nine letters and digits: templates refuse others."""
+        if _ID.fullmatch(id_):
+            return id_
+        return hashlib.sha256(id_.encode(errors="replace")).hexdigest()[:_ID_LENGTH]
 
     def grammar(
         self, functions: Sequence[Function], literal: Callable[[str], str], parallel: bool
