@@ -84,7 +84,9 @@ class FakeOpenAI:
                 return handler.error(401, "the API key is not one of this server's")
         path = recorded.path.partition("?")[0]
         if path == "/v1/models":
-            data = [{"id": m, "object": "model", "created": 1, "owned_by": "q"} for m in self.models]
+            data = [
+                {"id": m, "object": "model", "created": 1, "owned_by": "q"} for m in self.models
+            ]
             if self.max_model_len is not None:
                 data = [{**one, "max_model_len": self.max_model_len} for one in data]
             return handler.reply(200, {"object": "list", "data": data})
@@ -205,7 +207,9 @@ class _Handler(BaseHTTPRequestHandler):
         kind = "text/html" if isinstance(body, bytes) else "application/json"
         self.send_response(status)
         for name, value in {
-            "Content-Type": kind, "Content-Length": str(len(raw)), **(headers or {})
+            "Content-Type": kind,
+            "Content-Length": str(len(raw)),
+            **(headers or {}),
         }.items():
             self.send_header(name, value)
         self.end_headers()
