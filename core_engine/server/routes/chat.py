@@ -57,9 +57,11 @@ async def create_chat_completion(
     text = prompt.get("prompt", "")
     chat_format = service.chat_format
     try:
-        end = text[-_PROMPT_END:]
-        params = chat_format.constrain(params, tools, choice, parallel, prompt=end)
-        readers = [chat_format.reader(tools, choice, parallel, prompt=end) for _ in range(params.n)]
+        params = chat_format.constrain(params, tools, choice, parallel)
+        readers = [
+            chat_format.reader(tools, choice, parallel, prompt=text[-_PROMPT_END:])
+            for _ in range(params.n)
+        ]
     except InvalidRequestError as error:
         raise field_error(error, body) from None
     run = Run(service, body, [prompt], params, prompt_field="messages", kind="chatcmpl")
