@@ -16,7 +16,9 @@ for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "VLLM_USE_MODELSCOPE", "QUIR
     os.environ.pop(_name, None)
 
 pytest_plugins = [
+    "browser",
     "checkpoints",
+    "fake_openai",
     "isas",
     "servers",
 ]  # tests/helpers is on the path: see pyproject.toml

@@ -17,6 +17,7 @@ from quire.server.sampling import field_error
 if TYPE_CHECKING:
     from quire.prompts import TokensPrompt
     from quire.sampling_params import SamplingParams
+    from quire.server.protocol.embeddings import EmbeddingRequest
     from quire.server.protocol.sampling import SamplingBody
     from quire.server.service import Service
 
@@ -77,7 +78,11 @@ class Run:
                     yield 0, output
             return
         queue: asyncio.Queue[Numbered | Exception] = asyncio.Queue(2 * len(self.prompts))
-        tasks = [asyncio.ensure_future(self._pump(i, queue)) for i in range(len(self.prompts))]
+        # One request of many prompts must not be what keeps others, or its own last ones, out.
+        room = asyncio.Semaphore(self._service.llm.config.scheduler.max_num_seqs)
+        tasks = [
+            asyncio.ensure_future(self._pump(i, queue, room)) for i in range(len(self.prompts))
+        ]
         pending = len(tasks)
         try:
             while pending:
@@ -99,9 +104,11 @@ class Run:
                 found[i] = output
         return [found[i] for i in range(len(self.prompts))]
 
-    async def _pump(self, i: int, queue: asyncio.Queue[Numbered | Exception]) -> None:
+    async def _pump(
+        self, i: int, queue: asyncio.Queue[Numbered | Exception], room: asyncio.Semaphore
+    ) -> None:
         try:
-            async with aclosing(self._one(i)) as outputs:
+            async with room, aclosing(self._one(i)) as outputs:
                 async for output in outputs:
                     await queue.put((i, output))
         except Exception as error:
@@ -145,7 +152,9 @@ def _check_whole(output: RequestOutput) -> None:
 
 
 async def tokenized(
-    service: Service, prompts: Sequence[str | list[int]], body: SamplingBody
+    service: Service,
+    prompts: Sequence[str | list[int]],
+    body: SamplingBody | EmbeddingRequest,
 ) -> list[TokensPrompt]:
     """Return prompts with their token ids; long texts are read outside of the event loop.
 

@@ -11,17 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 
 from quire import __version__
-from quire.errors import InvalidRequestError
 from quire.server.body import JsonRoute
-from quire.server.chat_prompt import chat_prompt
+from quire.server.chat_run import ChatRun, prepare_chat
 from quire.server.disconnect import until_disconnect
-from quire.server.errors import ApiError
 from quire.server.fields import accept_fields
 from quire.server.logprobs import ChatLogprobs, prompt_logprobs
 from quire.server.protocol.chat import ChatRequest
 from quire.server.protocol.error import ERRORS
-from quire.server.runs import Run
-from quire.server.sampling import check_stream_fields, field_error, sampling_params
 from quire.server.service import Service, get_service
 from quire.server.sse import DONE, event, json_response, stream_response
 from quire.server.usage import Usage
@@ -29,7 +25,6 @@ from quire.server.usage import Usage
 if TYPE_CHECKING:
     from quire.chat import ChatDelta, ChatReader
     from quire.outputs import CompletionOutput, RequestOutput
-    from quire.sampling_params import SamplingParams
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -43,64 +38,12 @@ async def create_chat_completion(
     """Write the next message of a conversation."""
     accept_fields(request, body, service)
     model = service.check_model(body.model)
-    check_stream_fields(body)
-    _check_fields(body)
-    defaults = await service.llm.get_default_sampling_params()
-    params = sampling_params(body, defaults, **_overrides(body, defaults))
-    tools = body.tools or None
-    choice = "auto" if body.tool_choice is None else body.tool_choice
-    parallel = body.parallel_tool_calls is not False
-    variables = {}
-    if body.reasoning_effort is not None:
-        variables["reasoning_effort"] = body.reasoning_effort
-    prompt = await chat_prompt(service, body, **variables)
-    text = prompt.get("prompt", "")
-    chat_format = service.chat_format
-    try:
-        params = chat_format.constrain(params, tools, choice, parallel)
-        readers = [
-            chat_format.reader(tools, choice, parallel, prompt=text[-_PROMPT_END:])
-            for _ in range(params.n)
-        ]
-    except InvalidRequestError as error:
-        raise field_error(error, body) from None
-    run = Run(service, body, [prompt], params, prompt_field="messages", kind="chatcmpl")
-    answer = _Answer(service, body, run, model, readers)
+    chat = await prepare_chat(service, body, kind="chatcmpl")
+    answer = _Answer(service, chat, model)
     if body.stream:
         return await stream_response(request, answer.events())
-    [output] = await until_disconnect(request.receive, run.all())
+    [output] = await until_disconnect(request.receive, chat.run.all())
     return json_response(answer.whole(output))
-
-
-_PROMPT_END = 4096
-"""Characters of a prompt's end that show whether the model has begun to think there."""
-
-
-def _check_fields(body: ChatRequest) -> None:
-    for i, item in enumerate(body.modalities or ()):
-        if item != "text":
-            raise ApiError(
-                400,
-                f"modalities[{i}] must be 'text', which is what models here write, got {item!r}",
-                param=f"modalities[{i}]",
-                code="unsupported_parameter",
-            )
-    if body.top_logprobs and not body.logprobs:
-        raise ApiError(
-            400,
-            f"top_logprobs needs logprobs=true, got {body.top_logprobs} without it",
-            param="top_logprobs",
-        )
-
-
-def _overrides(body: ChatRequest, defaults: SamplingParams) -> dict[str, Any]:
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    max_tokens = body.max_completion_tokens
-    if max_tokens is None:
-        max_tokens = body.max_tokens
-    if max_tokens is None and "max_tokens" in defaults.explicit_fields:
-        max_tokens = defaults.max_tokens
-    return {"logprobs": logprobs, "max_tokens": max_tokens}
 
 
 @dataclass
@@ -114,17 +57,11 @@ class _Choice:
 class _Answer:
     """The answer to a request, whole or in events."""
 
-    def __init__(
-        self,
-        service: Service,
-        body: ChatRequest,
-        run: Run,
-        model: str,
-        readers: list[ChatReader],
-    ) -> None:
+    def __init__(self, service: Service, chat: ChatRun, model: str) -> None:
+        body, run = chat.body, chat.run
         self._body = body
         self._run = run
-        self._choices = [_Choice(reader) for reader in readers]
+        self._choices = [_Choice(reader) for reader in chat.readers]
         self._usage = Usage()
         self._echoed = _last_text(body) if body.echo else ""
         self._shows_reasoning = body.include_reasoning is not False
