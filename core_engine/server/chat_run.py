@@ -70,10 +70,7 @@ async def prepare_chat(service: Service, body: ChatRequest, *, kind: str) -> Cha
     try:
         end = text[-_PROMPT_END:]
         params = chat_format.constrain(params, tools, choice, parallel, end)
-        readers = [
-            chat_format.reader(tools, choice, parallel, prompt=end)
-            for _ in range(params.n)
-        ]
+        readers = [chat_format.reader(tools, choice, parallel, prompt=end) for _ in range(params.n)]
     except InvalidRequestError as error:
         raise field_error(error, body) from None
     run = Run(service, body, [prompt], params, prompt_field="messages", kind=kind)
