@@ -17,9 +17,9 @@ import uvicorn
 
 from quire.async_llm import AsyncLLM
 from quire.server.app import build_app
+from quire.server.connection import guarded_protocol
 from quire.server.logs import set_up_logs
 from quire.server.plan import Plan
-from quire.server.connection import guarded_protocol
 from quire.server.service import Service
 from quire.server.sockets import bind, is_local, shown_address
 

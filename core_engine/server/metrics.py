@@ -202,7 +202,7 @@ class RequestWatch:
         Of the HTTP request that it belongs to.
     """
 
-    __slots__ = ("_counts", "_last", "_max_tokens", "_metrics", "_n", "_news", "_record")
+    __slots__ = ("_begun", "_counts", "_last", "_max_tokens", "_metrics", "_n", "_news", "_record")
 
     def __init__(
         self, metrics: Metrics, params: SamplingParams, record: RequestRecord | None
@@ -214,6 +214,7 @@ class RequestWatch:
         self._n = params.n
         self._counts: dict[int, int] = {}
         self._last: float | None = None
+        self._begun = False
 
     def show(self, output: RequestOutput) -> None:
         """Take in the next output."""
@@ -227,6 +228,9 @@ class RequestWatch:
             new += after - before
         metrics = self._metrics
         now = time.monotonic()
+        if self._record is not None and not self._begun:
+            self._record.num_prompt_tokens += len(output.prompt_token_ids)
+        self._begun = True
         if self._last is None:
             times = output.metrics
             if new and times is not None and times.first_token_time is not None:
@@ -257,7 +261,6 @@ class RequestWatch:
         if self._max_tokens is not None:
             metrics.max_tokens.observe(self._max_tokens)
         if self._record is not None:
-            self._record.num_prompt_tokens += prompt
             self._record.num_generated_tokens += generated
         if times is None or times.finished_time is None:
             return
