@@ -22,7 +22,7 @@ from quire.chat.tool_parsers.interface import ToolParser
 from quire.chat.tools import read_tool_choice, read_tools
 
 if TYPE_CHECKING:
-    pass
+    from quire.sampling_params import SamplingParams
 
 
 class _Tokenizer(Protocol):

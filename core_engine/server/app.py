@@ -16,6 +16,7 @@ from quire.server.routes import (
     health,
     metrics,
     models,
+    page,
     responses,
     tokenization,
 )
@@ -48,4 +49,6 @@ def build_app(service: Service) -> FastAPI:
     endpoints = (models, completions, chat, responses, embeddings, tokenization, health, metrics)
     for module in endpoints:
         app.include_router(module.router)
+    if service.settings.page:
+        app.include_router(page.router)
     return app

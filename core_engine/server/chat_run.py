@@ -68,9 +68,10 @@ async def prepare_chat(service: Service, body: ChatRequest, *, kind: str) -> Cha
     text = prompt.get("prompt", "")
     chat_format = service.chat_format
     try:
-        params = chat_format.constrain(params, tools, choice, parallel)
+        end = text[-_PROMPT_END:]
+        params = chat_format.constrain(params, tools, choice, parallel, end)
         readers = [
-            chat_format.reader(tools, choice, parallel, prompt=text[-_PROMPT_END:])
+            chat_format.reader(tools, choice, parallel, prompt=end)
             for _ in range(params.n)
         ]
     except InvalidRequestError as error:

@@ -21,6 +21,7 @@ from quire.integrations.engines import (
     hub_commit,
 )
 from quire.integrations.langchain.identity import adapter_name, callable_name, digest
+from quire.integrations.langchain.stops import merged_stop
 from quire.sampling_params import RequestOutputKind, SamplingParams
 from quire.utils.suggest import unexpected_argument
 
@@ -203,16 +204,7 @@ class EngineModel(Serializable):
 
     def _merged_stop(self, stop: Any) -> list[str] | None:
         """Return the constructor's stop strings and a call's, each once."""
-        merged: list[Any] = []
-        for strings in (self.stop, stop):
-            if isinstance(strings, (list, tuple, set, frozenset)):
-                merged.extend(strings)
-            elif strings is not None:  # one string; anything else is for SamplingParams to refuse
-                merged.append(strings)
-        try:
-            return list(dict.fromkeys(merged)) or None
-        except TypeError:  # not hashable, so no string, which SamplingParams refuses
-            return merged
+        return merged_stop(self.stop, stop)
 
     def _sampling_params(
         self, stop: Any, output_kind: RequestOutputKind = RequestOutputKind.FINAL_ONLY

@@ -217,10 +217,10 @@ def test_repr_shows_what_was_set_and_no_secret(fake: Any) -> None:
     assert "'model': 'm'" in str(llm)
 
 
-def test_names_of_later_versions_say_what_there_is() -> None:
-    """A name that is not here yet is an error that lists those that are."""
+def test_names_that_are_not_there_say_what_there_is() -> None:
+    """A name that is not here is an error that lists those that are."""
     with pytest.raises(ImportError, match="it has VLLM"):
-        from quire.integrations.langchain import VLLMOpenAI  # noqa: F401
+        from quire.integrations.langchain import VLLMRemote  # noqa: F401
     import quire.integrations.langchain as module
 
     with pytest.raises(AttributeError, match="no 'anything'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -33,7 +34,7 @@ class ResponseBuilder:
 
     def response(self) -> dict[str, Any]:
         """Return the response as far as it is known."""
-        return {**self._head, "status": self._status, "output": self._items, **self._rest}
+        return {**self._head, "status": self._status, "output": list(self._items), **self._rest}
 
     def start(self) -> list[Event]:
         """Return the events before the first token."""
@@ -148,8 +149,8 @@ class ResponseBuilder:
     # -- events ----------------------------------------------------------------------------------
 
     def _part_event(self, kind: str) -> Event:
-        part = self._items[-1]["content"][0]
-        return self._part(kind, part=dict(part))
+        # A copy: events are written when all of a step's are there.
+        return self._part(kind, part=deepcopy(self._items[-1]["content"][0]))
 
     def _part(self, kind: str, **values: Any) -> Event:
         return self._of_item(kind, content_index=0, **values)

@@ -92,12 +92,9 @@ def chat_tool_choice(choice: Any) -> Any:
     return {"type": "function", "function": {"name": choice.get("name")}}
 
 
-def response_format(text: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def response_format(form: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return the ``text.format`` of a request as a chat's ``response_format``."""
-    form = (text or {}).get("format")
-    if not isinstance(form, Mapping):
-        if form is not None:
-            raise _refuse("text.format", "an object", form)
+    if form is None:
         return None
     if form.get("type") != "json_schema":
         return dict(form)
