@@ -19,7 +19,16 @@ from quire.server.middleware import auth, surround  # noqa: E402
 from quire.server.settings import ServerSettings  # noqa: E402
 
 OPEN = ["/health", "/ready", "/ping", "/version", "/", "/page/page.js"]
-CLOSED = ["/v1/models", "/metrics", "/tokenize", "/openapi.json", "/v1", "/health/x", "/pages", "//"]
+CLOSED = [
+    "/v1/models",
+    "/metrics",
+    "/tokenize",
+    "/openapi.json",
+    "/v1",
+    "/health/x",
+    "/pages",
+    "//",
+]
 
 
 async def inner(scope, receive, send) -> None:

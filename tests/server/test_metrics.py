@@ -250,7 +250,12 @@ async def test_the_access_log_has_a_line_per_request_and_no_prompt(llm, caplog):
     async with client:
         await client.post(
             "/v1/completions",
-            json={"model": "demo", "prompt": "A secret of mine", "max_tokens": 3, "ignore_eos": True},
+            json={
+                "model": "demo",
+                "prompt": "A secret of mine",
+                "max_tokens": 3,
+                "ignore_eos": True,
+            },
             headers={"X-Request-Id": "mine-1"},
         )
         await client.get("/a%0Ab%1b[31m?token=hidden")
