@@ -97,8 +97,8 @@ $(LOWER)/.stamp: $(VENV)/.dev .ci/lower_bounds.py $(INPUTS)
 	rm -rf $(LOWER) && $(BIN)/python -m venv $(LOWER)
 	$(BIN)/python .ci/lower_bounds.py > $(LOWER)/constraints.txt
 	$(LOWER)/bin/python -m pip --disable-pip-version-check --no-input install --quiet \
-		-c $(LOWER)/constraints.txt -e ".[langchain,outlines]" \
-		hypothesis "langchain<1" pytest pytest-asyncio sentencepiece
+		-c $(LOWER)/constraints.txt -e ".[langchain,openai,outlines,server]" \
+		httpx hypothesis "langchain<1" pytest pytest-asyncio sentencepiece
 	@touch $@
 
 .PHONY: test-lower

@@ -31,7 +31,8 @@ def main() -> None:
     """Write the constraints to standard output."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    declared = [*project["dependencies"], *extras["langchain"], *extras["outlines"]]
+    adapters = ("langchain", "openai", "outlines", "server")
+    declared = [*project["dependencies"], *(line for name in adapters for line in extras[name])]
     requirements = [Requirement(line) for line in declared]
     sys.stdout.writelines(
         f"{lower_bound(requirement)}\n"

@@ -30,6 +30,8 @@ _HOMES = {
     "RequestOutput": "quire.outputs",
     "ConfigError": "quire.errors",
     "DeviceLostError": "quire.errors",
+    "EmbeddingOutput": "quire.outputs",
+    "EmbeddingRequestOutput": "quire.outputs",
     "EngineBusyError": "quire.errors",
     "EngineClosedError": "quire.errors",
     "InvalidRequestError": "quire.errors",
@@ -37,6 +39,7 @@ _HOMES = {
     "ModelNotFoundError": "quire.errors",
     "NotSupportedError": "quire.errors",
     "OutOfMemoryError": "quire.errors",
+    "PoolingParams": "quire.pooling_params",
     "QuireError": "quire.errors",
     "RequestFailedError": "quire.errors",
     "StructureIncompleteError": "quire.errors",
@@ -55,6 +58,8 @@ __all__ = [
     "CompletionOutput",
     "ConfigError",
     "DeviceLostError",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
     "EngineBusyError",
     "EngineClosedError",
     "EngineConfig",
@@ -65,6 +70,7 @@ __all__ = [
     "ModelNotFoundError",
     "NotSupportedError",
     "OutOfMemoryError",
+    "PoolingParams",
     "QuireError",
     "RequestFailedError",
     "RequestMetrics",
@@ -103,10 +109,13 @@ if TYPE_CHECKING:
         BeamSearchOutput,
         BeamSearchSequence,
         CompletionOutput,
+        EmbeddingOutput,
+        EmbeddingRequestOutput,
         Logprob,
         RequestMetrics,
         RequestOutput,
     )
+    from quire.pooling_params import PoolingParams
     from quire.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
     from quire.structured_outputs import StructuredOutputsParams
 

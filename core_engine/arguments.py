@@ -42,6 +42,7 @@ class EngineArguments(TypedDict, total=False):
     max_num_batched_tokens: int | None
     enable_chunked_prefill: bool | None
     scheduling_policy: Literal["fcfs", "priority"] | None
+    max_waiting_requests: int | None
     structured_outputs_backend: Literal["llguidance", "outlines_core", "xgrammar"] | None
     structured_outputs_deadline: float | None
     structured_outputs_forced_tokens: bool | None

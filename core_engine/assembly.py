@@ -115,6 +115,7 @@ def _build(config: EngineConfig, processors: BatchProcessors) -> Engine:
             id_ for id_ in eos_token_ids(hf_config, ends) if id_ < model.spec.vocab_size
         ),
         default_params=recommended,
+        hidden_size=model.spec.hidden_size,
     )
     sampler = Sampler(
         vocab_size=model.spec.vocab_size,

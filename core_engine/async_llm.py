@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 import weakref
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sized
+from contextlib import aclosing
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from quire.config import EngineConfig, init_signature
-from quire.errors import EngineClosedError, InvalidRequestError
+from quire.errors import EngineClosedError, InvalidRequestError, QuireError
 from quire.llm import LLM
-from quire.outputs import RequestOutput
+from quire.outputs import EmbeddingRequestOutput, RequestOutput
+from quire.pooling_params import PoolingParams
 from quire.prompts import Prompt, as_single_prompt
-from quire.sampling_params import SamplingParams
+from quire.sampling_params import RequestOutputKind, SamplingParams
 from quire.waiting import Event, failure
 
 if TYPE_CHECKING:
@@ -26,7 +29,14 @@ if TYPE_CHECKING:
     from quire.arguments import EngineArguments
     from quire.engine.loop import EngineLoop
     from quire.engine.processor import ModelLimits
+    from quire.engine.request import Request
     from quire.tokenizer.tokenizer import Tokenizer
+
+
+_LONG_PROMPT = 4096
+"""Characters, or tokens, above which a prompt is read on a thread of its own: about 1 ms."""
+
+_POLL_SECONDS = 0.5
 
 
 class AsyncLLM:
@@ -66,7 +76,9 @@ class AsyncLLM:
         self._llm = llm
         self._owns = owns
         self._closed = False
+        self._draining = False
         self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
         self._in_flight: dict[str, str] = {}
         self._mailboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Mailbox] = (
             weakref.WeakKeyDictionary()
@@ -113,41 +125,102 @@ class AsyncLLM:
             The prompt, a parameter or the id is wrong.
         RequestFailedError
             The request failed while it ran.
+        EngineBusyError
+            As many requests wait as ``max_waiting_requests`` allows.
         EngineClosedError
-            The engine was closed before or meanwhile.
+            The engine was closed before or meanwhile, or is being drained.
+
+        Each has the request's name in ``request_id``.
         """
-        llm = self._open_llm()
-        request = llm._make_request(
-            as_single_prompt(prompt),
-            sampling_params,
-            lora_request=lora_request,
-            priority=priority,
-        )
-        loop = llm._lifetime.start()
-        loop.check_may_wait()
-        events: asyncio.Queue[Event] = asyncio.Queue()
-        mailbox = self._mailbox(asyncio.get_running_loop())
-        # The engine knows requests by numbers of the LLM; a name is for the caller alone, and one
-        # that the caller does not choose must not take what another caller may.
-        number = request.request_id
-        name = self._register(uuid4().hex if request_id is None else request_id, number)
+        single = as_single_prompt(prompt)
+        llm = self._taking_llm()
+
+        def make() -> Request:
+            return llm._make_request(
+                single, sampling_params, lora_request=lora_request, priority=priority
+            )
+
+        async with aclosing(self._run(llm, single, make, request_id)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def embed(
+        self,
+        prompt: Prompt,
+        pooling_params: PoolingParams | None = None,
+        request_id: str | None = None,
+        *,
+        lora_request: Any = None,
+    ) -> EmbeddingRequestOutput:
+        """Turn one prompt into a vector, as :meth:`quire.LLM.embed` does.
+
+        Cancelling the task that waits for it aborts the request. Raises what :meth:`generate`
+        raises.
+        """
+        single = as_single_prompt(prompt)
+        llm = self._taking_llm()
+
+        def make() -> Request:
+            return llm._make_embedding(single, pooling_params, lora_request)
+
+        async with aclosing(self._run(llm, single, make, request_id)) as outputs:
+            *_, last = [output async for output in outputs]
+        return EmbeddingRequestOutput.of(last)
+
+    async def _run(
+        self,
+        llm: LLM,
+        prompt: Prompt,
+        make: Callable[[], Request],
+        request_id: str | None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Make a request, run it, and yield its outputs; errors know its name."""
+        name = uuid4().hex if request_id is None else request_id
+        try:
+            # What takes long to tokenize must not keep the event loop from its other requests.
+            request = await asyncio.to_thread(make) if _is_long(prompt) else make()
+            loop = llm._lifetime.start()
+            loop.check_may_wait()
+            events: asyncio.Queue[Event] = asyncio.Queue()
+            mailbox = self._mailbox(asyncio.get_running_loop())
+            # The engine knows requests by numbers of the LLM; a name is for the caller alone, and
+            # one that the caller does not choose must not take what another caller may.
+            number = request.request_id
+            self._register(name, number)
+        except QuireError as error:
+            error.request_id = name if isinstance(name, str) else None
+            raise
+        merges = request.params.output_kind is RequestOutputKind.DELTA
         ended = False
         try:
-            loop.submit([(request, _Sink(mailbox, events, loop, number))])
+            sink = _Sink(mailbox, events, loop, number)
+            longest = self.config.scheduler.max_waiting_requests
+            loop.submit([(request, sink)], longest_queue=longest)
             while not ended:
                 event = await events.get()
+                # A reader that is slow finds what came meanwhile in one piece.
+                while merges and not events.empty() and isinstance(event, RequestOutput):
+                    later = events.get_nowait()
+                    if isinstance(later, BaseException):
+                        event = later
+                    else:
+                        event.add(later)
                 if isinstance(event, BaseException):
                     ended = True
                     try:
-                        raise failure(name, event)
+                        failed = failure(name, event)
+                        if isinstance(failed, QuireError):
+                            failed.request_id = name
+                        raise failed
                     finally:  # the exception has this frame, which would have the exception
-                        del event
+                        del event, failed
                 ended = event.finished
                 event.request_id = name
                 yield event
         finally:
             with self._lock:
                 del self._in_flight[name]
+                self._idle.notify_all()
             if not ended:
                 loop.abort([number])
 
@@ -190,6 +263,72 @@ class AsyncLLM:
     async def get_default_sampling_params(self) -> SamplingParams:
         """Return the parameters of a request that gives none: those the checkpoint recommends."""
         return self._open_llm().get_default_sampling_params()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are taken: the engine runs, and nobody drains it."""
+        return not (self.closed or self._draining or self.engine_error is not None)
+
+    @property
+    def engine_error(self) -> BaseException | None:
+        """What the engine broke down with, if it did; it takes no more requests then."""
+        loop = self._llm._lifetime.loop
+        return None if loop is None else loop.broken
+
+    @property
+    def num_unfinished_requests(self) -> int:
+        """Requests of this object that have not ended."""
+        with self._lock:
+            return len(self._in_flight)
+
+    async def check_health(self, timeout: float | None = None) -> None:
+        """Return if the engine can serve requests.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds in which its thread has to answer, between two steps; None does not ask it.
+
+        Raises
+        ------
+        EngineClosedError
+            It was closed, or broke down; the message says why.
+        TimeoutError
+            Its thread did not answer.
+        """
+        llm = self._may_wait()
+        if timeout is not None:
+            try:
+                await asyncio.wait_for(asyncio.to_thread(llm.get_metrics), timeout)
+            except asyncio.TimeoutError as error:
+                raise TimeoutError(f"the engine did not answer within {timeout:g} s") from error
+
+    async def drain(self, timeout: float | None = None) -> bool:
+        """Take no more requests, and wait for those that run.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Most seconds to wait.
+
+        Returns
+        -------
+        bool
+            Whether all of them have ended; :meth:`close` ends the others.
+        """
+        self._draining = True
+        end = None if timeout is None else time.monotonic() + timeout
+
+        def wait() -> bool:
+            # In pieces: a thread that waits for ever would keep the interpreter from its end.
+            while True:
+                left = _POLL_SECONDS if end is None else end - time.monotonic()
+                with self._lock:
+                    if not self._in_flight or self.closed or left <= 0:
+                        return not self._in_flight
+                    self._idle.wait(min(left, _POLL_SECONDS))
+
+        return await asyncio.to_thread(wait)
 
     async def get_metrics(self) -> dict[str, float]:
         """Return the engine's counters and gauges by name."""
@@ -243,6 +382,13 @@ class AsyncLLM:
         self._llm._lifetime.check()
         return self._llm
 
+    def _taking_llm(self) -> LLM:
+        """Return the LLM, unless no more requests are taken."""
+        llm = self._open_llm()
+        if self._draining:
+            raise EngineClosedError(f"{self!r} is being drained: it takes no more requests")
+        return llm
+
     def _may_wait(self) -> LLM:
         """Return the LLM, unless this is its engine's thread, which others wait for."""
         llm = self._open_llm()
@@ -280,6 +426,15 @@ class AsyncLLM:
 
 
 AsyncLLM.__init__.__signature__ = init_signature()  # type: ignore[attr-defined]
+
+
+def _is_long(prompt: Prompt) -> bool:
+    """Whether a prompt takes a while to tokenize or to check."""
+    if isinstance(prompt, Mapping):
+        sizes = [len(v) for v in prompt.values() if isinstance(v, Sized)]
+    else:
+        sizes = [len(prompt)] if isinstance(prompt, Sized) else []
+    return max(sizes, default=0) > _LONG_PROMPT
 
 
 class _Mailbox:

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 
 class QuireError(Exception):
-    """Base of every error that quire raises on purpose."""
+    """Base of every error that quire raises on purpose.
+
+    Attributes
+    ----------
+    request_id : str or None
+        The request of :class:`quire.AsyncLLM` that it is about, where it is about one.
+    """
+
+    request_id: str | None = None
 
 
 class ConfigError(QuireError, ValueError):
@@ -75,6 +83,8 @@ class RequestFailedError(QuireError, RuntimeError):
     request_id : str
         The request that failed. The cause, if any, is in ``__cause__``.
     """
+
+    request_id: str
 
     def __init__(self, request_id: str, message: str) -> None:
         super().__init__(f"request {request_id!r} failed: {message}")

@@ -59,6 +59,11 @@ class Lifetime:
         self._pid: int | None = None  # the process whose thread steps the engine, once there is one
 
     @property
+    def loop(self) -> EngineLoop | None:
+        """The loop, None after :meth:`close`."""
+        return self._loop
+
+    @property
     def closed(self) -> bool:
         """Whether :meth:`close` was called."""
         return self._loop is None

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from quire.config import EngineConfig, init_signature
 from quire.errors import EngineClosedError, InvalidRequestError, NotSupportedError
 from quire.lifetime import Lifetime, make_loop
-from quire.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
+from quire.outputs import (
+    BeamSearchOutput,
+    BeamSearchSequence,
+    EmbeddingRequestOutput,
+    RequestOutput,
+)
+from quire.pooling_params import PoolingParams
 from quire.prompts import (
     Message,
     Prompt,
@@ -305,6 +311,49 @@ class LLM:
             for output in outputs
         ]
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        *,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: Any = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """Turn prompts into vectors: pooled hidden states of the model.
+
+        Parameters
+        ----------
+        prompts, use_tqdm, lora_request
+            As in :meth:`generate`.
+        pooling_params : PoolingParams, or one per prompt, optional
+
+        Returns
+        -------
+        list of EmbeddingRequestOutput
+            In the order of the prompts.
+
+        Raises
+        ------
+        InvalidRequestError, RequestFailedError, EngineClosedError
+            As from :meth:`generate`.
+        """
+        every = as_prompts(prompts)
+        many = one_per_prompt("pooling_params", pooling_params, len(every))
+        requests: list[Request | BaseException] = []
+        for i, (prompt, pooling) in enumerate(zip(every, many, strict=True)):
+            try:
+                requests.append(self._make_embedding(prompt, pooling, lora_request))
+            except InvalidRequestError as error:
+                raise _at_index("prompt", i, len(every), error) from error
+        results = wait_for_all(self._lifetime.start, requests, use_tqdm)
+        for result in results:
+            if isinstance(result, BaseException):
+                try:
+                    raise result
+                finally:  # the exception has this frame, which would have the exception
+                    del results, result
+        return [EmbeddingRequestOutput.of(r) for r in results if isinstance(r, RequestOutput)]
+
     # -- the model and the engine ----------------------------------------------------------------
 
     def get_tokenizer(self) -> Tokenizer:
@@ -433,11 +482,7 @@ class LLM:
     ) -> Request:
         """Check and tokenize one prompt."""
         processor = self._open_processor()
-        if lora_request is not None:
-            raise InvalidRequestError(
-                f"lora_request={shown(lora_request)}: this engine has no adapters "
-                "(enable_lora=False)"
-            )
+        _refuse_adapter(lora_request)
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise InvalidRequestError(f"priority must be an integer, not {shown(priority)}")
         if priority != 0 and self.config.scheduler.scheduling_policy != "priority":
@@ -451,6 +496,20 @@ class LLM:
             params,
             request_id=str(next(self._request_ids)),
             priority=priority,
+        )
+
+    def _make_embedding(
+        self, prompt: Prompt, pooling: PoolingParams | None, lora_request: Any = None
+    ) -> Request:
+        """Check and tokenize one prompt whose vector is wanted."""
+        _refuse_adapter(lora_request)
+        if pooling is not None and not isinstance(pooling, PoolingParams):
+            raise refuse("pooling_params", pooling, "a PoolingParams")
+        return self._open_processor().process(
+            prompt,
+            None,
+            request_id=str(next(self._request_ids)),
+            pooling=pooling or PoolingParams(),
         )
 
     def _with_kind(self, params: SamplingParams | None, kind: RequestOutputKind) -> SamplingParams:
@@ -481,6 +540,13 @@ class LLM:
 
 # For help() and for editors that ask at run time; the annotations serve those that do not.
 LLM.__init__.__signature__ = init_signature()  # type: ignore[attr-defined]
+
+
+def _refuse_adapter(lora_request: Any) -> None:
+    if lora_request is not None:
+        raise InvalidRequestError(
+            f"lora_request={shown(lora_request)}: this engine has no adapters (enable_lora=False)"
+        )
 
 
 def _at_index(what: str, i: int, total: int, error: InvalidRequestError) -> InvalidRequestError:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from quire.errors import RequestFailedError
+
 
 @dataclass(slots=True)
 class Logprob:
@@ -99,6 +101,8 @@ class RequestOutput:
         Whether every completion has ended.
     num_cached_tokens : int
         Prompt tokens whose keys and values came from the prefix cache.
+    embedding : list of float or None
+        The prompt's vector, for a request that asked for one and no text.
     """
 
     request_id: str
@@ -110,6 +114,85 @@ class RequestOutput:
     metrics: RequestMetrics | None = None
     lora_request: Any = None
     num_cached_tokens: int = 0
+    embedding: list[float] | None = None
+
+    def add(self, later: RequestOutput) -> None:
+        """Take in the delta that follows, so that one stands for both."""
+        by_index = {completion.index: completion for completion in self.outputs}
+        for completion in later.outputs:
+            own = by_index.get(completion.index)
+            if own is None:
+                self.outputs.append(completion)
+                continue
+            own.text += completion.text
+            own.token_ids += completion.token_ids
+            if completion.logprobs is not None:
+                own.logprobs = (own.logprobs or []) + completion.logprobs
+            own.cumulative_logprob = completion.cumulative_logprob
+            own.finish_reason = completion.finish_reason
+            own.stop_reason = completion.stop_reason
+        self.outputs.sort(key=lambda completion: completion.index)
+        self.prompt_logprobs = later.prompt_logprobs
+        self.metrics = later.metrics
+        self.num_cached_tokens = later.num_cached_tokens
+        self.finished = later.finished
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """A prompt's vector.
+
+    Attributes
+    ----------
+    embedding : list of float
+        ``hidden_size`` numbers, or as many as ``dimensions`` asked for.
+    """
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        """How many numbers there are."""
+        return len(self.embedding)
+
+
+@dataclass(slots=True)
+class EmbeddingRequestOutput:
+    """What a request for an embedding gives back.
+
+    Attributes
+    ----------
+    request_id : str
+    outputs : EmbeddingOutput
+    prompt_token_ids : list of int
+    finished : bool
+    num_cached_tokens : int
+        Prompt tokens whose keys and values came from the prefix cache.
+    """
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    finished: bool = True
+    num_cached_tokens: int = 0
+
+    @classmethod
+    def of(cls, output: RequestOutput) -> EmbeddingRequestOutput:
+        """Return what the engine's last output of such a request says.
+
+        Raises
+        ------
+        RequestFailedError
+            It was aborted.
+        """
+        if output.embedding is None:
+            raise RequestFailedError(output.request_id, "it was aborted")
+        return cls(
+            request_id=output.request_id,
+            outputs=EmbeddingOutput(output.embedding),
+            prompt_token_ids=output.prompt_token_ids,
+            num_cached_tokens=output.num_cached_tokens,
+        )
 
 
 @dataclass(slots=True)

@@ -15,8 +15,13 @@ os.environ["LANGSMITH_TRACING"] = os.environ["LANGCHAIN_TRACING_V2"] = "false"
 for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "VLLM_USE_MODELSCOPE", "QUIRE_LOG_LEVEL"):
     os.environ.pop(_name, None)
 
-# tests/helpers is on the path: see pyproject.toml
-pytest_plugins = ["checkpoints", "fake_openai", "isas", "servers"]
+pytest_plugins = [
+    "browser",
+    "checkpoints",
+    "fake_openai",
+    "isas",
+    "servers",
+]  # tests/helpers is on the path: see pyproject.toml
 
 # A failure in the fast suite must repeat on the next run; the slow suite looks further each time.
 _COMMON = {

@@ -1,4 +1,4 @@
-"""``quire bench``: throughput, prefix, latency, startup, kernels, structured."""
+"""``quire bench``: throughput, prefix, latency, startup, kernels, structured, serve."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from quire.bench.options import (
 )
 from quire.bench.products import measure_products
 from quire.bench.record import Entry, Record, record
+from quire.bench.serve import serve
 from quire.bench.startup import measure_startup
 from quire.bench.structured import structured
 from quire.bench.workload import Workload, mixed, shared_prefix, uniform
@@ -351,3 +352,4 @@ def kernels(
 
 
 app.command()(structured)
+app.command()(serve)

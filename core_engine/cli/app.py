@@ -15,6 +15,7 @@ from quire import __version__
 from quire.cli.chat import chat
 from quire.cli.collect_env import collect_env
 from quire.cli.complete import complete
+from quire.cli.run_batch import run_batch
 from quire.errors import QuireError
 
 app = typer.Typer(
@@ -47,6 +48,7 @@ def _common(
 
 app.command()(complete)
 app.command()(chat)
+app.command(name="run-batch")(run_batch)
 app.command(name="collect-env")(collect_env)
 
 
@@ -61,9 +63,9 @@ def bench(context: typer.Context) -> None:
 @app.command(context_settings=_PASS_ON, add_help_option=False)
 def serve(context: typer.Context) -> None:
     """Serve a model over HTTP to OpenAI's clients; `quire serve --help` has the options."""
-    from quire.server.cli import app as serve_app
+    from quire.server.cli import main as run_server
 
-    serve_app(args=context.args, prog_name="quire serve")
+    run_server(args=context.args, prog_name="quire serve")
 
 
 @app.command()

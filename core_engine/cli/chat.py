@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Generator, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quire.cli.options import (
+    ApiKey,
     Dtype,
     EngineArgs,
     EngineOptions,
@@ -23,12 +24,14 @@ from quire.cli.options import (
     Temperature,
     TopK,
     TopP,
+    Url,
+    make_speaker,
 )
+from quire.cli.remote import RemoteError
 from quire.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from quire.llm import LLM
-    from quire.sampling_params import SamplingParams
+    from quire.cli.speaker import Piece, Speaker
 
 HELP = "/reset forgets the conversation, /exit ends it; Ctrl-C stops an answer"
 
@@ -38,17 +41,14 @@ class Conversation:
 
     Parameters
     ----------
-    llm : LLM
-        Must have a chat template.
-    params : SamplingParams
-        For every answer, of which there is one: ``n`` must be 1.
+    speaker : Speaker
+        Gives one answer at a time.
     system : str, optional
         The system message that every conversation begins with.
     """
 
-    def __init__(self, llm: LLM, params: SamplingParams, system: str | None = None) -> None:
-        self._llm = llm
-        self._params = params
+    def __init__(self, speaker: Speaker, system: str | None = None) -> None:
+        self._speaker = speaker
         self._system = system
         self.messages: list[dict[str, str]] = []
         self.reset()
@@ -59,7 +59,7 @@ class Conversation:
         if self._system is not None:
             self.messages.append({"role": "system", "content": self._system})
 
-    def answer(self, text: str) -> Generator[str, None, None]:
+    def answer(self, text: str) -> Generator[Piece, None, None]:
         """Say ``text`` and yield the pieces of the answer as they come.
 
         What the model said until the generator was closed is kept; a message that got no answer
@@ -71,18 +71,16 @@ class Conversation:
             The conversation no longer fits, or the template refuses it.
         """
         self.messages.append({"role": "user", "content": text})
-        pieces: list[str] = []
+        said: list[str] = []
         try:
-            token_ids = self._llm.llm_engine.processor.render_chat(
-                self.messages, chat_template=self._llm.config.model.chat_template
-            )
-            with self._llm.stream({"prompt_token_ids": token_ids}, self._params) as stream:
-                for output in stream:
-                    pieces.append(output.outputs[0].text)
-                    yield pieces[-1]
+            with closing(self._speaker.answer(self.messages)) as pieces:
+                for piece in pieces:
+                    if not piece.is_reasoning:
+                        said.append(piece.text)
+                    yield piece
         finally:
-            if pieces:
-                self.messages.append({"role": "assistant", "content": "".join(pieces)})
+            if said:
+                self.messages.append({"role": "assistant", "content": "".join(said)})
             else:
                 self.messages.pop()
 
@@ -90,6 +88,8 @@ class Conversation:
 def chat(
     model: Model = None,
     system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
+    url: Url = None,
+    api_key: ApiKey = None,
     dtype: Dtype = None,
     max_model_len: MaxModelLen = None,
     engine_arg: EngineArgs = None,
@@ -114,14 +114,14 @@ def chat(
         stop=stop,
         sampling_args=sampling_arg,
     )
-    with engine.make_llm() as llm:
-        params = sampling.make_params(llm)
-        if params.n > 1:
+    with make_speaker(engine, sampling, url, api_key) as speaker:
+        if speaker.num_completions > 1:
             raise typer.BadParameter(
-                f"n must be 1 in a chat, which goes on from one answer, got {params.n}",
+                "n must be 1 in a chat, which goes on from one answer, "
+                f"got {speaker.num_completions}",
                 param_hint="--sampling-arg",
             )
-        conversation = Conversation(llm, params, system)
+        conversation = Conversation(speaker, system)
         for line in _turns():
             if line == "/exit":
                 break
@@ -154,12 +154,21 @@ def _turns() -> Iterator[str]:
 
 def _say(conversation: Conversation, text: str) -> None:
     pieces = conversation.answer(text)
+    reasoned = False
     try:
         for piece in pieces:
-            typer.echo(piece, nl=False)
+            if reasoned and not piece.is_reasoning:
+                typer.echo("\n")
+            reasoned = piece.is_reasoning
+            typer.secho(piece.text, nl=False, dim=reasoned or None)
         typer.echo()
     except KeyboardInterrupt:
         pieces.close()
         typer.echo(" [stopped]")
     except InvalidRequestError as error:
         typer.echo(f"error: {error}\n{HELP}", err=True)
+    except RemoteError as error:
+        # Whoever types may wait for the server; what is piped in would be lost line by line.
+        if not sys.stdin.isatty():
+            raise
+        typer.echo(f"error: {error}", err=True)

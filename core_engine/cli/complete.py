@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quire.cli.options import (
+    ApiKey,
     Dtype,
     EngineArgs,
     EngineOptions,
@@ -21,12 +23,12 @@ from quire.cli.options import (
     Temperature,
     TopK,
     TopP,
+    Url,
+    make_speaker,
 )
 
 if TYPE_CHECKING:
-    from quire.llm import LLM
-    from quire.outputs import RequestOutput
-    from quire.sampling_params import SamplingParams
+    from quire.cli.speaker import Completion
 
 
 def complete(
@@ -38,6 +40,8 @@ def complete(
         ),
     ] = None,
     model: Model = None,
+    url: Url = None,
+    api_key: ApiKey = None,
     dtype: Dtype = None,
     max_model_len: MaxModelLen = None,
     engine_arg: EngineArgs = None,
@@ -73,13 +77,17 @@ def complete(
         n=n,
         default_max_tokens=128,
     )
-    with engine.make_llm() as llm:
-        params = sampling.make_params(llm)
-        if len(texts) == 1 and params.num_sequences == 1 and not as_json:
-            _stream(llm, texts[0], params)
+    with make_speaker(engine, sampling, url, api_key) as speaker:
+        if len(texts) == 1 and speaker.num_completions == 1 and not as_json:
+            for piece in speaker.stream(texts[0]):
+                typer.echo(piece, nl=False)
+            typer.echo()
             return
-        for output in llm.generate(texts, params, use_tqdm=False):
-            _show(output, as_json=as_json, titled=len(texts) > 1)
+        for completion in speaker.complete(texts):
+            if as_json:
+                typer.echo(json.dumps(asdict(completion), ensure_ascii=False))
+            else:
+                _show(completion, len(texts) > 1, speaker.num_completions > 1)
 
 
 def _read_standard_input() -> str:
@@ -89,28 +97,9 @@ def _read_standard_input() -> str:
     return sys.stdin.read().removesuffix("\n")
 
 
-def _stream(llm: LLM, text: str, params: SamplingParams) -> None:
-    for output in llm.stream(text, params):
-        for completion in output.outputs:
-            typer.echo(completion.text, nl=False)
-    typer.echo()
-
-
-def _show(output: RequestOutput, *, as_json: bool, titled: bool) -> None:
-    if as_json:
-        for completion in output.outputs:
-            record = {
-                "prompt": output.prompt,
-                "index": completion.index,
-                "text": completion.text,
-                "token_ids": list(completion.token_ids),
-                "finish_reason": completion.finish_reason,
-            }
-            typer.echo(json.dumps(record, ensure_ascii=False))
-        return
-    if titled:
-        typer.echo(f"== {output.prompt}")
-    for completion in output.outputs:
-        if len(output.outputs) > 1:
-            typer.echo(f"-- {completion.index}")
-        typer.echo(completion.text)
+def _show(completion: Completion, titled: bool, numbered: bool) -> None:
+    if titled and completion.index == 0:
+        typer.echo(f"== {completion.prompt}")
+    if numbered:
+        typer.echo(f"-- {completion.index}")
+    typer.echo(completion.text)

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from quire.cli.remote import RemoteSpeaker
+from quire.cli.speaker import LocalSpeaker
+
 if TYPE_CHECKING:
+    from quire.cli.speaker import Speaker
     from quire.llm import LLM
     from quire.sampling_params import SamplingParams
 
@@ -52,6 +56,17 @@ SamplingArgs = Annotated[
     ),
 ]
 
+Url = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL", help="A server to ask, as http://localhost:8000/v1, and load no model here."
+    ),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(help="For the server.", envvar="QUIRE_API_KEY", show_envvar=True),
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
@@ -81,6 +96,23 @@ class EngineOptions:
         _make("--engine-arg", lambda: EngineConfig.create(**arguments))
         return LLM(**arguments)
 
+    def refuse_for(self, url: str) -> None:
+        """Refuse what is said of an engine, where a server is asked.
+
+        Raises
+        ------
+        typer.BadParameter
+            An option other than the model's name was given.
+        """
+        given = {
+            "--dtype": self.dtype,
+            "--max-model-len": self.max_model_len,
+            "--engine-arg": self.engine_args,
+        }
+        for name, value in given.items():
+            if value:
+                raise typer.BadParameter(f"{name} is for an engine here, and --url asks {url}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
@@ -106,6 +138,12 @@ class SamplingOptions:
         InvalidRequestError
             A value that is out of range.
         """
+        fields = self.fields()
+        defaults = llm.get_default_sampling_params()
+        return _make("--sampling-arg", lambda: replace(defaults, **fields))
+
+    def fields(self) -> dict[str, Any]:
+        """Return what was given, and what a command has a default of its own for."""
         named = {
             "n": self.n,
             "max_tokens": self.max_tokens,
@@ -115,12 +153,44 @@ class SamplingOptions:
             "seed": self.seed,
             "stop": list(self.stop) if self.stop else None,
         }
-        fields = {
+        return {
             "max_tokens": self.default_max_tokens,
             **_given("--sampling-arg", named, self.sampling_args),
         }
-        defaults = llm.get_default_sampling_params()
-        return _make("--sampling-arg", lambda: replace(defaults, **fields))
+
+
+def make_speaker(
+    engine: EngineOptions, sampling: SamplingOptions, url: str | None, api_key: str | None
+) -> Speaker:
+    """Return the server at a URL, or without one an engine that is loaded here.
+
+    Raises
+    ------
+    typer.BadParameter
+        Options that do not go together, or that there are none of.
+    QuireError
+        The model cannot be had.
+    """
+    if url is None:
+        llm = engine.make_llm()
+        try:
+            return LocalSpeaker(llm, sampling.make_params(llm))
+        except BaseException:
+            llm.close()
+            raise
+    engine.refuse_for(url)
+    fields = sampling.fields()
+    if fields["max_tokens"] is None:
+        del fields["max_tokens"]  # the server's default is the room left, too
+    # A misspelt name is a usage error here as it is there; values are the server's to check.
+    _make("--sampling-arg", lambda: _check_names(fields))
+    return RemoteSpeaker(url, engine.model, fields, api_key)
+
+
+def _check_names(fields: Mapping[str, Any]) -> None:
+    from quire.sampling_params import SamplingParams
+
+    SamplingParams(**fields)
 
 
 def parse_assignments(option: str, assignments: Sequence[str] | None) -> dict[str, Any]:

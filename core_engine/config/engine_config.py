@@ -131,6 +131,9 @@ class SchedulerConfig(_Checked):
         ``max_num_batched_tokens`` must reach ``max_model_len``: see :meth:`token_budget`.
     scheduling_policy : {"fcfs", "priority"}
         First come first served, or by the requests' ``priority``, lower first.
+    max_waiting_requests : int or None
+        Requests of :class:`quire.AsyncLLM`, and so of a server, that may wait for others to end;
+        one more fails with EngineBusyError. None sets no bound.
     """
 
     max_num_seqs: int = _arg(256, checks.integer(1, 65536))
@@ -138,6 +141,7 @@ class SchedulerConfig(_Checked):
     max_num_batched_tokens: int = _arg(512, checks.integer(1))
     enable_chunked_prefill: bool = _arg(True, checks.boolean)
     scheduling_policy: str = _arg("fcfs", checks.choice("fcfs", "priority"))
+    max_waiting_requests: int | None = _arg(None, checks.integer(0))
 
     def token_budget(self, max_model_len: int) -> int:
         """Return the most tokens of one step for a model of this length.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
+from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -16,13 +18,19 @@ from quire.engine.generation import Generation, StepNews
 from quire.engine.live_request import LiveRequest
 from quire.engine.metrics import EngineMetrics
 from quire.engine.processor import ModelLimits, Processor
-from quire.engine.runner import ModelRunner
+from quire.engine.runner import ModelRunner, is_device_lost
 from quire.engine.running import RunningSequences
 from quire.engine.scheduler import Scheduler, StepPlan
 from quire.engine.sequence import Sequence, SequenceStatus
 from quire.engine.sequence_table import SequenceTable
 from quire.engine.token_logprobs import TokenLogprobsMaker
-from quire.errors import EngineClosedError, InvalidRequestError, RequestFailedError
+from quire.errors import (
+    DeviceLostError,
+    EngineBusyError,
+    EngineClosedError,
+    InvalidRequestError,
+    RequestFailedError,
+)
 from quire.outputs import RequestOutput
 from quire.sampling.processors import check_processors
 from quire.sampling.sampler import Sampler
@@ -31,6 +39,8 @@ if TYPE_CHECKING:
     from quire.config import EngineConfig
     from quire.engine.request import Request
     from quire.tokenizer.tokenizer import Tokenizer
+
+logger = logging.getLogger("quire")
 
 StepOutput = RequestOutput | RequestFailedError
 """What a step says of a request: both have ``request_id``; a failure is the last word."""
@@ -70,8 +80,21 @@ class Engine:
         self._runner: ModelRunner | None = runner
         self._sampler = sampler
         self._eos_token_ids = frozenset(limits.eos_token_ids)
-        self._pool = BlockPool(num_blocks, config.cache.block_size)
         self._by_priority = config.scheduler.scheduling_policy == "priority"
+        self._num_blocks = num_blocks
+        self._device = runner.device
+        self._constraints = RequestConstraints(
+            config, tokenizer, vocab_size=limits.vocab_size, device=runner.device
+        )
+        self._logprobs = TokenLogprobsMaker(tokenizer)
+        self._num_arrivals = 0
+        self._ends: deque[float] = deque(maxlen=64)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make the books, in which nothing is in flight and no prefix is cached."""
+        config, limits = self.config, self.limits
+        self._pool = BlockPool(self._num_blocks, config.cache.block_size)
         self.scheduler = Scheduler(
             self._pool,
             max_num_seqs=config.scheduler.max_num_seqs,
@@ -83,28 +106,24 @@ class Engine:
             config.scheduler.max_num_seqs,
             limits.max_model_len,
             config.cache.block_size,
-            runner.device,
+            self._device,
         )
         self._running = RunningSequences(
             self.scheduler,
             self._table,
-            sampler,
+            self._sampler,
             shares_prefixes=config.cache.enable_prefix_caching,
         )
-        self._constraints = RequestConstraints(
-            config, tokenizer, vocab_size=limits.vocab_size, device=runner.device
-        )
-        self._logprobs = TokenLogprobsMaker(tokenizer)
         self._requests: dict[str, LiveRequest] = {}
+        self._num_unscheduled = 0
         self._generation = Generation(
-            sampler,
+            self._sampler,
             self._running,
             self._constraints,
             self._logprobs,
             self._requests,
             self.metrics_data,
         )
-        self._num_arrivals = 0
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -112,6 +131,31 @@ class Engine:
     def has_unfinished_requests(self) -> bool:
         """Whether any request is in flight."""
         return bool(self._requests)
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that have to wait for others to end, or to rest, before they begin."""
+        free = self.config.scheduler.max_num_seqs - len(self.scheduler.running)
+        return max(0, self._num_unscheduled - free)
+
+    def check_queue(self, longest: int) -> None:
+        """Refuse one more request where as many as this have to wait.
+
+        Raises
+        ------
+        EngineBusyError
+        """
+        queued = self.num_queued
+        if queued >= longest:
+            seconds = 1.0
+            if len(self._ends) > 1:  # as fast as they ended of late, they will go on to end
+                rate = len(self._ends) / max(time.monotonic() - self._ends[0], 1e-3)
+                seconds = min(max(queued / rate, 1.0), 60.0)
+            raise EngineBusyError(
+                f"{queued} requests wait for the engine, and max_waiting_requests={longest} may: "
+                f"try again in {seconds:.0f} s",
+                retry_after=seconds,
+            )
 
     def add_request(self, request: Request) -> None:
         """Queue a request made by :class:`~quire.engine.processor.Processor`.
@@ -152,7 +196,8 @@ class Engine:
                 order=(*order, index),
                 root_key=root,
                 publish=shared or count > 1 or beam is not None,
-                skip_cached_prefix=index == 0 and params.prompt_logprobs is not None,
+                reads_prompt=index == 0 and live.reads_prompt,
+                skip_cached_prefix=index == 0 and live.reads_whole_prompt,
             )
             live.num_sequences += 1
             live.deferred.append(sequence)
@@ -165,6 +210,7 @@ class Engine:
         else:
             self._constraints.add(live)
         self._requests[request.request_id] = live
+        self._num_unscheduled += 1
         self.metrics_data.num_requests += 1
 
     def _queue(self, live: LiveRequest) -> None:
@@ -192,7 +238,7 @@ class Engine:
                     assert output is not None
                     outputs.append(output)
                 except Exception as error:  # such as a tokenizer's
-                    outputs.append(_failure(request_id, error))
+                    outputs.append(request_failed(request_id, error))
         return outputs
 
     # -- the step ------------------------------------------------------------------------------
@@ -259,8 +305,10 @@ class Engine:
         except Exception as error:  # whatever a model raises, the engine goes on
             if masks is not None:
                 masks.exception()  # until it is done, constraints are in use
+            if is_device_lost(error):
+                raise DeviceLostError(f"{type(error).__name__}: {error}") from error
             return self._fail_step(plan, error)
-        news = StepNews(self._collect_prompt_logprobs(plan, hidden))
+        news = StepNews(self._read_prompts(plan, hidden))
         self.scheduler.update(plan)
         self._table.advance(rows, plan)
         if len(chosen_rows):
@@ -302,6 +350,7 @@ class Engine:
             live = self._requests[sequence.request_id]
             if live.metrics.first_scheduled_time is None:
                 live.metrics.first_scheduled_time = time.monotonic()
+                self._num_unscheduled -= 1
                 live.num_cached_tokens = sequence.num_cached_tokens
                 self.metrics_data.num_prompt_tokens += sequence.num_prompt_tokens
                 self.metrics_data.num_cached_tokens += sequence.num_cached_tokens
@@ -330,20 +379,23 @@ class Engine:
         outputs += [self._fail(self._requests[id_], error) for id_, error in failed.items()]
         return outputs
 
-    def _collect_prompt_logprobs(
-        self, plan: StepPlan, hidden: torch.Tensor
-    ) -> dict[str, BaseException]:
-        """Add what this step tells of prompts; return the requests for which that failed."""
+    def _read_prompts(self, plan: StepPlan, hidden: torch.Tensor) -> dict[str, BaseException]:
+        """Take what this step tells of prompts; return the requests for which that failed."""
         failed: dict[str, BaseException] = {}
         if not plan.reads_prompts:
             return failed
         start = 0
         for sequence, count in zip(plan.sequences, plan.num_new_tokens, strict=True):
-            if sequence.skip_cached_prefix:
+            if sequence.reads_prompt:
                 live = self._requests[sequence.request_id]
                 own = hidden[start : start + count]
                 try:
-                    self._logprobs.extend_prompt(live, sequence, own, self._logits, self._sampler)
+                    if live.pooler is not None:
+                        live.pooler.add(own, sequence.num_computed_tokens)
+                    else:
+                        self._logprobs.extend_prompt(
+                            live, sequence, own, self._logits, self._sampler
+                        )
                 except Exception as error:  # it concerns this request alone
                     failed[sequence.request_id] = error
             start += count
@@ -358,19 +410,39 @@ class Engine:
             self._running.finish(live, sequence)
         self._pool.withdraw(live.private_keys)
         del self._requests[live.request.request_id]
+        if live.metrics.first_scheduled_time is None:
+            self._num_unscheduled -= 1
+        self._ends.append(time.monotonic())
 
     def _fail(self, live: LiveRequest, error: BaseException) -> RequestFailedError:
         self._drop(live)
         self.metrics_data.num_failed_requests += 1
-        return _failure(live.request.request_id, error)
+        return request_failed(live.request.request_id, error)
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
         ids = dict.fromkeys(s.request_id for s in plan.sequences if s.request_id in self._requests)
-        return [self._fail(self._requests[id_], error) for id_ in ids]
+        outputs: list[StepOutput] = [self._fail(self._requests[id_], error) for id_ in ids]
+        try:
+            self.check_integrity()
+        except AssertionError:
+            logger.exception("the engine's books are in disorder after a step failed")
+            outputs += self.restart(error)
+        return outputs
 
-    def fail_all(self, error: BaseException) -> list[StepOutput]:
-        """End every request in flight with an error, for when a step broke down half-way."""
-        return [self._fail(live, error) for live in list(self._requests.values())]
+    def restart(self, error: BaseException) -> list[StepOutput]:
+        """End every request in flight with an error, and begin with new books.
+
+        For when a step broke down half-way, and nobody knows what of the books is true: blocks,
+        rows and cached prefixes are all forgotten, and only the model stays.
+        """
+        outputs: list[StepOutput] = [request_failed(id_, error) for id_ in self._requests]
+        self.metrics_data.num_failed_requests += len(outputs)
+        self.metrics_data.num_restarts += 1
+        for live in list(self._requests.values()):
+            self._constraints.forget(live)
+        self._sampler.clear()
+        self._begin()
+        return outputs
 
     # -- the rest ------------------------------------------------------------------------------
 
@@ -388,6 +460,7 @@ class Engine:
             "num_running_seqs": len(running),
             "num_waiting_seqs": self.scheduler.num_waiting,
             "num_unfinished_requests": len(self._requests),
+            "num_queued_requests": self.num_queued,
             "kv_cache_usage": 1 - self._pool.num_free / usable,
             "num_kv_blocks": usable,
         }
@@ -397,6 +470,8 @@ class Engine:
         alive = [s for live in self._requests.values() for s in live.sequences.values()]
         self.scheduler.check_integrity(alive)
         self._table.check_integrity(alive)
+        waiting = sum(r.metrics.first_scheduled_time is None for r in self._requests.values())
+        assert waiting == self._num_unscheduled, f"{waiting} wait, {self._num_unscheduled} counted"
 
     def close(self) -> None:
         """Drop all requests and let weights and KV cache go."""
@@ -406,7 +481,8 @@ class Engine:
         self._sampler.close()
 
 
-def _failure(request_id: str, error: BaseException) -> RequestFailedError:
+def request_failed(request_id: str, error: BaseException) -> RequestFailedError:
+    """Return what is told of a request that an error ended."""
     failure = error
     if not isinstance(failure, RequestFailedError):
         failure = RequestFailedError(request_id, str(error) or type(error).__name__)

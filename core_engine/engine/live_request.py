@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quire.engine.completion import Completion
+from quire.engine.pooler import Pooler
 from quire.errors import RequestFailedError
 from quire.outputs import RequestMetrics, RequestOutput, TokenLogprobs
 from quire.sampling_params import RequestOutputKind
@@ -36,6 +37,8 @@ class LiveRequest:
         What each of its whole texts has to pass before it is told.
     beam : BeamSearch or None
         The search, for a request that asked for one.
+    pooler : Pooler or None
+        What its prompt's hidden states go to, for a request that wants an embedding.
     prompt_logprobs : list or None
         One entry per prompt token so far, the first of them None.
     quiet : Completion or None
@@ -64,6 +67,11 @@ class LiveRequest:
         self.prompt_logprobs: list[TokenLogprobs | None] | None = (
             None if request.params.prompt_logprobs is None else [None]
         )
+        self.pooler = (
+            None
+            if request.pooling is None
+            else Pooler(request.pooling, len(request.prompt_token_ids))
+        )
         self.metrics = RequestMetrics(arrival_time=request.arrival_time)
         self.num_cached_tokens = 0
         self._tokenizer = tokenizer
@@ -88,6 +96,18 @@ class LiveRequest:
         ):
             return self.completions[0]
         return None
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether it wants to see hidden states of its prompt."""
+        return self.prompt_logprobs is not None or self.pooler is not None
+
+    @property
+    def reads_whole_prompt(self) -> bool:
+        """Whether it wants to see all of them, so that none may come from the prefix cache."""
+        return self.prompt_logprobs is not None or (
+            self.pooler is not None and self.pooler.reads_all
+        )
 
     @property
     def finished(self) -> bool:
@@ -137,7 +157,12 @@ class LiveRequest:
             metrics=self.metrics,
             lora_request=self.request.lora_request,
             num_cached_tokens=self.num_cached_tokens,
+            embedding=self._embedding(),
         )
+
+    def _embedding(self) -> list[float] | None:
+        aborted = any(c.finish_reason == "abort" for c in self.completions.values())
+        return None if self.pooler is None or aborted else self.pooler.vector()
 
     def _validate(self, validator: Validator, completions: list[Completion]) -> None:
         for completion in completions:

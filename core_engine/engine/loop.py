@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import TypeVar
 
-from quire.engine.engine import Engine, StepOutput
+from quire.engine.engine import Engine, StepOutput, request_failed
 from quire.engine.request import Request
-from quire.errors import EngineClosedError, RequestFailedError
+from quire.errors import DeviceLostError, EngineClosedError, RequestFailedError
 from quire.outputs import RequestOutput
 
 logger = logging.getLogger("quire")
@@ -58,17 +58,22 @@ class EngineLoop:
 
     # -- called from any thread ----------------------------------------------------------------
 
-    def submit(self, items: Iterable[tuple[Request, Sink]]) -> None:
+    def submit(
+        self, items: Iterable[tuple[Request, Sink]], *, longest_queue: int | None = None
+    ) -> None:
         """Add requests, all before the next step.
 
         A sink is called with each output, the last of which has ``finished`` set, or with the
-        exception that ended its request.
+        exception that ended its request: EngineBusyError, where as many as ``longest_queue``
+        others have to wait.
         """
         items = list(items)
 
         def add(engine: Engine) -> None:
             for request, sink in items:
                 try:
+                    if longest_queue is not None:
+                        engine.check_queue(longest_queue)
                     engine.add_request(request)
                 except BaseException as error:
                     self._tell(sink, request.request_id, error)
@@ -97,6 +102,11 @@ class EngineLoop:
 
         self._post(run)
         return future.result()
+
+    @property
+    def broken(self) -> BaseException | None:
+        """What the engine broke down with, if it did."""
+        return self._breakdown
 
     def check_may_wait(self) -> None:
         """Raise RuntimeError on the loop's own thread: it would wait for itself for ever."""
@@ -168,10 +178,15 @@ class EngineLoop:
             action(engine)
         try:
             outputs = engine.step()
+        except DeviceLostError:  # nothing can run any more
+            raise
         except BaseException as error:
-            logger.exception("a step failed; the requests in flight end with it")
-            outputs = engine.fail_all(error)
-        self._deliver(outputs)
+            logger.exception("a step broke down; the requests in flight end with it")
+            self._deliver(engine.restart(error))
+            # Nothing is in flight any more: whoever was not told is told now.
+            self._deliver([request_failed(id_, error) for id_ in self._sinks])
+        else:
+            self._deliver(outputs)
 
     def _shut_down(self) -> None:
         engine, self._engine = self._engine, None

@@ -23,6 +23,8 @@ class EngineMetrics:
     num_canonical_tokens : int
         Tokens of forced text that the model was not asked for.
     num_preemptions : int
+    num_restarts : int
+        Times that a step broke down, and everything in flight ended with it.
     num_steps : int
     step_seconds, forward_seconds : float
         Time spent in steps, and the model's part of it.
@@ -38,6 +40,7 @@ class EngineMetrics:
     num_accepted_forced_tokens: int = 0
     num_canonical_tokens: int = 0
     num_preemptions: int = 0
+    num_restarts: int = 0
     num_steps: int = 0
     step_seconds: float = 0.0
     forward_seconds: float = 0.0

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from quire.engine.request import Request
 from quire.errors import InvalidRequestError, QuireError
 from quire.sampling.random import derive_seed
-from quire.sampling_params import SamplingParams
+from quire.sampling_params import RequestOutputKind, SamplingParams
 from quire.utils.suggest import nearest
 
 if TYPE_CHECKING:
+    from quire.pooling_params import PoolingParams
     from quire.tokenizer.tokenizer import Tokenizer
 
 _PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
@@ -50,6 +51,8 @@ class ModelLimits:
         Tokens that the whole KV cache holds.
     eos_token_ids : tuple of int
         Tokens that end a text.
+    hidden_size : int
+        Numbers of an embedding.
     default_params : dict
         The model's ``generation_config.json``, or nothing of it where the user wants none.
     """
@@ -59,6 +62,7 @@ class ModelLimits:
     max_cache_tokens: int
     eos_token_ids: tuple[int, ...]
     default_params: dict[str, Any] = field(default_factory=dict)
+    hidden_size: int = 0
 
 
 class Processor:
@@ -90,6 +94,7 @@ class Processor:
         priority: int = 0,
         lora_request: Any = None,
         add_special_tokens: bool = True,
+        pooling: PoolingParams | None = None,
     ) -> Request:
         """Make a request.
 
@@ -107,6 +112,8 @@ class Processor:
         add_special_tokens : bool, default True
             Whether a text gets what the tokenizer puts around one, such as a BOS token. A text
             that begins with the BOS token's own text does not get a second one.
+        pooling : PoolingParams, optional
+            For an embedding of the prompt; ``params`` are then left out.
 
         Returns
         -------
@@ -117,7 +124,17 @@ class Processor:
         InvalidRequestError
             If the prompt or the parameters cannot be served; the message says why.
         """
-        if params is None:
+        if pooling is not None:
+            pooling.check(self.limits.hidden_size)
+            params = SamplingParams(
+                temperature=0,
+                max_tokens=1,
+                ignore_eos=True,
+                detokenize=False,
+                truncate_prompt_tokens=pooling.truncate_prompt_tokens,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+        elif params is None:
             params = self.default_sampling_params()
         elif not isinstance(params, SamplingParams):
             raise InvalidRequestError(
@@ -155,6 +172,7 @@ class Processor:
             lora_request=lora_request,
             cache_salt=cache_salt,
             bad_words_ids=bad_words_ids,
+            pooling=pooling,
         )
 
     def _next_seed(self, seed: int | None) -> int:

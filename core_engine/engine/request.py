@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from quire.pooling_params import PoolingParams
     from quire.sampling_params import SamplingParams
 
 
@@ -30,6 +31,8 @@ class Request:
         Requests with different salts share no prefix blocks.
     bad_words_ids : list of list of int
         The tokenizations of ``params.bad_words``.
+    pooling : PoolingParams or None
+        What becomes of the prompt's hidden states, where these are wanted and no text.
     """
 
     request_id: str
@@ -42,3 +45,4 @@ class Request:
     lora_request: Any = None
     cache_salt: str | None = None
     bad_words_ids: list[list[int]] = field(default_factory=list)
+    pooling: PoolingParams | None = None

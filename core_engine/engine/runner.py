@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from quire.engine.batch import ForwardBatch
+from quire.errors import DeviceLostError
 
 if TYPE_CHECKING:
     from quire.kernels.interface import Backend
@@ -66,6 +67,15 @@ class ModelRunner:
         if native is not None:
             return native.likeliest(hidden, indices)
         return self._kernels.argmax(self.logits(hidden, indices))
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Return whether an error of a step means that there is no device to go on with.
+
+    An error of an accelerator's own stays with its process: every later call has it, too.
+    """
+    own = getattr(torch, "AcceleratorError", DeviceLostError)
+    return isinstance(error, (DeviceLostError, own))
 
 
 def kv_bytes_per_block(model: Decoder, block_size: int, dtype: torch.dtype) -> int:

@@ -32,7 +32,7 @@ class StepPlan:
     num_tokens : int
         Tokens computed in this step, drafts included; ``num_draft_tokens`` of them are.
     reads_prompts : bool
-        Whether prompt logprobs are wanted of any of the sequences.
+        Whether hidden states of the prompt are wanted of any of the sequences.
     """
 
     sequences: list[Sequence] = field(default_factory=list)
@@ -51,7 +51,7 @@ class StepPlan:
         self.num_new_tokens.append(num_new_tokens)
         self.num_drafts.append(0)
         self.num_tokens += num_new_tokens
-        if sequence.skip_cached_prefix:
+        if sequence.reads_prompt:
             self.reads_prompts = True
 
     def add_drafts(self, place: int, count: int) -> None:

@@ -46,6 +46,8 @@ class Sequence:
         What may well follow: a step computes it along, and keeps what the sequence is given.
     constraint : Constraint or None
         What its output has to match; it stands behind the last output token.
+    reads_prompt : bool
+        Whether somebody wants to see the hidden states of its prompt.
     skip_cached_prefix : bool
         Whether every token must be computed, as prompt logprobs demand.
     """
@@ -63,6 +65,7 @@ class Sequence:
         "output_token_ids",
         "prompt_token_ids",
         "publish",
+        "reads_prompt",
         "request_id",
         "root_key",
         "row",
@@ -79,6 +82,7 @@ class Sequence:
         order: tuple[int, ...],
         root_key: bytes,
         publish: bool = True,
+        reads_prompt: bool = False,
         skip_cached_prefix: bool = False,
     ) -> None:
         self.request_id = request_id
@@ -89,6 +93,7 @@ class Sequence:
         self.order = order
         self.root_key = root_key
         self.publish = publish
+        self.reads_prompt = reads_prompt
         self.skip_cached_prefix = skip_cached_prefix
         self.num_computed_tokens = 0
         self.num_cached_tokens = -1

@@ -92,4 +92,4 @@ class TokenLogprobsMaker:
                 raise QuireError("the model produced NaN logits")
             entries.extend(self.entries(tensors, i, k) for i in range(len(positions)))
         if len(entries) == sequence.num_prompt_tokens:
-            sequence.skip_cached_prefix = False
+            sequence.reads_prompt = sequence.skip_cached_prefix = False

@@ -201,6 +201,12 @@ class Sampler:
         if self._processors:
             self._processors.remove(row)
 
+    def clear(self) -> None:
+        """Take all rows back."""
+        for row, state in enumerate(self._rows):
+            if state is not None:
+                self.remove(row)
+
     def close(self) -> None:
         """Let the engine's processors go."""
         self._processors.close()

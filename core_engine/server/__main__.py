@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quire.server.cli import app
+from quire.server.cli import main
 
 if __name__ == "__main__":
-    app(prog_name="quire serve")
+    main()

@@ -1,37 +1,51 @@
-"""The command line of ``quire serve`` and ``python -m quire.server``."""
+"""The command ``quire serve``, and ``python -m quire.server``."""
 
 from __future__ import annotations
 
-import asyncio
-from typing import Annotated
+import sys
+from collections.abc import Sequence
 
-import typer
-
-app = typer.Typer(
-    name="quire serve", add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True
-)
+from quire.errors import ConfigError, QuireError
 
 
-@app.command()
-def serve(
-    model: Annotated[str, typer.Argument(help="A folder, a name on the hub, or quire/demo.")],
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port to listen on; 0 takes a free one.")] = 8000,
-) -> None:
-    """Serve a model over HTTP, in the way that OpenAI's clients speak."""
-    asyncio.run(_serve(model, host, port))
+def main(args: Sequence[str] | None = None, prog_name: str = "quire serve") -> None:
+    """Serve a model until the process is told to end.
+
+    Parameters
+    ----------
+    args : sequence of str, optional
+        The command line; this process's own unless given.
+    prog_name : str
+        What it calls itself.
+    """
+    from quire.server.command_line import CommandLine
+    from quire.server.plan import make_plan
+
+    try:
+        given = CommandLine(prog_name).read(sys.argv[1:] if args is None else args)
+        _check_extra()
+        plan = make_plan(given)
+
+        from quire.server.launch import launch
+
+        code = launch(plan)
+    except QuireError as error:
+        # The message names what is wrong; a traceback would only hide it.
+        sys.stderr.write(f"error: {error}\n")
+        code = 1
+    except KeyboardInterrupt:  # while the model was loading
+        code = 130
+    sys.exit(code)
 
 
-async def _serve(model: str, host: str, port: int) -> None:
-    import uvicorn
-
-    from quire.async_llm import AsyncLLM
-    from quire.server.app import build_app
-    from quire.server.service import Service
-    from quire.server.settings import ServerSettings
-
-    async with AsyncLLM(model) as llm:
-        settings = ServerSettings(served_model_names=(model,))
-        service = Service(llm, settings, await llm.get_tokenizer())
-        config = uvicorn.Config(build_app(service), host=host, port=port, log_level="info")
-        await uvicorn.Server(config).serve()
+def _check_extra() -> None:
+    try:
+        import fastapi
+        import prometheus_client
+        import uvicorn
+    except ImportError as error:
+        raise ConfigError(
+            f"quire serve needs a package that is not installed ({error.name}): "
+            "pip install 'quire[server]'"
+        ) from None
+    del fastapi, prometheus_client, uvicorn

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from quire.errors import EngineBusyError, EngineClosedError, InvalidRequestError, QuireError
+from quire.utils.checks import shown
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
@@ -104,10 +105,26 @@ def as_api_error(error: BaseException) -> ApiError:
 
 def _validation_error(error: RequestValidationError) -> ApiError:
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"] if part != "body"]
-    name = ".".join(path)
-    where = f"{name}: " if name else ""
-    return ApiError(HTTPStatus.BAD_REQUEST, f"{where}{first['msg']}", param=name or None)
+    name = _field_path(first["loc"])
+    message = first["msg"]
+    if first["type"] == "missing":
+        message = f"{name or 'a body'} is required"
+    elif first["type"] == "value_error":
+        message = f"{name} {message.removeprefix('Value error, ')}"
+    else:
+        message = f"{name}: {message}, got {shown(first.get('input'))}"
+    return ApiError(HTTPStatus.BAD_REQUEST, message, param=name or None)
+
+
+def _field_path(parts: Sequence[str | int]) -> str:
+    """Return where a field stands in a body, as ``messages[0].content``."""
+    path = ""
+    for part in parts:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part != "body" or path:
+            path += f".{part}" if path else part
+    return path
 
 
 def install_error_handlers(app: FastAPI) -> None:

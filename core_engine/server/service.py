@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
 
+from quire.errors import EngineBusyError, InvalidRequestError
 from quire.server.errors import ApiError
+from quire.server.life import Life
+from quire.server.metrics import Metrics
+from quire.server.record import RECORD
 
 if TYPE_CHECKING:
     from quire.async_llm import AsyncLLM
@@ -20,6 +26,8 @@ if TYPE_CHECKING:
     from quire.sampling_params import SamplingParams
     from quire.server.settings import ServerSettings
     from quire.tokenizer.tokenizer import Tokenizer
+
+logger = logging.getLogger("quire")
 
 
 class Service:
@@ -38,6 +46,13 @@ class Service:
         self.settings = settings
         self.tokenizer = tokenizer
         self.created = int(time.time())
+        self.life = Life()
+        self.metrics = Metrics(
+            settings.served_model_names[0],
+            settings.metrics_prefix,
+            llm.config,
+            llm.limits.max_model_len,
+        )
 
     @cached_property
     def chat_format(self) -> ChatFormat:
@@ -81,7 +96,7 @@ class Service:
             )
         return name
 
-    def generate(
+    async def generate(
         self,
         prompt: Prompt,
         params: SamplingParams,
@@ -94,7 +109,29 @@ class Service:
 
         Closing the generator, or cancelling the task that reads it, ends the request.
         """
-        return self.llm.generate(prompt, params, request_id, priority=priority, **options)
+        record = RECORD.get()
+        if self.settings.log_prompts:
+            http_id = "-" if record is None else record.request_id
+            logger.info("request %s: prompt %r, %r", http_id, prompt, params)
+        watch = self.metrics.watch(params, record)
+        stream = self.llm.generate(prompt, params, request_id, priority=priority, **options)
+        ended = False
+        try:
+            async with aclosing(stream):
+                async for output in stream:
+                    watch.show(output)
+                    ended = output.finished
+                    yield output
+        except (InvalidRequestError, EngineBusyError):  # it has never begun
+            ended = True
+            raise
+        except Exception:
+            watch.fail("error")
+            ended = True
+            raise
+        finally:
+            if not ended:
+                watch.fail("abort")
 
 
 def get_service(request: Request) -> Service:

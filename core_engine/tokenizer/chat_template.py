@@ -188,6 +188,16 @@ def _compiled(source: str) -> jinja2.Template:
             ) from error
 
 
+def check_template(source: str) -> None:
+    """Compile a template, so that what is wrong in its text is known before a chat.
+
+    Raises
+    ------
+    InvalidRequestError
+    """
+    _compiled(source)
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"

@@ -132,7 +132,7 @@ class EchoEngine:
                 outputs.append(self.output(request, "abort"))
         return outputs
 
-    def fail_all(self, error):
+    def restart(self, error):
         failed = [RequestFailedError(request_id, str(error)) for request_id in self.requests]
         self.requests.clear()
         return failed

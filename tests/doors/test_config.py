@@ -60,6 +60,7 @@ VALID = {
     "num_gpu_blocks_override": [2, 1000],
     "gpu_memory_utilization": [0.1, 1],
     "max_num_seqs": [1, 65536],
+    "max_waiting_requests": [0, 5],
     "max_num_batched_tokens": [1, 1 << 20],
     "scheduling_policy": ["fcfs", "priority"],
     "structured_outputs_backend": ["llguidance", "outlines_core", "xgrammar"],
@@ -93,6 +94,7 @@ INVALID = {
     "num_gpu_blocks_override": [0, 1],
     "gpu_memory_utilization": [0, -0.1, 1.01, float("nan"), "0.9", True],
     "max_num_seqs": [0, 65537, 2.0],
+    "max_waiting_requests": [-1, 0.5, True],
     "max_num_batched_tokens": [0, None.__class__],
     "scheduling_policy": ["lifo", 1],
     "structured_outputs_backend": ["outlines", 1],
@@ -134,6 +136,7 @@ def test_every_valid_argument_is_kept_and_comes_back(kwargs):
     assert sorted(flat) == sorted(FIELDS)
     assert EngineConfig.create(**flat) == config
     same = {"revision", "chat_template", "block_size", "max_num_seqs", "seed", *BOOLEANS}
+    same.add("max_waiting_requests")
     for name in same & kwargs.keys():
         assert flat[name] == kwargs[name]
 

@@ -77,12 +77,13 @@ def test_an_exit_raised_in_a_receiver_of_outputs_loses_its_own_request_only(llm)
 
 
 def test_an_engine_beyond_repair_closes_and_tells_everybody_why(tiny_llama, monkeypatch):
-    """When not even the requests of a broken step can be ended, nobody is left waiting."""
+    """When not even new books can be begun after a step broke down, nobody is left waiting."""
     llm = LLM(tiny_llama, dtype="float32")
     answer(llm)
     engine = llm.llm_engine
     monkeypatch.setattr(engine._sampler, "sample", lambda *args: 1 / 0)
-    monkeypatch.setattr(engine.scheduler, "finish", lambda sequence: [][0])
+    monkeypatch.setattr(engine.scheduler, "finish", lambda sequence: 1 / 0)
+    monkeypatch.setattr(engine, "_begin", lambda: [][0])
     for _ in range(2):  # the request that was in flight, and one that comes after
         error = answer(llm)
         assert isinstance(error, EngineClosedError)

@@ -38,19 +38,21 @@ class ServerProcess:
         self.lines: list[str] = []
         self._found = threading.Event()
         self.url = ""
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         if not self._found.wait(timeout) or not self.url:
-            self.process.kill()
+            self.kill()
             raise RuntimeError("the server did not start:\n" + "".join(self.lines))
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line)
-            match = re.search(r"running on (https?://\S+)", line)
-            if match and not self.url:
-                self.url = match[1]
-                self._found.set()
+        with self.process.stdout as lines:
+            for line in lines:
+                self.lines.append(line)
+                match = re.search(r"running on (https?://\S+)", line)
+                if match and not self.url:
+                    self.url = match[1]
+                    self._found.set()
         self._found.set()
 
     @property
@@ -64,11 +66,19 @@ class ServerProcess:
             self.process.send_signal(how)
         started = time.monotonic()
         try:
-            return self.process.wait(timeout)
+            code = self.process.wait(timeout)
+            self._reader.join(timeout)
+            return code
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            self.kill()
             seconds = time.monotonic() - started
             raise RuntimeError(f"the server still ran after {seconds:.0f} s:\n{self.log}") from None
+
+    def kill(self) -> None:
+        """End the process, whatever it does; what has ended stays so."""
+        self.process.kill()
+        self.process.wait()
+        self._reader.join()
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,8 @@ import pytest
 
 import quire
 
+pytestmark = pytest.mark.slow  # the native kernels are compiled for it, for every instruction set
+
 ROOTS = {"core_engine": "quire", "kernels": "quire/kernels", "integrations": "quire/integrations"}
 BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
 

@@ -1,0 +1,243 @@
+"""Load: many streamed completions over HTTP, by a client that takes as little time as it can.
+
+The client shares the machine with the server. While it measures it does nothing but note when
+bytes arrive; what they say is read afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import random
+import ssl
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+from quire.bench.contest import BenchError
+from quire.bench.sse import Response, parse_response
+from quire.bench.workload import Workload
+
+_NO_ANSWER = 600.0  # seconds without a byte, after which a server is given up
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A server, and the model to ask for there.
+
+    Attributes
+    ----------
+    url : str
+        Such as ``http://localhost:8000/v1``.
+    model : str
+    api_key : str or None
+    """
+
+    url: str
+    model: str
+    api_key: str | None = None
+
+    def request(self, prompt: list[int], num_tokens: int) -> bytes:
+        """Return a request for exactly so many tokens, streamed."""
+        parts = urlsplit(self.url)
+        body = json.dumps(
+            {
+                "model": self.model,
+                "prompt": prompt,
+                "max_tokens": num_tokens,
+                "temperature": 0,
+                "ignore_eos": True,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            }
+        ).encode("ascii")
+        lines = [
+            f"POST {parts.path.rstrip('/')}/completions HTTP/1.1",
+            f"Host: {parts.netloc}",
+            "Content-Type: application/json",
+            f"Content-Length: {len(body)}",
+            "Connection: close",
+        ]
+        if self.api_key is not None:
+            lines.append(f"Authorization: Bearer {self.api_key}")
+        return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """When what happened to one request.
+
+    Attributes
+    ----------
+    sent : float
+    arrivals : list of float
+        Of each piece of text.
+    ended : float
+    num_tokens : int
+        As the server counts them.
+    """
+
+    sent: float
+    arrivals: list[float]
+    ended: float
+    num_tokens: int
+
+    @property
+    def first_token(self) -> float:
+        """Seconds to the first piece."""
+        return self.arrivals[0] - self.sent
+
+    @property
+    def whole(self) -> float:
+        """Seconds to the end."""
+        return self.ended - self.sent
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds between a piece and the next."""
+        pairs = zip(self.arrivals, self.arrivals[1:], strict=False)
+        return [after - before for before, after in pairs]
+
+    @property
+    def per_token(self) -> float:
+        """Mean seconds of a token after the first."""
+        return (self.arrivals[-1] - self.arrivals[0]) / max(self.num_tokens - 1, 1)
+
+
+def draw_starts(count: int, rate: float | None, seed: int) -> list[float]:
+    """Return when requests begin, in seconds: at once, or as a Poisson process of that rate."""
+    if rate is None:
+        return [0.0] * count
+    rng = random.Random(seed)
+    now, starts = 0.0, []
+    for _ in range(count):
+        starts.append(now)
+        now += rng.expovariate(rate)
+    return starts
+
+
+def run_load(
+    target: Target, workload: Workload, starts: Sequence[float], concurrency: int | None
+) -> list[Timing]:
+    """Ask for all completions of a workload, and return when they came.
+
+    Parameters
+    ----------
+    target : Target
+    workload : Workload
+    starts : sequence of float
+        When each request may begin, in seconds.
+    concurrency : int or None
+        Most requests at once.
+
+    Raises
+    ------
+    BenchError
+        The server is not there, refuses a request, or gives another number of tokens.
+    """
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()  # a collection would be taken for a pause of the server
+    try:
+        raw = asyncio.run(_run(target, workload, starts, concurrency))
+    finally:
+        if was_enabled:
+            gc.enable()
+    return [
+        _timing(*each, expected=expected)
+        for each, expected in zip(raw, workload.output_lens, strict=True)
+    ]
+
+
+async def _run(
+    target: Target, workload: Workload, starts: Sequence[float], concurrency: int | None
+) -> list[tuple[float, list[tuple[float, bytes]]]]:
+    room = asyncio.Semaphore(concurrency or len(starts))
+    requests = [
+        target.request(prompt, count)
+        for prompt, count in zip(workload.prompts, workload.output_lens, strict=True)
+    ]
+    parts = urlsplit(target.url)
+    secure = ssl.create_default_context() if parts.scheme == "https" else None
+    port = parts.port or (443 if secure else 80)
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+
+    async def ask(request: bytes, start: float) -> tuple[float, list[tuple[float, bytes]]]:
+        await asyncio.sleep(begun + start - loop.time())
+        async with room:
+            sent = time.perf_counter()
+            try:
+                transport, protocol = await loop.create_connection(
+                    lambda: _Reader(request, loop), parts.hostname or "", port, ssl=secure
+                )
+            except OSError as error:
+                raise BenchError(f"no server answers at {target.url}: {error}") from error
+            try:
+                await _unless_silent(protocol)
+            finally:
+                transport.abort()
+            return sent, protocol.packets
+
+    tasks = [asyncio.ensure_future(ask(*each)) for each in zip(requests, starts, strict=True)]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _unless_silent(reader: _Reader) -> None:
+    """Wait for the end, as long as bytes come."""
+    while True:
+        count = len(reader.packets)
+        done, _ = await asyncio.wait([reader.done], timeout=_NO_ANSWER)
+        if done:
+            return
+        if len(reader.packets) == count:
+            raise BenchError(f"the server said nothing for {_NO_ANSWER:.0f} s")
+
+
+class _Reader(asyncio.Protocol):
+    """Sends a request and notes what comes when."""
+
+    def __init__(self, request: bytes, loop: asyncio.AbstractEventLoop) -> None:
+        self._request = request
+        self.packets: list[tuple[float, bytes]] = []
+        self.done: asyncio.Future[None] = loop.create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast(asyncio.Transport, transport).write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        self.packets.append((time.perf_counter(), data))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self.done.done():
+            self.done.set_result(None)
+
+
+def _timing(sent: float, packets: list[tuple[float, bytes]], *, expected: int) -> Timing:
+    response = parse_response(packets)
+    if response.status != 200 or not response.is_complete:
+        raise BenchError(f"the server answers {response.status}: {_reason(response)}")
+    pieces = [event.seconds for event in response.events if event.data.get("choices")]
+    usages: list[Any] = [event.data["usage"] for event in response.events if _usage(event.data)]
+    count = usages[-1]["completion_tokens"] if usages else len(pieces)
+    if count != expected or not pieces:
+        raise BenchError(f"the server generated {count} tokens, not {expected}")
+    return Timing(sent, pieces, packets[-1][0], count)
+
+
+def _usage(data: dict[str, Any]) -> bool:
+    return isinstance(data.get("usage"), dict)
+
+
+def _reason(response: Response) -> str:
+    for event in response.events:
+        if "error" in event.data:
+            return str(event.data["error"])
+    return response.body[-1000:].decode("utf-8", "replace") or "nothing"
