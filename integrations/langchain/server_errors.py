@@ -130,7 +130,8 @@ def _not_found(
 def _refused(error: openai.APIStatusError, url: str) -> str:
     said = _said(error)
     hint = ""
-    if any(words in f"{error.code} {said}".lower() for words in _TOO_LONG):
+    text = f"{error.code} {said}".lower()
+    if any(words in text for words in _TOO_LONG) and "shorten" not in text:
         hint = "; shorten the prompt, lower max_tokens, or set truncate_prompt_tokens"
     return f"{url} refuses the request: {said}{hint}"
 

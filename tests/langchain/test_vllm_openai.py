@@ -369,7 +369,7 @@ def test_room_left(remote: FakeOpenAI) -> None:
     asyncio.run(make(remote).ainvoke("cc", max_tokens=-1))
     list(make(remote).stream("cc", max_tokens=-1))
     assert [body["max_tokens"] for body in remote.bodies[2:]] == [997, 997]
-    with pytest.raises(InvalidRequestError, match="has 1001 tokens, and 'm' on .* takes 1000"):
+    with pytest.raises(InvalidRequestError, match=r"has 1001 tokens, and 'm' on .* takes 1000"):
         make(remote, max_tokens=-1).invoke("x" * 1000)
     make(remote, max_tokens=None).invoke("p")
     assert "max_tokens" not in remote.bodies[-1]
