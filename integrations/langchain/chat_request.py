@@ -90,7 +90,8 @@ def chat_request(
     InvalidRequestError
         There is no chat template, or it refuses the conversation; options contradict each other.
     """
-    constraint = response_constraint(options.response_format)
+    backend = llm.config.structured.structured_outputs_backend
+    constraint = response_constraint(options.response_format, backend)
     if constraint is not None:
         if params.structured_outputs is not None:
             raise InvalidRequestError(
