@@ -59,6 +59,7 @@ class ChatFormat:
         source: Any = None,
         tool_parser: str | None = None,
         reasoning_parser: str | None = None,
+        chat_template: str | None = None,
     ) -> ChatFormat:
         """Return the format of a model.
 
@@ -69,13 +70,15 @@ class ChatFormat:
             tokenizer it is known which tags are special tokens of it.
         tool_parser, reasoning_parser : str, optional
             Names of parsers; ``"none"`` for none. Left out, they are guessed from the template.
+        chat_template : str, optional
+            The template that is used instead of the tokenizer's, or the name of one of its own.
 
         Raises
         ------
         ConfigError
             There is no parser of that name.
         """
-        template = _template_text(source)
+        template = _template_text(source, chat_template)
         tools: ToolParser | None = None
         reasoning: ReasoningParser | None = None
         if tool_parser != "none":
@@ -243,14 +246,16 @@ def _call_id() -> str:
     return f"call_{secrets.token_hex(12)}"
 
 
-def _template_text(source: Any) -> str:
-    """Return all the text of the chat templates that something has."""
-    template = (
-        source if isinstance(source, (str, Mapping)) else getattr(source, "chat_template", None)
-    )
-    if isinstance(template, Mapping):
-        return "\n".join(text for text in template.values() if isinstance(text, str))
-    return template if isinstance(template, str) else ""
+def _template_text(source: Any, asked: str | None) -> str:
+    """Return the text of a chat template, or of all that there are."""
+    own = source if isinstance(source, (str, Mapping)) else getattr(source, "chat_template", None)
+    if isinstance(own, Mapping) and asked in own:
+        own = own[asked]
+    elif asked is not None:
+        own = asked
+    if isinstance(own, Mapping):
+        return "\n".join(text for text in own.values() if isinstance(text, str))
+    return own if isinstance(own, str) else ""
 
 
 def _special_tokens(source: Any, *parsers: ToolParser | ReasoningParser | None) -> dict[str, int]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from quire import InvalidRequestError, SamplingParams, StructuredOutputsParams
 from quire.chat import ChatFormat
+from quire.chat.schemas import closed
 from quire.structured.llguidance_backend import Backend
 
 WEATHER = {
@@ -126,9 +127,9 @@ def check_arguments(call, schemas=SCHEMAS):
     jsonschema.validate(json.loads(call.arguments), schemas[call.name])
 
 
-@pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize(("parser", "template"), [*FAMILIES, ("none", "")])
 @given(
+    special=st.booleans(),
     reasoning=REASONING,
     seed=st.integers(0, 10**9),
     choice=st.sampled_from(["required", NAMED]),
@@ -158,9 +159,9 @@ def test_a_required_call_parses_and_its_arguments_match(
         assert message.reasoning is None
 
 
-@pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize(("parser", "template"), FAMILIES)
 @given(
+    special=st.booleans(),
     reasoning=REASONING,
     seed=st.integers(0, 10**9),
     parallel=st.booleans(),
@@ -205,9 +206,9 @@ def fits(kind, text):
     return text in OWN[kind] if kind == "choice" else re.fullmatch("x[0-9]{2}", text)
 
 
-@pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("kind", list(OWN))
 @given(
+    special=st.booleans(),
     reasoning=REASONING,
     seed=st.integers(0, 10**9),
     family=st.sampled_from(FAMILIES),
@@ -257,3 +258,66 @@ def test_integers_that_the_library_would_round_are_refused():
     tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
     with pytest.raises(InvalidRequestError, match=r"2\*\*53"):
         ChatFormat.for_model("", "hermes").constrain(SamplingParams(), tools, "required")
+
+
+def test_members_are_closed_only_where_that_empties_nothing():
+    """A combination of schemas is left open: each would forbid what the others ask for."""
+    inner = {"type": "object", "properties": {"b": {}}}
+    shut = {**inner, "additionalProperties": False}
+    assert closed(inner) == shut
+    assert closed({"$defs": {"x": inner}, "items": inner}) == {"$defs": {"x": shut}, "items": shut}
+    assert closed({"anyOf": [inner, {"type": "null"}]}) == {"anyOf": [shut, {"type": "null"}]}
+    for open_ in (
+        {"type": "object"},
+        {**inner, "additionalProperties": {"type": "integer"}},
+        {**inner, "patternProperties": {"^x": {}}},
+        {"allOf": [inner, {"properties": {"c": {}}}]},
+        {"properties": {"a": {"$ref": "#/$defs/x", "properties": {}}}, "$defs": {"x": inner}},
+    ):
+        assert closed(open_) == open_
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"json": OWN["json"], "backend": "xgrammar"}, "backend must be 'llguidance'"),
+        ({"json": OWN["json"], "drop_unsupported": True}, "drop_unsupported must be False"),
+        ({"json": {"const": 2**60}}, "2**53"),
+        ({"regex": "(?x)a\nb"}, "regex must be on one line"),
+        ({"regex": "(?x)a # b"}, "comments in a verbose regex"),
+        ({"grammar": 'root ::= "a"'}, "Lark's notation"),
+    ],
+)
+def test_what_cannot_be_had_behind_thoughts_is_refused_and_not_passed_over(own, message):
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(**own))
+    with pytest.raises(InvalidRequestError, match=re.escape(message)):
+        ChatFormat.for_model("", "none", "think").constrain(params)
+    assert ChatFormat().constrain(params) is params
+
+
+@pytest.mark.parametrize("kind", ["json", "json_object"])
+def test_whitespace_of_a_response_format_holds_behind_thoughts(kind):
+    chat_format = ChatFormat.for_model("", "none", "think")
+    for options in ({"disable_any_whitespace": True}, {"whitespace_pattern": "\\t"}):
+        own = StructuredOutputsParams(**{kind: OWN[kind]}, **options)
+        params = chat_format.constrain(SamplingParams(structured_outputs=own))
+        matcher = MODELS[False].backend.compile(params.structured_outputs.spec).start()
+        matcher.accept(list(b"<think>hm</think>\n{"))
+        with pytest.raises(InvalidRequestError):
+            matcher.accept(list(b' "n"'))
+
+
+def test_a_structural_tag_is_left_to_whoever_wrote_it():
+    tag = {"structures": [{"begin": "<a>", "schema": {}, "end": ""}], "triggers": ["<a>"]}
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(structural_tag=tag))
+    assert ChatFormat.for_model("", "hermes", "think").constrain(params, tools_of()) is params
+
+
+@given(seed=st.integers(0, 10**9))
+def test_a_schema_of_anything_is_json_behind_thoughts(seed):
+    own = StructuredOutputsParams(json="true")
+    chat_format = ChatFormat.for_model("", "none", "think")
+    params = chat_format.constrain(SamplingParams(structured_outputs=own))
+    text, whole = MODELS[False].write(params, seed)
+    if whole:
+        json.loads(read(chat_format, text).content)

@@ -45,6 +45,15 @@ def test_parsers_are_guessed_from_the_chat_template(template, tool_parser, reaso
     assert off == ChatFormat()
 
 
+def test_a_template_that_is_asked_for_stands_for_the_tokenizers_own():
+    special = {5: "[TOOL_CALLS]"}
+    own = SimpleNamespace(chat_template={"x": MISTRAL, "y": HERMES}, special_texts=lambda: special)
+    assert ChatFormat.for_model(own, chat_template="x").tool_parser == "mistral"
+    assert ChatFormat.for_model(own, chat_template=LLAMA).tool_parser == "llama3_json"
+    found = ChatFormat.for_model(SimpleNamespace(chat_template=LLAMA), chat_template=THINK)
+    assert (found.tool_parser, found.reasoning_parser) == (None, "think")
+
+
 def test_a_name_says_more_than_the_template():
     found = ChatFormat.for_model(HERMES + THINK, "mistral", "deepseek_r1")
     assert (found.tool_parser, found.reasoning_parser) == ("mistral", "deepseek_r1")

@@ -140,3 +140,23 @@ def test_thoughts_are_apart_from_the_answer_and_calls_in_them_are_thoughts():
     assert message("a", "<think>\n\n</think>\n\n", "deepseek_r1") == (None, "a", 0)
     assert message("<think>so long") == ("so long", "", 0)
     assert message(f"<think>so</think>{CALL}") == ("so", None, 1)
+
+
+def test_broken_arguments_of_a_mistral_model_end_where_the_next_call_begins():
+    for begin in ('[TOOL_CALLS]f[ARGS]{"a": ?', '[TOOL_CALLS][{"name": "f", "arguments": {"a": ?'):
+        assert read(begin + '}\n[TOOL_CALLS]f{"a": 1}', "mistral") == (
+            None,
+            [("f", '{"a": ?}'), *ONE],
+        )
+        assert read(begin + "x [TOOL", "mistral") == (None, [("f", '{"a": ?x [TOOL')])
+    for text in ("[TOOL_CALLS] I call f", "[TOOL_CALLS][1]", f"[TOOL_CALLS]{'x' * 700}{{}}"):
+        assert read(text, "mistral") == (text, [])
+
+
+def test_nothing_is_read_behind_the_end():
+    reader = ChatFormat.for_model("", "hermes").reader(TOOLS)
+    assert reader.feed("a").content == "a"
+    assert not reader.finish()
+    assert not reader.feed("b")
+    assert not reader.finish()
+    assert reader.message.content == "a"
