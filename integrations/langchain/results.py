@@ -69,7 +69,7 @@ def to_generations(output: RequestOutput | BaseException) -> list[Generation]:
             text=completion.text,
             generation_info={
                 **_logprobs_info(completion),
-                **_final_info(output, completion, len(completion.token_ids)),
+                **final_info(output, completion, len(completion.token_ids)),
             },
         )
         for completion in output.outputs
@@ -113,7 +113,7 @@ class ChunkBuilder:
         self._num_tokens += len(completion.token_ids)
         self._pending = _joined(self._pending, _logprobs_info(completion))
         if completion.finished():
-            info = {**self._pending, **_final_info(output, completion, self._num_tokens)}
+            info = {**self._pending, **final_info(output, completion, self._num_tokens)}
         elif completion.text:
             info = self._pending
         else:
@@ -129,9 +129,10 @@ def _joined(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
     return {"logprobs": {key: first[key] + second[key] for key in first}}
 
 
-def _final_info(
+def final_info(
     output: RequestOutput, completion: CompletionOutput, num_tokens: int
 ) -> dict[str, Any]:
+    """Return why a completion ended and the tokens that it used."""
     num_prompt_tokens = len(output.prompt_token_ids)
     info: dict[str, Any] = {
         "finish_reason": completion.finish_reason,
@@ -160,7 +161,7 @@ def _logprobs_info(completion: CompletionOutput) -> dict[str, Any]:
     chosen = [position[token_id] for token_id, position in positions]
     return {
         "logprobs": {
-            "tokens": [_text(token_id, position) for token_id, position in positions],
+            "tokens": [token_text(token_id, position) for token_id, position in positions],
             "token_ids": list(completion.token_ids),
             "token_logprobs": [one.logprob for one in chosen],
             "ranks": [one.rank for one in chosen],
@@ -169,7 +170,8 @@ def _logprobs_info(completion: CompletionOutput) -> dict[str, Any]:
     }
 
 
-def _text(token_id: int, position: TokenLogprobs) -> str:
+def token_text(token_id: int, position: TokenLogprobs) -> str:
+    """Return the text of a token among those of its position; its id where it has none."""
     decoded = position[token_id].decoded_token
     return f"token_id:{token_id}" if decoded is None else decoded
 
@@ -177,7 +179,7 @@ def _text(token_id: int, position: TokenLogprobs) -> str:
 def _top(position: TokenLogprobs) -> dict[str, float]:
     top: dict[str, float] = {}
     for token_id, one in position.items():
-        text = _text(token_id, position)
+        text = token_text(token_id, position)
         # Parts of a character all decode to the same text.
         top[f"token_id:{token_id}" if text in top else text] = one.logprob
     return top

@@ -66,7 +66,9 @@ class ServerInfo:
             )
         return size
 
-    def token_ids(self, text: str, tiktoken_model: str | None, special: dict[str, Any]) -> list[int]:
+    def token_ids(
+        self, text: str, tiktoken_model: str | None, special: dict[str, Any]
+    ) -> list[int]:
         """Return the ids of a text; see :meth:`VLLMOpenAI.get_token_ids`."""
         if tiktoken_model is not None:
             ids: list[int] = _encoding(tiktoken_model).encode(text, **special)

@@ -14,26 +14,35 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8")
 EXPECTED = [
     ["Paris", "Tokyo"],
     ["Rome", "Lima"],
+    ["Weather", "Paris", "Person(name="],
     ["Ada", "36", "[Person("],
     ["Oslo"],
     ["Ada"],
     ["Nairobi", "Cairo"],
+    ["Stockholm", "Nairobi"],
 ]
 
 
-def test_there_are_six_examples() -> None:
-    assert len(EXAMPLES) == len(EXPECTED) == 6
+def test_there_are_eight_examples() -> None:
+    assert len(EXAMPLES) == len(EXPECTED) == 8
 
 
 @pytest.mark.parametrize("number", range(len(EXPECTED)))
-def test_example_runs_and_says_what_it_should(number: int, tmp_path: Path) -> None:
+def test_example_runs_and_says_what_it_should(
+    number: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """Each is a whole program: it ends by itself, without warnings, with the right answers."""
     if "outlines" in EXAMPLES[number]:
         pytest.importorskip("outlines", reason="the extra `outlines` is not installed")
     if "langchain" in EXAMPLES[number]:
         pytest.importorskip("langchain_core", reason="the extra `langchain` is not installed")
+    program = EXAMPLES[number]
+    if "localhost:8000" in program:
+        pytest.importorskip("openai", reason="the extra `openai` is not installed")
+        pytest.importorskip("uvicorn", reason="the extra `server` is not installed")
+        program = program.replace("http://localhost:8000", request.getfixturevalue("served").url)
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", EXAMPLES[number]],
+        [sys.executable, "-W", "error", "-c", program],
         cwd=tmp_path,
         capture_output=True,
         text=True,
