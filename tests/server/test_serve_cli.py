@@ -225,6 +225,8 @@ def test_a_file_may_name_the_model_and_leave_things_open(tmp_path):
         (["--chat-template", "nowhere.jinja"], "no template, and no readable file"),
         (["--chat-template", "{% if %}"], "not valid Jinja"),
         (["--request-timeout", "0"], "request_timeout"),
+        (["--override-generation-config", '{"temperatur": 1}'], "did you mean 'temperature'?"),
+        (["--override-generation-config", '{"temperature": -1}'], "override_generation_config: "),
         (["--port", "65536"], "port"),
         (["--root-path", "api"], "a path that begins with /"),
         (["--api-key", " "], "api_key"),
