@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import os
 import weakref
 from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -58,17 +59,17 @@ class Connection:
                 "http_async_client brings another: give the proxy to that one"
             )
         self.settings = settings
+        self._process = os.getpid()
         self._loops: dict[asyncio.AbstractEventLoop, _LoopClient] = {}
         http_client = settings.http_client
         try:
             if settings.proxy:
                 http_client = openai.DefaultHttpxClient(proxy=settings.proxy)
-                weakref.finalize(self, http_client.close)
             self.client = openai.OpenAI(**self._arguments(), http_client=http_client)
         except (TypeError, ValueError, openai.OpenAIError) as error:
             raise ConfigError(f"the openai client refuses these settings: {error}") from error
+        weakref.finalize(self, self.client.close)
         self.completions = self.client.completions
-        self.async_completions = LoopCompletions(self)
         _KNOWN[id(self.completions)] = self
 
     def _arguments(self) -> dict[str, Any]:
@@ -88,6 +89,11 @@ class Connection:
             "default_headers": settings.default_headers,
             "default_query": settings.default_query,
         }
+
+    @property
+    def async_completions(self) -> LoopCompletions:
+        """Completions for whichever event loop asks for them."""
+        return LoopCompletions(self)
 
     async def async_client(self) -> openai.AsyncOpenAI:
         """Return the client of the running event loop."""
@@ -132,6 +138,12 @@ class LoopCompletions:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LoopCompletions) and other.connection is self.connection
+
+    def __hash__(self) -> int:
+        return hash(self.connection)
+
     async def create(self, **kwargs: Any) -> Any:
         """Ask for a completion, as ``AsyncOpenAI().completions.create`` does."""
         client = await self.connection.async_client()
@@ -147,6 +159,15 @@ def connection_of(client: Any, async_client: Any = None) -> Connection | None:
     if isinstance(async_client, LoopCompletions):
         return async_client.connection
     return _KNOWN.get(id(client))
+
+
+def connection_for(settings: Settings) -> Connection:
+    """Return a connection with these settings, which models of equal settings share."""
+    # A fork must not write to its parent's sockets.
+    for known in list(_KNOWN.values()):
+        if known.settings == settings and known._process == os.getpid():
+            return known
+    return Connection(settings)
 
 
 def require_openai() -> None:

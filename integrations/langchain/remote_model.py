@@ -16,6 +16,7 @@ from quire.errors import ConfigError
 from quire.integrations.langchain.connection import (
     Connection,
     Settings,
+    connection_for,
     connection_of,
     require_openai,
     shown_url,
@@ -44,6 +45,8 @@ DEFAULT_URL = "http://localhost:8000/v1"
 _KEY_VARIABLES = ("QUIRE_API_KEY", "VLLM_API_KEY", "OPENAI_API_KEY")
 _URL_VARIABLES = ("OPENAI_API_BASE", "OPENAI_BASE_URL")
 _ORGANIZATION_VARIABLES = ("OPENAI_ORG_ID", "OPENAI_ORGANIZATION")
+
+_HEADERS = ("extra_headers", "extra_query")
 
 _NUMBERS = (
     "temperature",
@@ -312,13 +315,7 @@ class RemoteModel(Serializable):
 
     def _attach(self) -> None:
         """Take the clients that came along, where they fit, or make others."""
-        settings = self._settings()
-        found = connection_of(self.client, self.async_client)
-        if found is None or found.settings != settings:
-            connection = Connection(settings)
-        else:
-            connection = found
-        self._connection = connection
+        connection = self._connection = connection_for(self._settings())
         fields = self.__dict__
         # Another model object's clients came along, as with a configurable model: these are no
         # wish, unlike clients of the user's own.
@@ -350,10 +347,7 @@ class RemoteModel(Serializable):
     def _default_params(self) -> dict[str, Any]:
         """The parameters of a request to which a call adds none of its own."""
         shown = {**self._parameters(None), **self.model_kwargs}
-        for name in ("extra_headers", "extra_query"):
-            if shown.get(name):
-                shown[name] = shown_headers(shown[name])
-        return shown
+        return _without_headers(shown)
 
     # -- copies ----------------------------------------------------------------------------------
 
@@ -460,12 +454,20 @@ class RemoteModel(Serializable):
                 continue
             if name in ("default_headers", "default_query") and value:
                 yield name, shown_headers(value)
+            elif name == "model_kwargs" and value:
+                yield name, _without_headers(value)
             elif name == "openai_api_base" and value:
                 yield name, shown_url(value)
             elif name not in defaults or value != defaults[name].get_default(
                 call_default_factory=True
             ):
                 yield name, value
+
+
+def _without_headers(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of a request with what may hold credentials made unreadable."""
+    hidden = {k: shown_headers(arguments[k] or {}) for k in _HEADERS if k in arguments}
+    return {**arguments, **hidden}
 
 
 def _as_json(constraint: Any) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -101,7 +102,7 @@ def _unreachable(error: openai.APIConnectionError, asked: Asked) -> str:
     url = urlsplit(asked.url)
     port = f" --port {url.port}" if url.port not in (None, 8000) else ""
     return (
-        f"no server answers at {shown_url(asked.url)} ({_reason(error.__cause__ or error)}): start "
+        f"no server answers at {shown_url(asked.url)} ({_root_reason(error)}): start "
         f"one there by `quire serve {asked.model}{port}`, or name another by openai_api_base"
     )
 
@@ -129,7 +130,8 @@ def _not_found(
 def _refused(error: openai.APIStatusError, url: str) -> str:
     said = _said(error)
     hint = ""
-    if any(words in f"{error.code} {said}".lower() for words in _TOO_LONG):
+    text = f"{error.code} {said}".lower()
+    if any(words in text for words in _TOO_LONG) and "shorten" not in text:
         hint = "; shorten the prompt, lower max_tokens, or set truncate_prompt_tokens"
     return f"{url} refuses the request: {said}{hint}"
 
@@ -144,7 +146,21 @@ def _said(error: openai.APIError) -> str:
     return (" ".join(text.split()) or "no reason given").removesuffix(".")[:2000]
 
 
+def _root_reason(error: BaseException) -> str:
+    """Return what the layers below the client began with, such as a refused connection."""
+    for _ in range(10):
+        below = error.__cause__ or error.__context__
+        if isinstance(below, OSError) or (below is not None and str(below)):
+            error = below
+        group = getattr(error, "exceptions", None)
+        if group:
+            error = group[0]
+    return _reason(error)
+
+
 def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and (error.errno or 0) > 0:  # asyncio has words of its own
+        return os.strerror(error.errno or 0)
     return str(error).rstrip(".") or type(error).__name__
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-PIECE = 5
+PIECE = 20
 """Characters, and so tokens, of one event of a stream."""
 
 
@@ -50,6 +50,10 @@ class FakeOpenAI:
         self.has_tokenize = True
         self.max_model_len: int | None = 1000
         self.event_seconds = 0.0
+        self.silent_seconds = 0.0
+        """How long it waits before an answer."""
+        self.reverses = False
+        """Whether choices come in another order than that of their indices."""
         self.requests: list[Recorded] = []
         self.script: list[Scripted] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -63,6 +67,10 @@ class FakeOpenAI:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+    def pause(self) -> None:
+        """Let the server's threads run for a moment."""
+        time.sleep(0.02)
 
     @property
     def bodies(self) -> list[dict[str, Any]]:
@@ -127,7 +135,8 @@ class FakeOpenAI:
             for j in range(n):
                 text = self.text(prompt, body, j)
                 choices.append(self._choice(i * n + j, text, body, "stop"))
-        return {**self._shell(body), "choices": choices[::-1], "usage": _usage(prompts, choices)}
+        shown = choices[::-1] if self.reverses else choices
+        return {**self._shell(body), "choices": shown, "usage": _usage(prompts, choices)}
 
     def _events(self, prompt: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         text = self.text(prompt, body, 0)
@@ -180,6 +189,7 @@ def _usage(prompts: list[str], choices: list[dict[str, Any]]) -> dict[str, Any]:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     fake: FakeOpenAI
 
     def do_GET(self) -> None:
@@ -193,7 +203,11 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         recorded = Recorded(self.path, headers, body)
         self.fake.requests.append(recorded)
-        self.fake.answer(self, recorded)
+        time.sleep(self.fake.silent_seconds)
+        try:
+            self.fake.answer(self, recorded)
+        except OSError:  # the client is gone
+            recorded.broke_off = self.close_connection = True
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
