@@ -89,7 +89,9 @@ class ModelConfig(_Checked):
     hf_token: str | bool | None = _arg(None, checks.token, repr=False)
     hf_overrides: dict[str, Any] | None = field(default=None, metadata={"check": checks.mapping})
     generation_config: str = _arg("auto", checks.text)
-    override_generation_config: dict[str, Any] | None = _arg(None, checks.generation_fields)
+    override_generation_config: dict[str, Any] | None = field(
+        default=None, metadata={"check": checks.generation_fields}
+    )
     chat_template: str | None = _arg(None, checks.text)
 
 
