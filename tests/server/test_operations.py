@@ -112,6 +112,7 @@ def test_sigterm_lets_running_requests_finish_and_takes_no_more():
         assert "the server has ended" in server.log
 
 
+@pytest.mark.slow
 def test_what_does_not_finish_in_time_is_ended_and_told():
     """A stream ends with an error event; then the process ends as well as ever."""
     with running("--drain-timeout", "0.3") as server:
@@ -204,6 +205,7 @@ def test_a_lost_device_is_seen_by_probes_and_ends_the_process(tmp_path: Path):
         assert "the device fell off" in server.log
 
 
+@pytest.mark.slow
 def test_limits_on_waiting_and_on_time_are_answered_so_that_clients_try_again():
     """503 with Retry-After where too many wait; 504 where it takes too long."""
     flags = ["--max-num-seqs", "1", "--max-waiting-requests", "1", "--request-timeout", "4"]
