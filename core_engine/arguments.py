@@ -32,6 +32,7 @@ class EngineArguments(TypedDict, total=False):
     hf_token: str | bool | None
     hf_overrides: Mapping[str, Any] | None
     generation_config: Path | None
+    override_generation_config: Mapping[str, Any] | None
     chat_template: str | None
     block_size: int | None
     kv_cache_memory_bytes: int | None
@@ -89,7 +90,6 @@ class EngineArguments(TypedDict, total=False):
     guided_decoding_backend: str | None
     reasoning_parser: str | None
     logprobs_mode: str | None
-    override_generation_config: Any
     task: str | None
     runner: str | None
     convert: str | None

@@ -103,6 +103,7 @@ def _build(config: EngineConfig, processors: BatchProcessors) -> Engine:
             "num_gpu_blocks_override, kv_cache_memory_bytes or block_size"
         )
     recommended = _recommended(config.model, path)
+    recommended |= config.model.override_generation_config or {}
     # A folder of the user's goes before the model's own file, where it says how a text ends.
     has_ends = recommended.get("eos_token_id") is not None
     ends = recommended if has_ends else read_generation_config(path)

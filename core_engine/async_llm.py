@@ -297,6 +297,9 @@ class AsyncLLM:
             Its thread did not answer.
         """
         llm = self._may_wait()
+        broken = self.engine_error
+        if broken is not None:
+            raise EngineClosedError(f"the engine broke down ({type(broken).__name__}: {broken})")
         if timeout is not None:
             try:
                 await asyncio.wait_for(asyncio.to_thread(llm.get_metrics), timeout)

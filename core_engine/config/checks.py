@@ -12,6 +12,7 @@ from typing import Any
 from quire.errors import ConfigError, NotSupportedError
 from quire.logits_processor import LogitsProcessor
 from quire.utils.checks import shown
+from quire.utils.suggest import nearest
 
 Check = Callable[[str, Any], Any]
 """Takes an argument's name and value, returns the value as it is kept, or raises ConfigError."""
@@ -137,12 +138,35 @@ def mapping(name: str, value: Any) -> dict[str, Any]:
     """Take a mapping with strings for keys."""
     if callable(value):
         raise NotSupportedError(
-            f"{name}={value!r}: this version of quire takes a dict of config.json fields, "
-            "not a function"
+            f"{name}={value!r}: this version of quire takes a dict of fields, not a function"
         )
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise refuse(name, value, "a dict whose keys are strings")
     return dict(value)
+
+
+GENERATION_FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "max_new_tokens",
+    "eos_token_id",
+)
+"""Fields of ``generation_config.json`` that mean something here."""
+
+
+def generation_fields(name: str, value: Any) -> dict[str, Any]:
+    """Take a mapping whose keys are fields of ``generation_config.json``."""
+    kept = mapping(name, value)
+    for key in kept:
+        if key not in GENERATION_FIELDS:
+            guess = nearest(key, GENERATION_FIELDS)
+            hint = "" if guess is None else f": did you mean {guess!r}?"
+            right = f"a dict with the keys {', '.join(map(repr, GENERATION_FIELDS))}"
+            raise ConfigError(f"{refuse(name, value, right)}{hint}")
+    return kept
 
 
 def token(name: str, value: Any) -> str | bool:

@@ -57,7 +57,6 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "guided_decoding_backend": (None, "auto"),
     "reasoning_parser": (None, ""),
     "logprobs_mode": ("raw_logprobs",),
-    "override_generation_config": (None, {}),
     "task": (None, "auto", "generate"),
     "runner": ("auto", "generate"),
     "convert": ("auto", "none"),

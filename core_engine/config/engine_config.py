@@ -70,6 +70,8 @@ class ModelConfig(_Checked):
     generation_config : str
         ``"auto"`` takes default sampling parameters from the checkpoint's generation_config.json,
         ``"vllm"`` takes none, anything else is a folder to read that file from.
+    override_generation_config : dict or None
+        Fields of that file to replace, such as ``{"temperature": 0.5}``.
     chat_template : str or None
         Jinja template for ``chat`` instead of the tokenizer's own.
     """
@@ -87,6 +89,9 @@ class ModelConfig(_Checked):
     hf_token: str | bool | None = _arg(None, checks.token, repr=False)
     hf_overrides: dict[str, Any] | None = field(default=None, metadata={"check": checks.mapping})
     generation_config: str = _arg("auto", checks.text)
+    override_generation_config: dict[str, Any] | None = field(
+        default=None, metadata={"check": checks.generation_fields}
+    )
     chat_template: str | None = _arg(None, checks.text)
 
 

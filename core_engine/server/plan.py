@@ -13,6 +13,7 @@ from typing import Any
 
 from quire.config import EngineConfig, argument_names, checks
 from quire.errors import ConfigError, NotSupportedError, QuireError
+from quire.sampling_params import SamplingParams
 from quire.server.attention_backend import honour_attention_backend
 from quire.server.server_flags import IGNORED
 from quire.server.settings import Listening, ServerSettings
@@ -74,7 +75,8 @@ def make_plan(given: Mapping[str, Any], environ: Mapping[str, str] = os.environ)
         engine_args["logits_processors"] = [
             _imported(name) for name in engine_args["logits_processors"]
         ]
-    EngineConfig.create(**engine_args)
+    config = EngineConfig.create(**engine_args)
+    _check_defaults(config.model.override_generation_config or {})
     honour_attention_backend(environ)
 
     plan = Plan(
@@ -87,6 +89,16 @@ def make_plan(given: Mapping[str, Any], environ: Mapping[str, str] = os.environ)
     )
     assert not values, values
     return plan
+
+
+def _check_defaults(fields: Mapping[str, Any]) -> None:
+    """Try default parameters out, which requests that give none of their own would fail by."""
+    names = {"max_new_tokens": "max_tokens"}
+    values = {names.get(key, key): value for key, value in fields.items() if key != "eos_token_id"}
+    try:
+        SamplingParams(**values)
+    except QuireError as error:
+        raise ConfigError(f"override_generation_config: {error}") from None
 
 
 def _of_engine(values: Mapping[str, Any]) -> set[str]:

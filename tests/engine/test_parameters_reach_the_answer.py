@@ -30,6 +30,20 @@ def llm(folder):
         yield llm
 
 
+def test_recommended_parameters_can_be_replaced(folder):
+    """Those that are named; with generation_config="vllm" they stand alone."""
+    fields = {"temperature": 0.5, "max_new_tokens": 4}
+    for source, top_k in (("auto", 7), ("vllm", 0)):
+        with LLM(
+            folder, dtype="float32", generation_config=source, override_generation_config=fields
+        ) as llm:
+            params = llm.get_default_sampling_params()
+            assert (params.temperature, params.max_tokens) == (0.5, 4)
+            assert params.top_k in (top_k, -1 if top_k == 0 else top_k)
+            [output] = llm.generate([PROMPT], use_tqdm=False)
+            assert len(output.outputs[0].token_ids) <= 4
+
+
 def one(llm, prompt=PROMPT, **options):
     options.setdefault("temperature", 0)
     [output] = llm.generate([prompt], SamplingParams(**options), use_tqdm=False)

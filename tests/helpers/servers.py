@@ -23,11 +23,17 @@ class ServerProcess:
         The command line after ``quire serve``.
     env : dict, optional
         Added to this process's environment.
+    timeout : float
+        Seconds that it has to start.
+    port : int
+        Another than a free one.
     """
 
-    def __init__(self, *args: str, env: dict[str, str] | None = None, timeout: float = 120) -> None:
+    def __init__(
+        self, *args: str, env: dict[str, str] | None = None, timeout: float = 120, port: int = 0
+    ) -> None:
         self.api_key = "EMPTY"
-        command = [sys.executable, "-m", "quire.server", *args, "--port", "0"]
+        command = [sys.executable, "-m", "quire.server", *args, "--port", str(port)]
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -56,8 +57,11 @@ def client(server) -> Iterator[httpx.Client]:
 
 
 OTHER = {
-    **{"prompt": "The capital of France is", "max_tokens": 100, "ignore_eos": True},
-    **{"temperature": 0, "stream": True},
+    "prompt": "The capital of France is",
+    "max_tokens": 100,
+    "ignore_eos": True,
+    "temperature": 0,
+    "stream": True,
 }
 
 
@@ -337,7 +341,7 @@ def test_no_key_and_a_wrong_key_are_answered_with_401(server, headers):
     assert answer.json()["error"]["type"] == "authentication_error"
 
 
-# -- clients that leave ------------------------------------------------------------------------------
+# -- clients that leave ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -350,13 +354,14 @@ def test_a_client_that_leaves_frees_what_it_had(server, client, stream, path):
     else:
         body["prompt"] = "Hello"
     running = usage(client)[0]
-    with pytest.raises(httpx.ReadTimeout):  # noqa: PT012
-        with httpx.stream(
-            "POST", f"{server.url}{path}", json=body, headers=HEADERS, timeout=0.7
-        ) as answer:
-            for number, _ in enumerate(answer.iter_raw()):
-                if number == 5:
-                    raise httpx.ReadTimeout("had enough")
+    url = f"{server.url}{path}"
+    with (
+        contextlib.suppress(httpx.ReadTimeout),
+        httpx.stream("POST", url, json=body, headers=HEADERS, timeout=0.7) as answer,
+    ):
+        for number, _ in enumerate(answer.iter_raw()):
+            if number == 5:
+                break
     until(lambda: usage(client)[0] <= max(running, 1), "it runs on", 3)
 
 

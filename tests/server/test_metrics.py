@@ -75,12 +75,12 @@ async def read(client) -> dict:
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             labels = {k: v for k, v in sample.labels.items() if k not in ("model_name", "engine")}
-            values[sample.name, *sorted(labels.items())] = sample.value
+            values[(sample.name, *sorted(labels.items()))] = sample.value
     return values
 
 
 def value(values: dict, name: str, **labels: str) -> float:
-    return values[f"quire:{name}", *sorted(labels.items())]
+    return values[(f"quire:{name}", *sorted(labels.items()))]
 
 
 @pytest.mark.parametrize("prefix", ["quire:", "vllm:", ""])
@@ -150,9 +150,8 @@ async def test_what_is_counted_is_what_was_answered(llm):
     parts = ("queue", "prefill", "decode")
     whole = sum(change(f"request_{part}_time_seconds_sum") for part in parts)
     assert whole == pytest.approx(change("e2e_request_latency_seconds_sum"), abs=1e-6)
-    counted = after["http_requests_total", *sorted(
-        {"handler": "/v1/completions", "method": "POST", "status": "4xx"}.items()
-    )]  # fmt: skip
+    labels = {"handler": "/v1/completions", "method": "POST", "status": "4xx"}
+    counted = after[("http_requests_total", *sorted(labels.items()))]
     assert counted == 1
 
 

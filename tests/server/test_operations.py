@@ -9,6 +9,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,8 +26,10 @@ LONG = {"prompt": "Hello", "max_tokens": 800, "ignore_eos": True, "stream": True
 
 
 @contextmanager
-def running(*flags: str, env: dict[str, str] | None = None) -> Iterator[ServerProcess]:
-    server = ServerProcess("quire/demo", *flags, env=env)
+def running(
+    *flags: str, env: dict[str, str] | None = None, port: int = 0
+) -> Iterator[ServerProcess]:
+    server = ServerProcess("quire/demo", *flags, env=env, port=port)
     try:
         yield server
     finally:
@@ -109,6 +112,7 @@ def test_sigterm_lets_running_requests_finish_and_takes_no_more():
         assert "the server has ended" in server.log
 
 
+@pytest.mark.slow
 def test_what_does_not_finish_in_time_is_ended_and_told():
     """A stream ends with an error event; then the process ends as well as ever."""
     with running("--drain-timeout", "0.3") as server:
@@ -201,6 +205,7 @@ def test_a_lost_device_is_seen_by_probes_and_ends_the_process(tmp_path: Path):
         assert "the device fell off" in server.log
 
 
+@pytest.mark.slow
 def test_limits_on_waiting_and_on_time_are_answered_so_that_clients_try_again():
     """503 with Retry-After where too many wait; 504 where it takes too long."""
     flags = ["--max-num-seqs", "1", "--max-waiting-requests", "1", "--request-timeout", "4"]
@@ -244,7 +249,7 @@ def test_limits_on_waiting_and_on_time_are_answered_so_that_clients_try_again():
 def test_a_killed_server_starts_anew_on_its_port():
     """kill -9 under load: clients see it at once, and nothing keeps the next one from starting."""
     with running() as server:
-        port = server.url.rpartition(":")[2]
+        port = int(server.url.rpartition(":")[2])
         readers = [Reader(server.url, LONG) for _ in range(16)]
         for reader in readers:
             assert reader.begun.wait(60)
@@ -254,42 +259,15 @@ def test_a_killed_server_starts_anew_on_its_port():
             assert not reader.is_alive()
             assert not reader.is_whole
         server.process.wait()
-    with ServerProcessOn(port) as again:
+    with running(port=port) as again:
         reader = Reader(again.url, {**LONG, "max_tokens": 20})
         reader.join(60)
         assert reader.is_whole
         assert again.stop() == 0
 
 
-@contextmanager
-def ServerProcessOn(port: str) -> Iterator[ServerProcess]:  # noqa: N802
-    """Start a server on a port: the last --port counts, and a file's goes before none."""
-    import servers
-
-    class Fixed(servers.ServerProcess):
-        pass
-
-    original = subprocess.Popen
-
-    def popen(command, **kwargs):
-        return original([port if word == "0" else word for word in command], **kwargs)
-
-    servers.subprocess.Popen = popen
-    try:
-        server = Fixed("quire/demo")
-    finally:
-        servers.subprocess.Popen = original
-    try:
-        yield server
-    finally:
-        server.process.kill()
-        server.process.wait()
-
-
 def start(*flags: str) -> tuple[subprocess.Popen, str]:
     """Start a server without a port of its own, and return it with its address."""
-    import sys
-
     process = subprocess.Popen(
         [sys.executable, "-m", "quire.server", "quire/demo", *flags],
         stderr=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""The command line of ``quire serve``: all of the engine's arguments, files of them, and contradictions."""
+"""The command line of ``quire serve``: every argument, files of them, and contradictions."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_a_file_says_what_the_command_line_says_and_that_wins(tmp_path, told, gi
 def test_a_wrong_file_is_refused(tmp_path, text, message):
     file = tmp_path / "serve.yaml"
     file.write_text(text)
-    with pytest.raises(ConfigError, match="serve.yaml") as caught:
+    with pytest.raises(ConfigError, match=r"serve\.yaml") as caught:
         LINE.read([MODEL, "--config", str(file)])
     assert message in str(caught.value)
 
@@ -225,6 +225,8 @@ def test_a_file_may_name_the_model_and_leave_things_open(tmp_path):
         (["--chat-template", "nowhere.jinja"], "no template, and no readable file"),
         (["--chat-template", "{% if %}"], "not valid Jinja"),
         (["--request-timeout", "0"], "request_timeout"),
+        (["--override-generation-config", '{"temperatur": 1}'], "did you mean 'temperature'?"),
+        (["--override-generation-config", '{"temperature": -1}'], "override_generation_config: "),
         (["--port", "65536"], "port"),
         (["--root-path", "api"], "a path that begins with /"),
         (["--api-key", " "], "api_key"),
