@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -102,8 +103,7 @@ class Timing:
     @property
     def gaps(self) -> list[float]:
         """Seconds between a piece and the next."""
-        pairs = zip(self.arrivals, self.arrivals[1:], strict=False)
-        return [after - before for before, after in pairs]
+        return [after - before for before, after in pairwise(self.arrivals)]
 
     @property
     def per_token(self) -> float:

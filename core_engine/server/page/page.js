@@ -373,7 +373,7 @@ function take(metrics) {
   push("rate", rate || 0);
 }
 
-function draw(canvas, lines, most) {
+function draw(canvas, lines, most, unit = "") {
   const scale = window.devicePixelRatio || 1;
   const { clientWidth: width, clientHeight: height } = canvas;
   canvas.width = Math.round(width * scale);
@@ -409,7 +409,7 @@ function draw(canvas, lines, most) {
   }
   pen.fillStyle = color("--soft");
   pen.font = "10px system-ui, sans-serif";
-  pen.fillText(String(Math.round(most)), 4, 11);
+  pen.fillText(Math.round(most) + unit, 4, 11);
 }
 
 function drawAll() {
@@ -423,7 +423,7 @@ function drawAll() {
   const most = (least, ...names) => Math.max(least, ...names.flatMap((name) => series[name]));
   const requests = [["--accent", series.running], ["--second", series.waiting]];
   draw($("requests-chart"), requests, most(4, "running", "waiting"));
-  draw($("cache-chart"), [["--accent", series.cache]], 100);
+  draw($("cache-chart"), [["--accent", series.cache]], 100, " %");
   draw($("rate-chart"), [["--accent", series.rate]], most(10, "rate"));
 }
 
