@@ -134,7 +134,7 @@ def test_errors(remote: VLLMOpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="suffix"):
         remote.invoke("p", suffix="s")
     too_long = "word " * 3000
-    with pytest.raises(InvalidRequestError, match="tokens.*shorten the prompt"):
+    with pytest.raises(InvalidRequestError, match=r"tokens.*shorten the prompt"):
         remote.invoke(too_long)
     answers: list[Any] = remote.batch([PROMPTS[0], too_long, PROMPTS[1]], return_exceptions=True)
     assert [isinstance(answer, InvalidRequestError) for answer in answers] == [False, True, False]
