@@ -6,13 +6,16 @@ bytes arrive; what they say is read afterwards.
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import json
 import random
+import selectors
+import socket
 import ssl
 import time
+from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -22,6 +25,7 @@ from quire.bench.sse import Response, parse_response
 from quire.bench.workload import Workload
 
 _NO_ANSWER = 600.0  # seconds without a byte, after which a server is given up
+_PACKET = 2**16  # most bytes that are read at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,85 +146,100 @@ def run_load(
     gc.collect()
     gc.disable()  # a collection would be taken for a pause of the server
     try:
-        raw = asyncio.run(_run(target, workload, starts, concurrency))
+        asked = _run(target, workload, starts, concurrency)
     finally:
         if was_enabled:
             gc.enable()
     return [
-        _timing(*each, expected=expected)
-        for each, expected in zip(raw, workload.output_lens, strict=True)
+        _timing(each.sent, each.packets, expected)
+        for each, expected in zip(asked, workload.output_lens, strict=True)
     ]
 
 
-async def _run(
+def _run(
     target: Target, workload: Workload, starts: Sequence[float], concurrency: int | None
-) -> list[tuple[float, list[tuple[float, bytes]]]]:
-    room = asyncio.Semaphore(concurrency or len(starts))
-    requests = [
-        target.request(prompt, count)
+) -> list[_Asked]:
+    """Ask, and note what comes; an event loop would take several times as long for it."""
+    asked = [
+        _Asked(target.request(prompt, count))
         for prompt, count in zip(workload.prompts, workload.output_lens, strict=True)
     ]
-    parts = urlsplit(target.url)
-    secure = ssl.create_default_context() if parts.scheme == "https" else None
-    port = parts.port or (443 if secure else 80)
-    loop = asyncio.get_running_loop()
-    begun = loop.time()
-
-    async def ask(request: bytes, start: float) -> tuple[float, list[tuple[float, bytes]]]:
-        await asyncio.sleep(begun + start - loop.time())
-        async with room:
-            sent = time.perf_counter()
-            try:
-                transport, protocol = await loop.create_connection(
-                    lambda: _Reader(request, loop), parts.hostname or "", port, ssl=secure
-                )
-            except OSError as error:
-                raise BenchError(f"no server answers at {target.url}: {error}") from error
-            try:
-                await _unless_silent(protocol)
-            finally:
-                transport.abort()
-            return sent, protocol.packets
-
-    tasks = [asyncio.ensure_future(ask(*each)) for each in zip(requests, starts, strict=True)]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-async def _unless_silent(reader: _Reader) -> None:
-    """Wait for the end, as long as bytes come."""
-    while True:
-        count = len(reader.packets)
-        done, _ = await asyncio.wait([reader.done], timeout=_NO_ANSWER)
-        if done:
-            return
-        if len(reader.packets) == count:
-            raise BenchError(f"the server said nothing for {_NO_ANSWER:.0f} s")
+    waiting = deque(sorted(zip(starts, asked, strict=True), key=lambda pair: pair[0]))
+    most = concurrency or len(asked)
+    running = 0
+    with ExitStack() as stack, selectors.DefaultSelector() as selector:
+        begun = time.perf_counter()
+        while waiting or running:
+            timeout = _NO_ANSWER
+            while waiting and running < most:
+                timeout = begun + waiting[0][0] - time.perf_counter()
+                if timeout > 0:
+                    break
+                each = waiting.popleft()[1]
+                connection = stack.enter_context(each.send(target))
+                selector.register(connection, selectors.EVENT_READ, each)
+                running += 1
+                timeout = 0
+            ready = selector.select(min(timeout, _NO_ANSWER))
+            now = time.perf_counter()
+            if not ready and running and timeout >= _NO_ANSWER:
+                raise BenchError(f"the server said nothing for {_NO_ANSWER:.0f} s")
+            for key, _ in ready:
+                connection = cast(socket.socket, key.fileobj)
+                if not key.data.receive(connection, now):
+                    selector.unregister(connection)
+                    connection.close()
+                    running -= 1
+    return asked
 
 
-class _Reader(asyncio.Protocol):
-    """Sends a request and notes what comes when."""
+class _Asked:
+    """A request on its way, and what came of it."""
 
-    def __init__(self, request: bytes, loop: asyncio.AbstractEventLoop) -> None:
-        self._request = request
+    __slots__ = ("packets", "request", "sent")
+
+    def __init__(self, request: bytes) -> None:
+        self.request = request
+        self.sent = 0.0
         self.packets: list[tuple[float, bytes]] = []
-        self.done: asyncio.Future[None] = loop.create_future()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        cast(asyncio.Transport, transport).write(self._request)
+    def send(self, target: Target) -> socket.socket:
+        """Connect, and send all of it."""
+        self.sent = time.perf_counter()
+        parts = urlsplit(target.url)
+        host, is_secure = parts.hostname or "", parts.scheme == "https"
+        try:
+            connection = socket.create_connection(
+                (host, parts.port or (443 if is_secure else 80)), timeout=_NO_ANSWER
+            )
+            try:
+                if is_secure:
+                    context = ssl.create_default_context()
+                    connection = context.wrap_socket(connection, server_hostname=host)
+                connection.sendall(self.request)
+                connection.setblocking(False)
+            except BaseException:
+                connection.close()
+                raise
+        except OSError as error:
+            raise BenchError(f"no server answers at {target.url}: {error}") from error
+        return connection
 
-    def data_received(self, data: bytes) -> None:
-        self.packets.append((time.perf_counter(), data))
+    def receive(self, connection: socket.socket, now: float) -> bool:
+        """Take what is there; return whether more may come."""
+        try:
+            while data := connection.recv(_PACKET):
+                self.packets.append((now, data))
+                if len(data) < _PACKET and not isinstance(connection, ssl.SSLSocket):
+                    return True
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return True
+        except OSError:
+            pass  # broken off, which the answer shows
+        return False
 
-    def connection_lost(self, error: Exception | None) -> None:
-        if not self.done.done():
-            self.done.set_result(None)
 
-
-def _timing(sent: float, packets: list[tuple[float, bytes]], *, expected: int) -> Timing:
+def _timing(sent: float, packets: list[tuple[float, bytes]], expected: int) -> Timing:
     response = parse_response(packets)
     if response.status != 200 or not response.is_complete:
         raise BenchError(f"the server answers {response.status}: {_reason(response)}")

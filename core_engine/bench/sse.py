@@ -85,7 +85,7 @@ def parse_response(packets: list[tuple[float, bytes]]) -> Response:
 
 def _chunks(raw: bytes, at: int) -> tuple[list[tuple[int, int]], bool]:
     """Return where the chunks' contents lie, and whether the last one is there."""
-    pieces = []
+    pieces: list[tuple[int, int]] = []
     while (line := raw.find(b"\r\n", at)) >= 0:
         size = int(raw[at:line].split(b";")[0], 16)
         if size == 0:
@@ -103,7 +103,7 @@ def _events(body: bytes) -> list[tuple[int, bytes]]:
     found, at = [], 0
     for line in body.splitlines(keepends=True):
         at += len(line)
-        if line.startswith(b"data:"):
+        if line.startswith(b"data:") and line.endswith(b"\n"):
             found.append((at, line[5:].strip()))
     return found
 

@@ -37,7 +37,7 @@ class ChatReader:
         self._content: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[tuple[str, str, list[str]]] = []
-        self._blank = ""  # whitespace that belongs to the content if more of it comes
+        self._blank: list[str] = []  # whitespace that belongs to the content if more of it comes
         self._finished = False
 
     def feed(self, text: str) -> ChatDelta:
@@ -73,8 +73,8 @@ class ChatReader:
         if self._tool_reader is not None:
             self._take(self._tool_reader.finish(), delta)
         if self._blank and not self._calls:
-            self._add_content(self._blank, delta)
-            self._blank = ""
+            self._add_content("".join(self._blank), delta)
+            self._blank = []
         return delta
 
     @property
@@ -112,7 +112,7 @@ class ChatReader:
                 self._take_text(event.text, delta)
             elif isinstance(event, CallStart):
                 if not self._content:
-                    self._blank = ""
+                    self._blank = []
                 self._calls.append((self._new_id(), event.name, []))
                 id_, name, _ = self._calls[-1]
                 delta.tool_calls.append(ToolCallDelta(len(self._calls) - 1, id_, name))
@@ -121,15 +121,14 @@ class ChatReader:
 
     def _take_text(self, text: str, delta: ChatDelta) -> None:
         """Take in content, but for whitespace at its end, which a call may follow."""
-        text = self._blank + text
         kept = text.rstrip()
-        if kept and self._calls and not self._content:
-            kept = kept.lstrip()
         if kept:
-            self._blank = text[len(text.rstrip()) :]
-            self._add_content(kept, delta)
-        else:
-            self._blank = text
+            text = "".join([*self._blank, text])
+            kept = text.rstrip()
+            self._blank = []
+            self._add_content(kept.lstrip() if self._calls and not self._content else kept, delta)
+        if len(kept) < len(text):
+            self._blank.append(text[len(kept) :])
 
     def _add_content(self, text: str, delta: ChatDelta) -> None:
         self._content.append(text)

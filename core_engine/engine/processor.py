@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 
-_MAX_SEQUENCES = 16384
+MAX_SEQUENCES = 16384
 """Most completions, or beams, of one request: each takes memory and time before anything runs."""
 
 _TEXT_LIKE = (str, bytes, bytearray, memoryview)
@@ -143,10 +143,10 @@ class Processor:
         else:
             params = params.clone()
         params.verify(self.limits.vocab_size)
-        if params.num_sequences > _MAX_SEQUENCES:
+        if params.num_sequences > MAX_SEQUENCES:
             name = "n" if params.best_of is None else "best_of"
             raise InvalidRequestError(
-                f"{name} must be at most {_MAX_SEQUENCES}, got {params.num_sequences}"
+                f"{name} must be at most {MAX_SEQUENCES}, got {params.num_sequences}"
             )
         self._check_text_params(params)
         text, token_ids, cache_salt = self._read_prompt(prompt, add_special_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, NoReturn
@@ -96,7 +97,7 @@ def load_object(content: bytes) -> dict[str, Any]:
     if text.count("[") + text.count("{") > _DEEPEST:
         _check_depth(text)
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except RecursionError:
         raise _bad("it is nested too deeply") from None
     except ValueError as error:
@@ -125,6 +126,13 @@ def _check_depth(text: str) -> None:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:50]} is larger than any number here")
+    return value
 
 
 def _bad(reason: str) -> ApiError:

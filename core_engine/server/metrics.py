@@ -202,7 +202,7 @@ class RequestWatch:
         Of the HTTP request that it belongs to.
     """
 
-    __slots__ = ("_counts", "_last", "_max_tokens", "_metrics", "_n", "_news", "_record")
+    __slots__ = ("_begun", "_counts", "_last", "_max_tokens", "_metrics", "_n", "_news", "_record")
 
     def __init__(
         self, metrics: Metrics, params: SamplingParams, record: RequestRecord | None
@@ -214,35 +214,43 @@ class RequestWatch:
         self._n = params.n
         self._counts: dict[int, int] = {}
         self._last: float | None = None
+        self._begun = False
 
     def show(self, output: RequestOutput) -> None:
         """Take in the next output."""
-        new = 0
+        later = 0  # tokens that came after another one of their completion
         counts = self._counts
         for completion in output.outputs:
-            before = counts.get(completion.index, 0)
             size = len(completion.token_ids)
+            before = counts.get(completion.index, 0)
             after = before + size if self._news else size
             counts[completion.index] = after
-            new += after - before
-        metrics = self._metrics
+            later += after - max(before, min(after, 1))
         now = time.monotonic()
-        if self._last is None:
-            times = output.metrics
-            if new and times is not None and times.first_token_time is not None:
-                metrics.first_token.observe(times.first_token_time - times.arrival_time)
-                self._last = now if not output.finished else times.first_token_time
-                # All but the first came by the time that is now, one after the other.
-                if output.finished and new > self._n:
-                    per_token = (now - self._last) * self._n / (new - self._n)
-                    metrics.between_tokens.observe(per_token, new - self._n)
-        elif new > 0:
+        if not self._begun:
+            self._begin(output)
+        if later > 0 and self._last is not None:
             # Several completions have their tokens at once.
-            rounds = max(1, round(new / max(1, len(output.outputs))))
-            metrics.between_tokens.observe((now - self._last) / rounds, new)
+            rounds = max(1.0, later / len(output.outputs))
+            self._metrics.between_tokens.observe((now - self._last) / rounds, later)
+        if self._begun:
             self._last = now
         if output.finished:
             self._finish(output)
+
+    def _begin(self, output: RequestOutput) -> None:
+        """Take in the first output that has a token, or the end that comes before one."""
+        times = output.metrics
+        first = None if times is None else times.first_token_time
+        if first is None and not output.finished:
+            return
+        self._begun = True
+        if self._record is not None:
+            self._record.num_prompt_tokens += len(output.prompt_token_ids)
+        if times is not None and first is not None:
+            self._metrics.first_token.observe(first - times.arrival_time)
+            # What else the output has came from then on, one token after the other.
+            self._last = first
 
     def _finish(self, output: RequestOutput) -> None:
         metrics, times = self._metrics, output.metrics
@@ -257,7 +265,6 @@ class RequestWatch:
         if self._max_tokens is not None:
             metrics.max_tokens.observe(self._max_tokens)
         if self._record is not None:
-            self._record.num_prompt_tokens += prompt
             self._record.num_generated_tokens += generated
         if times is None or times.finished_time is None:
             return

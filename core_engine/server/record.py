@@ -18,6 +18,8 @@ class RequestRecord:
         0 before the answer has begun.
     left : bool
         Whether the client went away before its end.
+    has_body : bool
+        Whether its body has come whole.
     num_prompt_tokens, num_generated_tokens : int
         Of all prompts that it had run.
     """
@@ -25,6 +27,7 @@ class RequestRecord:
     request_id: str
     status: int = 0
     left: bool = False
+    has_body: bool = False
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
 

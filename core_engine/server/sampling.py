@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from quire.engine.processor import MAX_SEQUENCES
 from quire.errors import InvalidRequestError
 from quire.sampling_params import RequestOutputKind, SamplingParams
 from quire.server.errors import ApiError
@@ -86,9 +87,12 @@ def sampling_params(
     values["output_kind"] = kind
     values.update(overrides)
     try:
-        return SamplingParams(**values)
+        params = SamplingParams(**values)
     except InvalidRequestError as error:
         raise field_error(error, body) from None
+    if params.n > MAX_SEQUENCES:  # the server, too, keeps something for each
+        raise ApiError(400, f"n must be at most {MAX_SEQUENCES}, got {params.n}", param="n")
+    return params
 
 
 def field_error(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from quire.errors import InvalidRequestError
 from quire.integrations.langchain.response_format import response_constraint
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from quire.chat import ChatFormat, ChatReader
     from quire.llm import LLM
-    from quire.prompts import Prompt
+    from quire.prompts import Prompt, TokensPrompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,8 @@ def chat_request(
     InvalidRequestError
         There is no chat template, or it refuses the conversation; options contradict each other.
     """
-    constraint = response_constraint(options.response_format)
+    backend = llm.config.structured.structured_outputs_backend
+    constraint = response_constraint(options.response_format, backend)
     if constraint is not None:
         if params.structured_outputs is not None:
             raise InvalidRequestError(
@@ -100,11 +101,10 @@ def chat_request(
         params = replace(params, structured_outputs=constraint)
     choice = "auto" if options.tool_choice is None else options.tool_choice
     parallel = options.parallel_tool_calls is not False
-    if options.tools:
-        params = chat_format.constrain(params, options.tools, choice, parallel)
-    prompt = chat_prompt(llm, messages, options.tools, rendering)
-    text = prompt["prompt"] if isinstance(prompt, dict) else ""
-    reader = partial(chat_format.reader, options.tools or None, choice, parallel, text)
+    tools = options.tools or None
+    prompt = chat_prompt(llm, messages, tools, chat_format, rendering)
+    params = chat_format.constrain(params, tools, choice, parallel, prompt["prompt"])
+    reader = partial(chat_format.reader, tools, choice, parallel, prompt["prompt"])
     return ChatRequest(prompt, params, reader)
 
 
@@ -112,10 +112,17 @@ def chat_prompt(
     llm: LLM,
     messages: list[dict[str, Any]],
     tools: list[dict[str, Any]] | None,
+    chat_format: ChatFormat,
     rendering: Mapping[str, Any],
-) -> Prompt:
-    """Return the text and tokens that the chat template makes of a conversation."""
-    from quire.chat import template_messages, template_tools
+) -> TokensPrompt:
+    """Return the text and tokens that the chat template makes of a conversation.
+
+    Raises
+    ------
+    InvalidRequestError
+        There is no chat template, or it refuses the conversation.
+    """
+    from quire.chat import template_tools
 
     own = llm.config.model.chat_template or llm.get_tokenizer().chat_template
     if own is None and rendering.get("chat_template") is None:
@@ -125,4 +132,6 @@ def chat_prompt(
             "that was tuned for chat (its name often ends in -Instruct), or use VLLM, which "
             "completes text"
         )
-    return llm._chat_prompt(template_messages(messages), tools=template_tools(tools), **rendering)
+    written = chat_format.messages(messages)
+    prompt = llm._chat_prompt(written, tools=template_tools(tools), **rendering)
+    return cast("TokensPrompt", prompt)

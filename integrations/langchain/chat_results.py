@@ -181,7 +181,7 @@ def whole_chunk(result: ChatResult) -> ChatGenerationChunk:
     message = generation.message
     assert isinstance(message, AIMessage)
     calls = [
-        tool_call_chunk(name=call["name"], args=_arguments(call), id=call["id"], index=i)
+        tool_call_chunk(name=call["name"], args=_arguments(call["args"]), id=call["id"], index=i)
         for i, call in enumerate([*message.tool_calls, *message.invalid_tool_calls])
     ]
     chunk = AIMessageChunk(
@@ -193,8 +193,7 @@ def whole_chunk(result: ChatResult) -> ChatGenerationChunk:
     return ChatGenerationChunk(message=chunk, generation_info=generation.generation_info)
 
 
-def _arguments(call: ToolCall | InvalidToolCall) -> str | None:
-    arguments = call["args"]
+def _arguments(arguments: dict[str, Any] | str | None) -> str | None:
     if arguments is None or isinstance(arguments, str):
         return arguments
     return json.dumps(arguments, ensure_ascii=False)

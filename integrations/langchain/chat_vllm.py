@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -19,6 +19,7 @@ from langchain_core.runnables.config import get_executor_for_config
 from pydantic import PrivateAttr
 
 from quire.integrations.langchain.batch import batch_configs
+from quire.integrations.langchain.chat_format import new_format
 from quire.integrations.langchain.chat_profile import chat_profile
 from quire.integrations.langchain.chat_request import (
     OPTION_NAMES,
@@ -42,7 +43,6 @@ from quire.outputs import RequestOutput
 from quire.sampling_params import RequestOutputKind
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from uuid import UUID
 
     from langchain_core.callbacks import Callbacks
@@ -131,6 +131,7 @@ disable_streaming, output_version, profile
     streaming: bool = False
 
     _gathering: Gathering | None = PrivateAttr(default=None)
+    _known_format: Any = PrivateAttr(default=None)
 
     CALL_ARGUMENTS: ClassVar[frozenset[str]] = frozenset(
         (*EngineModel.CALL_ARGUMENTS, *_RENDERING, *_FORMAT)
@@ -150,15 +151,12 @@ disable_streaming, output_version, profile
             self.__dict__["profile"] = chat_profile(self.model, limits, chat_format)
 
     def _chat_format(self) -> ChatFormat:
-        from quire.chat import ChatFormat
-
-        llm = self._open_lease().llm
-        template = self.chat_template or llm.config.model.chat_template
-        return ChatFormat.for_model(
-            llm.get_tokenizer() if template is None else template,
-            self.tool_parser,
-            self.reasoning_parser,
-        )
+        """Return how answers are read, from the template that is in use."""
+        key = (self.chat_template, self.tool_parser, self.reasoning_parser)
+        if self._known_format is None or self._known_format[0] != key:
+            self._known_format = (key, new_format(self._open_lease().llm, *key))
+        chat_format: ChatFormat = self._known_format[1]
+        return chat_format
 
     # -- the arguments of a call -----------------------------------------------------------------
 
@@ -431,9 +429,20 @@ disable_streaming, output_version, profile
             ``n`` generations per conversation; ``token_usage`` and ``model_name`` in its
             ``llm_output``.
         """
-        calls = [
+        if len(messages) == 1:
+            return super().generate(
+                messages,
+                stop,
+                callbacks,
+                tags=tags,
+                metadata=metadata,
+                run_name=run_name,
+                run_id=run_id,
+                **kwargs,
+            )
+        calls: list[Callable[[Self], LLMResult]] = [
             partial(
-                super(ChatVLLM, type(self)).generate,
+                type(self).generate,
                 messages=[conversation],
                 stop=stop,
                 callbacks=callbacks,
@@ -445,14 +454,17 @@ disable_streaming, output_version, profile
             )
             for i, conversation in enumerate(messages)
         ]
-        if len(calls) == 1:
-            return calls[0](self)
         results = self._together(calls, MOST_THREADS) if calls else []
         return LLMResult(
             generations=[generations for result in results for generations in result.generations],
             llm_output=combined_output([result.llm_output for result in results]),
             run=[run for result in results for run in result.run or []] or None,
         )
+
+    def __getstate__(self) -> dict[Any, Any]:
+        state = super().__getstate__()
+        state["__pydantic_private__"] |= {"_known_format": None, "_gathering": None}
+        return state
 
     def __repr_args__(self) -> Any:
         return ((name, value) for name, value in super().__repr_args__() if name != "profile")
@@ -484,6 +496,7 @@ disable_streaming, output_version, profile
             self._open_lease().llm,
             openai_messages(messages),
             openai_tools(tools) if tools else None,
+            self._chat_format(),
             self._rendering(),
         )
         return len(prompt["prompt_token_ids"])

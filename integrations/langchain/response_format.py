@@ -33,21 +33,30 @@ def json_schema(schema: Any) -> dict[str, Any]:
         raise InvalidRequestError(f"schema is none: {error}") from error
 
 
-def schema_format(schema: Mapping[str, Any], *, strict: bool | None = None) -> dict[str, Any]:
-    """Return the ``response_format`` that asks for JSON of this schema."""
-    inner: dict[str, Any] = {"name": str(schema.get("title", "answer")), "schema": {**schema}}
+def schema_format(schema: dict[str, Any], *, strict: bool | None = None) -> dict[str, Any]:
+    """Return the ``response_format`` that asks for JSON of this schema.
+
+    Unless ``strict`` is False, objects in it have no members that the schema does not name: weak
+    models would make them up without end.
+    """
+    from quire.chat.schemas import closed
+
+    shape = schema if strict is False else closed(schema)
+    inner: dict[str, Any] = {"name": str(schema.get("title", "answer")), "schema": shape}
     if strict is not None:
         inner["strict"] = strict
     return {"type": "json_schema", "json_schema": inner}
 
 
-def response_constraint(response_format: Any) -> StructuredOutputsParams | None:
+def response_constraint(response_format: Any, backend: str) -> StructuredOutputsParams | None:
     """Return what an answer has to match; None where it is free.
 
     Parameters
     ----------
     response_format : dict, class or None
         In the shape of OpenAI's chat completions, or a class that has a JSON schema.
+    backend : str
+        The library that the engine enforces structures with.
 
     Raises
     ------
@@ -56,17 +65,19 @@ def response_constraint(response_format: Any) -> StructuredOutputsParams | None:
     """
     if response_format is None:
         return None
+    # More than a space between the parts of JSON is how weak models run on.
+    compact: dict[str, Any] = {} if backend == "xgrammar" else {"whitespace_pattern": "[ ]?"}
     if isinstance(response_format, type):
-        return StructuredOutputsParams(json=json_schema(response_format))
+        return StructuredOutputsParams(json=json_schema(response_format), **compact)
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
     if kind == "text":
         return None
     if kind == "json_object":
-        return StructuredOutputsParams(json_object=True)
+        return StructuredOutputsParams(json_object=True, **compact)
     if kind != "json_schema":
         raise refuse("response_format", response_format, _EXPECTED)
     inner = response_format.get("json_schema")
     schema = inner.get("schema") if isinstance(inner, Mapping) else None
     if not isinstance(schema, Mapping):
         raise refuse("response_format", response_format, _EXPECTED)
-    return StructuredOutputsParams(json={**schema})
+    return StructuredOutputsParams(json={**schema}, **compact)

@@ -136,7 +136,7 @@ class ToolCallingModel(BaseChatModel):
             raise InvalidRequestError(f"tools= needs method='json_schema', not {method!r}")
         parser = StructuredOutputParser(model_class=model_class_of(schema))
         bound = {**kwargs, "ls_structured_output_format": described_schema(schema, method, strict)}
-        if method == "function_calling":
+        if method == "function_calling" and schema is not None:
             [tool] = openai_tools([schema])
             parser.tool_name = tool["function"]["name"]
             model = self.bind_tools(

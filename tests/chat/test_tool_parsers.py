@@ -123,15 +123,19 @@ JSON = st.recursive(
     | st.booleans()
     | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=8,
+    | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=4,
 )
-ARGUMENTS = st.dictionaries(st.text(), JSON, max_size=3)
+ARGUMENTS = st.dictionaries(st.text(max_size=5), JSON, max_size=2)
 
 
 @pytest.mark.parametrize("parser", PARSERS)
-@given(calls=st.lists(st.tuples(st.sampled_from(["weather", "x"]), ARGUMENTS), min_size=1))
+@given(
+    calls=st.lists(st.tuples(st.sampled_from(["weather", "x"]), ARGUMENTS), min_size=1, max_size=3)
+)
 def test_calls_are_read_as_they_were_written(parser, calls):
     text = written(parser, calls)
     content, _, found = read(reader_of(parser), list(text))

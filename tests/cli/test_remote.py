@@ -193,3 +193,21 @@ def test_a_url_has_a_scheme() -> None:
     result = invoke("complete", "x", "--url", "localhost:8000")
     assert isinstance(result.exception, InvalidRequestError)
     assert "http://localhost:8000/v1" in str(result.exception)
+
+
+def test_a_server_says_what_an_engine_here_says(served: Any) -> None:
+    """The same options, the same text, streamed and as JSON; in a chat, over several turns."""
+    here, there = ("--model", "quire/demo"), ("--url", served.url)
+    greedy = ("--temperature", "0", "--max-tokens", "12")
+    for command, said in (
+        (("complete", "The capital of France is"), None),
+        (("complete", "Once upon", "Two plus", "--n", "1"), None),
+        (("chat", "--system", "You are kind."), "What is the capital of France?\nAnd of Italy?\n"),
+    ):
+        local, remote = (invoke(*command, *where, *greedy, stdin=said) for where in (here, there))
+        assert remote.exit_code == 0, remote.output
+        assert local.stdout == remote.stdout
+        assert local.stdout.strip()
+    wrong = invoke("complete", "x", *there, "--model", "nobody")
+    assert isinstance(wrong.exception, RemoteError)
+    assert "quire/demo" in str(wrong.exception)

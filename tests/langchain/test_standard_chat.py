@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -78,6 +79,13 @@ class TestUnit(Standard, ChatModelUnitTests):
         # There is no server that would want a key, time out or be asked again.
         params = super().standard_chat_model_params
         return {k: v for k, v in params.items() if k not in ("api_key", "timeout", "max_retries")}
+
+    @pytest.fixture(autouse=True)
+    def trusted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Trust the class, as a user must: LangChain's "all" are the classes that it knows."""
+        loader: Any = importlib.import_module("langchain_core.load.load")
+        path = ("quire", "integrations", "langchain", "chat_vllm", "ChatVLLM")
+        monkeypatch.setitem(loader._default_class_paths_cache, "all", {path})
 
     @pytest.fixture
     def snapshot(self) -> Snapshot:

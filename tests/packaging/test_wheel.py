@@ -75,6 +75,13 @@ def test_type_marker_and_demo_model_ship(repo_root: Path, wheel: zipfile.ZipFile
     assert sum(wheel.getinfo(name).file_size for name in files) <= 8 * 2**20
 
 
+def test_the_page_of_the_server_ships(repo_root: Path, wheel: zipfile.ZipFile) -> None:
+    """What a browser loads comes with the server."""
+    files = [each.name for each in (repo_root / "core_engine/server/page").iterdir()]
+    assert "index.html" in files
+    assert {f"quire/server/page/{name}" for name in files} <= set(wheel.namelist())
+
+
 def test_the_native_kernels_ship(wheel: zipfile.ZipFile) -> None:
     """Where there is a compiler, their library is in the wheel; their sources are not."""
     shipped = [name for name in wheel.namelist() if name.startswith("quire/kernels/cpu/")]

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner, Result
 
 pytest.importorskip("fastapi", reason="fastapi is in the extras 'server' and 'dev'")
 
+from quire.cli.app import app as command
 from quire.errors import EngineClosedError, InvalidRequestError
 from quire.server.batch.lines import BatchRequest, BrokenLine, read_lines
 from quire.server.batch.results import ResultFile
@@ -207,3 +213,74 @@ def test_a_file_is_read_no_further_than_it_is_worked_on(tmp_path: Path) -> None:
     lines = read_lines(write(tmp_path / "in", line("a"), b"{"))
     assert isinstance(next(lines), BatchRequest)
     assert isinstance(next(lines), BrokenLine)
+
+
+def invoke(source: Path, target: Path, *options: str) -> Result:
+    arguments = ["run-batch", "-i", str(source), "-o", str(target), *options]
+    return CliRunner().invoke(command, arguments)
+
+
+def test_the_command_answers_as_the_server_does(tmp_path: Path) -> None:
+    """Every endpoint, what it refuses, and a status that tells of failures until there are none."""
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    good = [
+        line("chat", "/v1/chat/completions", model="quire/demo", messages=chat, temperature=0),
+        line("text", prompt="Hello", max_tokens=3, temperature=0),
+        line("vector", "/v1/embeddings", input=["a", "b"]),
+        line("response", "/v1/responses", input="What is the capital of France?", temperature=0),
+    ]
+    bad = [line("nobody", model="nobody", prompt="x"), line("range", prompt="x", temperature=-1)]
+    target = tmp_path / "out"
+    result = invoke(write(tmp_path / "in", *good, *bad, b"{"), target)
+    assert result.exit_code == 1, result.output
+    assert "line 5 (nobody): 404" in result.stderr
+    assert "line 6 (range): 400" in result.stderr
+    assert "line 7: not JSON" in result.stderr
+    assert "4 answered, 3 failed, 0 answered before" in result.stderr
+    bodies = {r["custom_id"]: r["response"]["body"] for r in read(target) if r["response"]}
+    assert "Paris" in bodies["chat"]["choices"][0]["message"]["content"]
+    assert bodies["text"]["usage"]["completion_tokens"] <= 3
+    assert len(bodies["vector"]["data"]) == 2
+    assert bodies["response"]["object"] == "response"
+    result = invoke(write(tmp_path / "in", *good), target)
+    assert (result.exit_code, len(read(target))) == (0, 4)
+    assert "0 answered, 0 failed, 4 answered before" in result.stderr
+
+
+def test_what_cannot_be_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    """The input as output, a folder that is not there, an output of something else."""
+    source = write(tmp_path / "in", line("a"))
+    for target in (source, tmp_path / "none" / "out"):
+        result = invoke(source, target, "--model", str(tmp_path))
+        assert result.exit_code == 2
+        assert "--output-file" in result.stderr
+    (tmp_path / "out").write_text("precious\n")
+    result = invoke(source, tmp_path / "out", "--model", str(tmp_path))
+    assert isinstance(result.exception, InvalidRequestError)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_process_that_is_ended_loses_nothing(tmp_path: Path, how: signal.Signals) -> None:
+    """Whatever ends it in the middle: the same command goes on, and each request has one answer."""
+    count = 120
+    options = {"max_tokens": 40, "ignore_eos": True}
+    source = write(
+        tmp_path / "in", *(line(f"r{i}", prompt=f"Number {i}", **options) for i in range(count))
+    )
+    target = tmp_path / "out"
+    words = ["run-batch", "-i", str(source), "-o", str(target), "--max-concurrency", "8"]
+    arguments = [sys.executable, "-m", "quire", *words]
+    first = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    while first.poll() is None and not (target.exists() and target.stat().st_size > 3_000):
+        time.sleep(0.01)
+    first.send_signal(how)
+    _, said = first.communicate(timeout=60)
+    assert first.returncode == (130 if how is signal.SIGINT else -how), said
+    before = target.read_bytes()
+    whole = before[: before.rindex(b"\n") + 1]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert f"{whole.count(bytes([10]))} answered before" in done.stderr
+    assert 0 < whole.count(b"\n") < count
+    assert target.read_bytes().startswith(whole)
+    assert sorted(r["custom_id"] for r in read(target)) == sorted(f"r{i}" for i in range(count))

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
@@ -24,7 +25,12 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
+from quire.async_llm import AsyncLLM
+from quire.sampling_params import SamplingParams
+from quire.server.app import build_app
 from quire.server.routes import page
+from quire.server.service import Service
+from quire.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
@@ -32,7 +38,24 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Stub:
+class Hosted:
+    """An application on a free port, in a thread."""
+
+    def __init__(self, app: Any) -> None:
+        config = uvicorn.Config(app, port=0, log_level="warning", ws="none", lifespan="off")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        wait(lambda: self._server.started)
+        port = self._server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+
+    def close(self) -> None:
+        self._server.should_exit = self._server.force_exit = True
+        self._thread.join(10)
+
+
+class Stub(Hosted):
     """A server with the real page, and answers that a test writes."""
 
     def __init__(self) -> None:
@@ -64,13 +87,7 @@ class Stub:
             self.asked.append(json.loads(await request.body()))
             return StreamingResponse(self.stream(), media_type="text/event-stream")
 
-        config = uvicorn.Config(app, port=0, log_level="warning", ws="none", lifespan="off")
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
-        self._thread.start()
-        wait(lambda: self._server.started)
-        port = self._server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+        super().__init__(app)
 
     def may(self, request: Request) -> bool:
         return self.key is None or request.headers.get("authorization") == f"Bearer {self.key}"
@@ -89,10 +106,6 @@ class Stub:
         except asyncio.CancelledError:
             self.aborted.set()
             raise
-
-    def close(self) -> None:
-        self._server.should_exit = self._server.force_exit = True
-        self._thread.join(10)
 
 
 def wait(condition: Callable[[], T], seconds: float = 20) -> T:
@@ -372,6 +385,99 @@ def test_the_page_is_whole_by_itself(opened: Page, stub: Stub) -> None:
         assert opened.all(f"label[for={field.get_attribute('id')}]")
     for button in opened.all("button"):
         assert button.accessible_name or not button.is_displayed()
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[AsyncLLM]:
+    with AsyncLLM("quire/demo", max_model_len=2048) as llm:
+        yield llm
+
+
+class Talkative(Service):
+    """Where it is told so, an answer goes on until somebody stops it."""
+
+    endless = False
+
+    def generate(self, prompt: Any, params: SamplingParams, **options: Any) -> Any:
+        params.ignore_eos = self.endless
+        return super().generate(prompt, params, **options)
+
+
+@pytest.fixture
+def service(llm: AsyncLLM) -> Talkative:
+    settings = ServerSettings(served_model_names=("quire/demo",))
+    return Talkative(llm, settings, asyncio.run(llm.get_tokenizer()))
+
+
+@pytest.fixture
+def real(chromium: Chrome, service: Talkative) -> Iterator[Page]:
+    """The page of a server with an engine."""
+    server = Hosted(build_app(service))
+    shown = Page(chromium, server.url)
+    shown.ready()
+    yield shown
+    chromium.get("about:blank")
+    server.close()
+
+
+def test_the_demo_answers_in_the_page(real: Page) -> None:
+    """What the engine writes arrives, with the server's own count of tokens."""
+    real["temperature"].send_keys("0")
+    real["max_tokens"].send_keys("12")
+    real.send("What is the capital of France?")
+    real.done()
+    assert not real.all(".error"), real.text(".error")
+    assert "Paris" in real.text(".assistant .text")
+    assert "token" in real.text(".assistant footer")
+    real["temperature"].clear()
+    real["temperature"].send_keys("-1")
+    real.send("And now?")
+    real.done()
+    assert "temperature" in real.text(".error")
+
+
+def metrics_of(llm: AsyncLLM) -> dict[str, float]:
+    return asyncio.run(llm.get_metrics())
+
+
+def test_stopping_in_the_page_ends_the_request_in_the_engine(
+    real: Page, service: Talkative
+) -> None:
+    """Its blocks are free at once, and the tokens that were still allowed are never made."""
+    llm, service.endless = service.llm, True
+    before = metrics_of(llm)["num_generation_tokens"]
+    real.send("Tell me everything.")
+    wait(lambda: real.text(".assistant .text"))
+    real["stop"].click()
+    real.done()
+    wait(lambda: metrics_of(llm)["num_unfinished_requests"] == 0, seconds=3)
+    assert metrics_of(llm)["kv_cache_usage"] == 0
+    assert metrics_of(llm)["num_generation_tokens"] - before < 1900
+    assert "stopped" in real.text(".assistant footer")
+
+
+def test_the_charts_show_the_engine(real: Page, service: Talkative) -> None:
+    """While it writes there is a request, and there are tokens per second."""
+    service.endless = True
+    wait(lambda: real["running"].text == "0")
+    for _ in range(20):
+        real.send("Tell me everything.")
+        wait(lambda: real["running"].text == "1" or not real.all(".busy"))
+        if real["running"].text == "1":
+            break
+        real["clear"].click()  # it was done between two looks
+    wait(lambda: float(real["rate"].text) > 0)
+    if real["stop"].is_displayed():
+        real["stop"].click()
+    real.done()
+    wait(lambda: real["running"].text == "0")
+
+
+def test_a_server_can_do_without_the_page() -> None:
+    """Nothing of it is there then."""
+    stand_in: Any = SimpleNamespace(settings=ServerSettings(served_model_names=("m",), page=False))
+    paths = {getattr(route, "path", "") for route in build_app(stand_in).routes}
+    assert not {"/", "/page/{name}"} & paths
 
 
 def test_the_files_forbid_what_is_not_theirs() -> None:

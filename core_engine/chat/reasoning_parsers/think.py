@@ -48,9 +48,10 @@ class ThinkReasoningParser:
             return "", ""
         begin, end = literal(self.begin), literal(self.end)
         # One lexeme where it is text: other lexemes of a grammar may match text that it begins.
-        if state is _In.START and lark_string(self.begin) == begin:
-            rules = [f"thought: THOUGHT /\\s{{0,4}}/\nTHOUGHT[lazy]: {begin} TEXT {end}"]
-            return "thought?", rules[0]
+        is_text = begin == lark_string(self.begin) and end == lark_string(self.end)
+        if state is _In.START and is_text:
+            rules = ["thought: thought_end /\\s{0,4}/", f"thought_end[lazy]: {begin} TEXT {end}"]
+            return "thought?", "\n".join(rules)
         if end == lark_string(self.end):
             rules = ["thought: thought_end /\\s{0,4}/", f"thought_end[lazy]: TEXT {end}"]
         else:

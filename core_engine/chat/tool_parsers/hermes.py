@@ -65,8 +65,8 @@ class HermesToolParser:
             lines += ["free_call: until_call call", f"until_call[lazy]: TEXT {begin}"]
         else:
             lines.append(f"free_call: TEXT {begin} call")
-        lines.append("free: free_call* end" if parallel else "free: free_call | end")
-        return "\n".join([*lines, "end: TEXT"])
+        lines.append("free: free_call* rest" if parallel else "free: free_call | rest")
+        return "\n".join([*lines, "rest: TEXT"])
 
 
 class _In(Enum):

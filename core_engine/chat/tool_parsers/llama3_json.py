@@ -14,7 +14,7 @@ from quire.chat.lark import lark_json, lark_string
 from quire.chat.tool_parsers.interface import Arguments, Event, Function, Text
 
 _TAG: Final = "<|python_tag|>"
-_SUITS: Final = re.compile(r'"name": ?function name, ?"parameters"')
+_SUITS: Final = re.compile(r'\\?"name\\?": ?function name, ?\\?"parameters\\?"')
 _BETWEEN: Final = re.compile(r"[\s;}]*")
 
 
@@ -56,7 +56,9 @@ class Llama3JsonToolParser:
         for i, (name, schema) in enumerate(functions):
             opening = lark_string(f'{{"name": {json.dumps(name)}, "parameters": ')
             lines.append(f'call_{i}: {opening} {lark_json(schema)} "}}"')
-        return "\n".join([*lines, "free: calls | other", r"other: /\s*([^{\s](.|\n)*)?/"])
+        return "\n".join(
+            [*lines, "free: calls | other", r"other: /\s*([^{\s<](.|\n)*|<([^|](.|\n)*)?)?/"]
+        )
 
 
 class _In(Enum):

@@ -48,6 +48,7 @@ class MistralToolParser:
 
     def __init__(self, template: str) -> None:
         self._names_first = _ARGS in template
+        self._has_ids = _CALL_ID in template
 
     @classmethod
     def suits(cls, template: str) -> bool:
@@ -76,7 +77,9 @@ class MistralToolParser:
         lines = [f"call: {' | '.join(f'call_{i}' for i in range(len(functions)))}"]
         for i, (name, schema) in enumerate(functions):
             if self._names_first:
-                lines.append(f"call_{i}: {lark_string(name)} {literal(_ARGS)} {lark_json(schema)}")
+                id_ = f"({literal(_CALL_ID)} /[a-zA-Z0-9]{{9}}/)? " if self._has_ids else ""
+                head = f"{lark_string(name)} {id_}{literal(_ARGS)}"
+                lines.append(f"call_{i}: {head} {lark_json(schema)}")
             else:
                 opening = lark_string(f'{{"name": {json.dumps(name)}, "arguments": ')
                 lines.append(f'call_{i}: {opening} {lark_json(schema)} "}}"')
@@ -87,10 +90,10 @@ class MistralToolParser:
             lines.append(f'behind: " "? "[" call{more} "]"')
         lines.append(f"calls: {begin} behind")
         if begin == lark_string(_BEGIN):
-            lines += ["free: until_calls behind | end", f"until_calls[lazy]: TEXT {begin}"]
+            lines += ["free: until_calls behind | rest", f"until_calls[lazy]: TEXT {begin}"]
         else:
-            lines.append(f"free: TEXT {begin} behind | end")
-        return "\n".join([*lines, "end: TEXT"])
+            lines.append(f"free: TEXT {begin} behind | rest")
+        return "\n".join([*lines, "rest: TEXT"])
 
 
 class _In(Enum):

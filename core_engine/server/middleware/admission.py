@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import anyio
@@ -51,14 +52,15 @@ class Admission:
                 is_stream = any(kind.startswith(b"text/event-stream") for kind in kinds)
             await send(message)
 
-        deadline = anyio.CancelScope()
-        if self._seconds is not None:
-            deadline.deadline = anyio.current_time() + self._seconds
-        with self._life.request(deadline), deadline:
-            await self._app(scope, receive, watched_send)
-        if not deadline.cancelled_caught:
-            return
-        problem = self._ending() if self._life.ending is not None else self._late()
+        with self._life.request(self._seconds) as running:
+            try:
+                await self._app(scope, receive, watched_send)
+            except asyncio.CancelledError:
+                if not running.is_own():
+                    raise
+            else:
+                return
+        problem = self._late() if running.late else self._ending()
         if is_stream is None:
             await refuse(problem, scope, receive, send)
         elif is_stream:

@@ -67,7 +67,9 @@ class Recorder:
 
         async def recorded_receive() -> Message:
             message = await receive()
-            if message["type"] == "http.disconnect" and not finished:
+            if message["type"] == "http.request":
+                record.has_body = not message.get("more_body", False)
+            elif not finished and record.status < 400:  # an error is sent in one piece
                 record.left = True
             return message
 

@@ -6,6 +6,7 @@ import anyio
 from starlette.types import Receive, Scope, Send
 
 from quire.server.errors import ApiError
+from quire.server.record import RECORD
 
 _LINGER_SECONDS = 2.0
 
@@ -27,15 +28,16 @@ async def refuse(problem: ApiError, scope: Scope, receive: Receive, send: Send) 
 
     A connection that is closed with data unread is reset, and the client might never see why.
     """
-    _, has_body = announced_body(scope)
+    record = RECORD.get()
+    comes = announced_body(scope)[1] and not (record is not None and record.has_body)
     response = problem.response()
-    if has_body:
+    if comes:
         response.headers["Connection"] = "close"
     await send(
         {"type": "http.response.start", "status": problem.status, "headers": response.raw_headers}
     )
-    await send({"type": "http.response.body", "body": response.body, "more_body": has_body})
-    if not has_body:
+    await send({"type": "http.response.body", "body": response.body, "more_body": comes})
+    if not comes:
         return
     with anyio.move_on_after(_LINGER_SECONDS):
         while True:

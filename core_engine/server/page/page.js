@@ -52,6 +52,7 @@ class Answer {
     this.finish = null;
     this.usage = null;
     this.article = addMessage("assistant busy", title);
+    this.article.setAttribute("aria-busy", "true"); // read out as a whole, not word by word
     this.reasoning = null;
     this.text = null;
     this.callNodes = [];
@@ -117,6 +118,7 @@ class Answer {
 
   end(note) {
     this.article.classList.remove("busy");
+    this.article.removeAttribute("aria-busy");
     if (note) show(() => this.article.append(element("footer", "", note)));
   }
 

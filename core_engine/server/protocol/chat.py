@@ -27,7 +27,9 @@ _MESSAGE: Final = {
         "tool_call_id": {"type": "string"},
     },
 }
-_CHOICE: Final = {"anyOf": [{"enum": ["auto", "none", "required"]}, {"type": "object"}]}
+_CHOICE: Final = {
+    "anyOf": [{"enum": ["auto", "none", "required"]}, {"type": "object"}, {"type": "null"}]
+}
 
 Messages = Annotated[list[Any], WithJsonSchema({"type": "array", "items": _MESSAGE, "minItems": 1})]
 ToolChoice = Annotated[Any, WithJsonSchema(_CHOICE)]

@@ -9,11 +9,17 @@ from pydantic import AfterValidator, Field, WithJsonSchema
 from quire.server.fields import Int, RequestBody
 
 _STOP_SCHEMA: Final = {
-    "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}},
+        {"type": "null"},
+    ]
 }
 
 
 def _check_stop(value: Any) -> Any:
+    if value is None:
+        return None
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
@@ -22,7 +28,7 @@ def _check_stop(value: Any) -> Any:
 
 
 def _check_early_stopping(value: Any) -> Any:
-    if not isinstance(value, bool) and value != "never":
+    if value is not None and not isinstance(value, bool) and value != "never":
         raise ValueError('must be true, false or "never"')
     return value
 
@@ -31,7 +37,7 @@ Stop = Annotated[Any, AfterValidator(_check_stop), WithJsonSchema(_STOP_SCHEMA)]
 EarlyStopping = Annotated[
     Any,
     AfterValidator(_check_early_stopping),
-    WithJsonSchema({"anyOf": [{"type": "boolean"}, {"const": "never"}]}),
+    WithJsonSchema({"anyOf": [{"type": "boolean"}, {"const": "never"}, {"type": "null"}]}),
 ]
 Object = dict[str, Any]
 
@@ -114,7 +120,7 @@ class SamplingBody(RequestBody):
     structured_outputs: Object | None = None
     """What the text has to match: the fields of ``quire.StructuredOutputsParams``."""
     guided_json: Annotated[
-        Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]})
+        Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}, {"type": "null"}]})
     ] = None
     """An older name of ``structured_outputs.json``; so are the next ones."""
     guided_regex: str | None = None
@@ -124,7 +130,7 @@ class SamplingBody(RequestBody):
     guided_whitespace_pattern: str | None = None
     guided_decoding_backend: str | None = None
     structural_tag: Annotated[
-        Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]})
+        Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}, {"type": "null"}]})
     ] = None
     priority: Int | None = None
     """Lower runs earlier, where the server schedules by priority."""
