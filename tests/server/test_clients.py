@@ -9,11 +9,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Literal
 
 import pytest
-from pydantic import BaseModel, Field
-
-openai = pytest.importorskip("openai")
-langchain_openai = pytest.importorskip("langchain_openai", reason="it is the client under test")
-
 from langchain_core.messages import (
     AIMessage,
     AIMessageChunk,
@@ -22,6 +17,10 @@ from langchain_core.messages import (
     ToolMessage,
 )
 from langchain_core.tools import tool
+from pydantic import BaseModel, Field
+
+openai = pytest.importorskip("openai")
+langchain_openai = pytest.importorskip("langchain_openai", reason="it is the client under test")
 
 MODEL = "quire/demo"
 QUESTION = "What is the capital of France?"
