@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -85,7 +84,8 @@ def explained(
     if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):
         # Older clients let these through while a stream is read.
         text = f"the connection to {url} broke in the middle of an answer: {_reason(error)}"
-        return _both(openai.APIConnectionError, QuireError)._of(text)
+        broken: Exception = _both(openai.APIConnectionError, QuireError)._of(text)
+        return broken
     return error
 
 
@@ -182,11 +182,15 @@ class _Explained(Exception):
         return self._ours, (str(self),)
 
 
-@functools.cache
+_CLASSES: dict[tuple[type[Exception], type[QuireError]], type[_Explained]] = {}
+
+
 def _both(theirs: type[Exception], ours: type[QuireError]) -> type[_Explained]:
-    return type(
-        theirs.__name__, (_Explained, theirs, ours), {"_ours": ours, "__module__": __name__}
-    )
+    found = _CLASSES.get((theirs, ours))
+    if found is None:
+        body = {"_ours": ours, "__module__": __name__}
+        found = _CLASSES[theirs, ours] = type(theirs.__name__, (_Explained, theirs, ours), body)
+    return found
 
 
 def _again(error: openai.APIError, ours: type[QuireError], text: str) -> Exception:
