@@ -204,6 +204,11 @@ disable_streaming, output_version, profile
         """Whether the answer to show is known only when all completions have ended."""
         return self.use_beam_search or self.best_of not in (None, self.n)
 
+    def _should_stream(self, *, async_api: bool, run_manager: Any = None, **kwargs: Any) -> bool:
+        if self.streaming:  # which langchain-core before 1.0 does not look at
+            kwargs.setdefault("stream", True)
+        return super()._should_stream(async_api=async_api, run_manager=run_manager, **kwargs)
+
     # -- what LangChain calls --------------------------------------------------------------------
 
     def _generate(
@@ -360,7 +365,7 @@ disable_streaming, output_version, profile
         return self._together(calls, width, return_exceptions=return_exceptions)
 
     def _together(
-        self, calls: Sequence[Callable[[Self], T]], width: int, *, return_exceptions: bool = False
+        self, calls: Sequence[Callable[[Any], T]], width: int, *, return_exceptions: bool = False
     ) -> list[T]:
         """Return what calls with a model return, whose requests run as one batch of the engine."""
         width = min(len(calls), width)
@@ -370,7 +375,7 @@ disable_streaming, output_version, profile
         model = self._call_copy()
         model._gathering = gathering
 
-        def result(call: Callable[[Self], T]) -> Any:
+        def result(call: Callable[[Any], T]) -> Any:
             try:
                 return gathering.call(lambda: call(model))
             except Exception as error:
@@ -440,7 +445,7 @@ disable_streaming, output_version, profile
                 run_id=run_id,
                 **kwargs,
             )
-        calls: list[Callable[[Self], LLMResult]] = [
+        calls: list[Callable[[Any], LLMResult]] = [
             partial(
                 type(self).generate,
                 messages=[conversation],
