@@ -1,4 +1,4 @@
-"""Train the demo model: ``python -m quire.demo.train [--out DIR] [--seed 0] [--steps N]``.
+"""Train the demo model: ``python -m quire.demo.train``, ``--help`` for its options.
 
 Everything is made here: the text (:mod:`quire.demo.text`), the tokenizer, the weights, the
 measurements in the model card. The same seed, on the same machine with the same versions and
@@ -31,7 +31,7 @@ from quire.demo.samples import END_OF_TEXT, SPECIAL_TOKENS, TURN_END
 from quire.demo.text import training_samples
 from quire.demo.vocabulary import VOCAB_SIZE, save_tokenizer, train_tokenizer
 
-DEFAULT_STEPS = 1600
+DEFAULT_STEPS = 3200
 ROWS_PER_STEP = 8
 LONG_EVERY = 16
 """Every so many steps, a step with long rows."""
@@ -209,8 +209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=default, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
+    parser.add_argument("--threads", type=int, default=NUM_THREADS)
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(min(NUM_THREADS, os.cpu_count() or 1))
+    torch.set_num_threads(min(arguments.threads, os.cpu_count() or 1))
     start = time.perf_counter()
     tokenizer = build_tokenizer(arguments.seed)
 
