@@ -78,7 +78,8 @@ its knowledge.
 nothing: the text, a byte-level BPE tokenizer of {config["vocab_size"]} tokens, the weights, this
 card. {tokens:.1f} million tokens, {minutes:.0f} minutes of wall time on {threads} \
 ({making.versions});
-Muon and AdamW with a cosine schedule, in float32, rounded to bfloat16 at the end. The same seed
+Muon and AdamW with a cosine schedule, in float32, rounded to bfloat16 at the end. The first weights
+are random but for a pair of heads that finds what was said before. The same seed
 gives the same files on the same machine, versions and number of threads.
 
 ## Measured on held-out questions

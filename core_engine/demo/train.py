@@ -22,6 +22,7 @@ import tokenizers
 import torch
 from tokenizers import Tokenizer
 
+from quire.demo.beginnings import prepare_to_copy
 from quire.demo.card import Making, model_card
 from quire.demo.evaluate import evaluate, table, with_transformers
 from quire.demo.facts import WORDS
@@ -31,16 +32,16 @@ from quire.demo.samples import END_OF_TEXT, SPECIAL_TOKENS, TURN_END
 from quire.demo.text import training_samples
 from quire.demo.vocabulary import VOCAB_SIZE, save_tokenizer, train_tokenizer
 
-DEFAULT_STEPS = 3200
+DEFAULT_STEPS = 2400
 ROWS_PER_STEP = 8
 LONG_EVERY = 16
 """Every so many steps, a step with long rows."""
 COPIED_ROWS = 2
 """Rows of repeated random tokens in a step, while the model learns to copy at all."""
-COPYING_SHARE = 0.4
-MATRIX_LEARNING_RATE = 0.02
+COPYING_SHARE = 0.25
+MATRIX_LEARNING_RATE = 0.012
 """Muon's peak, for the matrices of the layers."""
-VECTOR_LEARNING_RATE = 4e-3
+VECTOR_LEARNING_RATE = 3e-3
 """AdamW's peak, for the embedding and the norms."""
 WARMUP_SHARE = 0.02
 TOKENIZER_SAMPLES = 20_000
@@ -74,13 +75,15 @@ CONFIG: dict[str, Any] = {
 
 
 def build_model(seed: int) -> Any:
-    """Make the untrained model in float32, its weights drawn from the seed."""
+    """Make the untrained model in float32, its weights drawn from the seed, ready to copy."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(**{**CONFIG, "dtype": "float32", "use_cache": False})
     config._attn_implementation = "sdpa"
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    prepare_to_copy(model, seed, rope_theta=CONFIG["rope_theta"])
+    return model
 
 
 def build_tokenizer(seed: int) -> Tokenizer:
