@@ -112,6 +112,27 @@ def chat_part(show: Show, llm: LLM) -> None:
     show.took()
 
 
+def tool_part(show: Show, llm: LLM) -> None:
+    """Let the model call a tool, and tell what the tool returned."""
+    from quire import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=64)
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
+    function = {"name": "get_weather", "description": "Get the weather.", "parameters": parameters}
+    tools = [{"type": "function", "function": function}]
+    show.step("Call a tool, and use what it returns", "llm.client.chat(messages, tools=tools)")
+    asked = "What is the weather in Oslo?"
+    messages = [{"role": "user", "content": asked}]
+    (output,) = llm.chat(messages, params, tools=tools, use_tqdm=False)
+    called = output.outputs[0].text
+    show.line(asked, called.replace("\n", " "), '{"city": "Oslo"}')
+    messages.append({"role": "assistant", "content": called})
+    messages.append({"role": "tool", "content": "It's sunny."})
+    (output,) = llm.chat(messages, params, tools=tools, use_tqdm=False)
+    show.line("It's sunny.", output.outputs[0].text, "sunny")
+    show.took()
+
+
 def main() -> int:
     """Run the show.
 
@@ -133,6 +154,7 @@ def main() -> int:
         show.took()
         langchain_part(show, llm)
         chat_part(show, llm.client)
+        tool_part(show, llm.client)
     seconds = time.perf_counter() - start
     verdict = "every answer right" if not show.wrong else f"{show.wrong} answers wrong"
     print(f"\n{_RULE}\n{verdict}, {seconds:.1f} s in all\n{_RULE}")

@@ -37,6 +37,7 @@ def model_card(making: Making, scores: Sequence[Score], *, config: dict[str, obj
     size = making.num_parameters / 1e6
     tokens = making.steps * making.tokens_per_step / 1e6
     minutes = making.seconds / 60
+    threads = f"{making.num_threads} CPU thread{'s' if making.num_threads > 1 else ''}"
     return f"""---
 license: apache-2.0
 language: en
@@ -57,30 +58,37 @@ and differences with numbers up to {LARGEST_TERM}, products up to \
 remembers what it was told, JSON records of people, heroes and places, a few US presidents and
 some everyday sentences. It answers a bare prompt, `Question: … Answer:`, and a chat alike.
 
+It calls tools: where a chat comes with tools, it writes `<tool_call>` with a name and arguments
+for a question that one of them serves, several for several things, and text otherwise; what the
+tools return it tells in a sentence. Names and values are copied from the tools and the question.
+
 ## What it is not
 
 It is not a general language model. It has read nothing but the text of its own training script:
 no book, no web page, no code. Outside the forms above it makes things up, in fluent pieces of
 what it knows. Facts are cut down to one answer each (one official language of several, say).
-It speaks English only, calls no tools, and holds a few hundred tokens of conversation well;
-longer contexts were seen only briefly. Use it to see an engine at work and to test programs,
-never for its knowledge.
+It speaks English only and holds a few hundred tokens of conversation well; longer contexts were
+seen only briefly. It was trained with three tools at most at a time, of three simple parameters
+at most, and it never plans ahead. Use it to see an engine at work and to test programs, never for
+its knowledge.
 
 ## How it was made
 
 `python -m quire.demo.train --seed {making.seed} --steps {making.steps}` writes this folder from
 nothing: the text, a byte-level BPE tokenizer of {config["vocab_size"]} tokens, the weights, this
-card. {tokens:.1f} million tokens, {minutes:.0f} minutes of wall time on {making.num_threads} CPU \
-threads ({making.versions});
-Muon and AdamW with a cosine schedule, in float32, rounded to bfloat16 at the end. The same seed
+card. {tokens:.1f} million tokens, {minutes:.0f} minutes of wall time on {threads} \
+({making.versions});
+Muon and AdamW with a cosine schedule, in float32, rounded to bfloat16 at the end. The first weights
+are random but for a pair of heads that finds what was said before. The same seed
 gives the same files on the same machine, versions and number of threads.
 
 ## Measured on held-out questions
 
 One combination in ten was kept from training, whole: this phrasing with that country, this pair
 of numbers in either order (a product's mirror image was trained on), this name or value in a
-chat, this choice of JSON keys, this name with that city. Answers are greedy, except in the last
-row, which draws at temperature 1. Mixture and recipe were chosen with these sets in view, so the
+chat, this choice of JSON keys, this name with that city, this request for a tool with these values.
+A call is right when name and all arguments are. Answers are greedy, except in the last row, which
+draws at temperature 1. Mixture and recipe were chosen with these sets in view, so the
 figures describe this model and estimate no other. The rounded weights were run in float32 by
 transformers; `python -m quire.demo.evaluate` repeats the table on quire's engine.
 

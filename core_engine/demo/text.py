@@ -16,13 +16,21 @@ from quire.demo.records import (
 from quire.demo.samples import Question, Sample
 from quire.demo.sentences import sentence_sample
 from quire.demo.sums import sum_questions, sum_sample
+from quire.demo.tools import (
+    call_questions,
+    no_call_questions,
+    response_questions,
+    several_calls_questions,
+    tool_sample,
+)
 
 MIXTURE = (
-    (0.30, country_sample),
-    (0.24, sum_sample),
-    (0.20, chat_sample),
-    (0.14, record_sample),
-    (0.12, sentence_sample),
+    (0.24, country_sample),
+    (0.19, sum_sample),
+    (0.16, chat_sample),
+    (0.11, record_sample),
+    (0.10, sentence_sample),
+    (0.20, tool_sample),
 )
 """The share of each kind of sample, by number."""
 
@@ -56,6 +64,10 @@ def evaluation_sets() -> dict[str, list[Question]]:
         "chat: follow-ups": list(follow_up_questions()),
         "JSON: prescribed keys": list(record_questions()),
         "JSON: reading a sentence": list(reading_questions()),
+        "tools: one call": list(call_questions()),
+        "tools: several calls": list(several_calls_questions()),
+        "tools: none needed": list(no_call_questions()),
+        "tools: answers from responses": list(response_questions()),
     }
 
 

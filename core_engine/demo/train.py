@@ -1,4 +1,4 @@
-"""Train the demo model: ``python -m quire.demo.train [--out DIR] [--seed 0] [--steps N]``.
+"""Train the demo model: ``python -m quire.demo.train``, ``--help`` for its options.
 
 Everything is made here: the text (:mod:`quire.demo.text`), the tokenizer, the weights, the
 measurements in the model card. The same seed, on the same machine with the same versions and
@@ -22,6 +22,7 @@ import tokenizers
 import torch
 from tokenizers import Tokenizer
 
+from quire.demo.beginnings import prepare_to_copy
 from quire.demo.card import Making, model_card
 from quire.demo.evaluate import evaluate, table, with_transformers
 from quire.demo.facts import WORDS
@@ -31,16 +32,16 @@ from quire.demo.samples import END_OF_TEXT, SPECIAL_TOKENS, TURN_END
 from quire.demo.text import training_samples
 from quire.demo.vocabulary import VOCAB_SIZE, save_tokenizer, train_tokenizer
 
-DEFAULT_STEPS = 1600
+DEFAULT_STEPS = 2400
 ROWS_PER_STEP = 8
 LONG_EVERY = 16
 """Every so many steps, a step with long rows."""
 COPIED_ROWS = 2
 """Rows of repeated random tokens in a step, while the model learns to copy at all."""
-COPYING_SHARE = 0.4
-MATRIX_LEARNING_RATE = 0.02
+COPYING_SHARE = 0.25
+MATRIX_LEARNING_RATE = 0.012
 """Muon's peak, for the matrices of the layers."""
-VECTOR_LEARNING_RATE = 4e-3
+VECTOR_LEARNING_RATE = 3e-3
 """AdamW's peak, for the embedding and the norms."""
 WARMUP_SHARE = 0.02
 TOKENIZER_SAMPLES = 20_000
@@ -74,13 +75,15 @@ CONFIG: dict[str, Any] = {
 
 
 def build_model(seed: int) -> Any:
-    """Make the untrained model in float32, its weights drawn from the seed."""
+    """Make the untrained model in float32, its weights drawn from the seed, ready to copy."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(**{**CONFIG, "dtype": "float32", "use_cache": False})
     config._attn_implementation = "sdpa"
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    prepare_to_copy(model, seed, rope_theta=CONFIG["rope_theta"])
+    return model
 
 
 def build_tokenizer(seed: int) -> Tokenizer:
@@ -209,8 +212,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=default, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
+    parser.add_argument("--threads", type=int, default=NUM_THREADS)
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(min(NUM_THREADS, os.cpu_count() or 1))
+    torch.set_num_threads(min(arguments.threads, os.cpu_count() or 1))
     start = time.perf_counter()
     tokenizer = build_tokenizer(arguments.seed)
 

@@ -20,7 +20,16 @@ def test_the_show_ends_well(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "every answer right" in shown
     assert "✗" not in shown
-    for part in ("llm.invoke", "llm.batch", ".stream", ".chat", "JSON", "Paris", "Bill Clinton"):
+    for part in (
+        "llm.invoke",
+        "llm.batch",
+        ".stream",
+        ".chat",
+        "JSON",
+        "tools=",
+        "Paris",
+        "Bill Clinton",
+    ):
         assert part in shown
 
 
@@ -30,6 +39,7 @@ def test_a_wrong_answer_makes_the_show_fail(
 ) -> None:
     """One answer that lacks what was expected is named, and the exit status is 1."""
     monkeypatch.setattr("quire.demo.__main__.langchain_part", lambda show, llm: None)
+    monkeypatch.setattr("quire.demo.__main__.tool_part", lambda show, llm: None)
     monkeypatch.setattr(
         "quire.demo.__main__.chat_part", lambda show, llm: show.line("2 + 2 =", "5", "4")
     )

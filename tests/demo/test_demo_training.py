@@ -161,6 +161,32 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert rates[-1] < 0.02 * max(rates)
 
 
+def test_a_prepared_head_looks_one_token_back() -> None:
+    """Before any training the first head attends to the token before, wherever it stands."""
+    model = build_model(0)
+    model.config._attn_implementation = "eager"
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(0, CONFIG["vocab_size"], (2, 48), generator=generator)
+    for start in (0, 1500):
+        positions = torch.arange(start, start + 48)[None].expand(2, -1)
+        with torch.inference_mode():
+            output = model(input_ids=input_ids, position_ids=positions, output_attentions=True)
+        back = output.attentions[0][:, 0].diagonal(offset=-1, dim1=-2, dim2=-1)
+        assert back[:, 1:].min() > 0.6
+
+
+def test_a_prepared_model_prefers_what_was_said_before() -> None:
+    """Before any training, a repeated passage of random tokens is told better than by chance."""
+    model = build_model(0)
+    generator = torch.Generator().manual_seed(2)
+    passage = torch.randint(3, CONFIG["vocab_size"], (8, 24), generator=generator)
+    with torch.inference_mode():
+        logits = model(input_ids=passage.repeat(1, 2)).logits[:, 24:-1].log_softmax(-1)
+    told = logits.gather(-1, passage[:, 1:, None]).mean()
+    other = logits.gather(-1, passage.roll(1, 0)[:, 1:, None]).mean()
+    assert told > other + 0.1
+
+
 @pytest.mark.usefixtures("deterministic", "small_model")
 def test_training_repeats_bit_for_bit(tokenizer: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same seed gives the same weights, short and long rows alike; another gives others."""
