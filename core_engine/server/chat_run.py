@@ -57,7 +57,7 @@ async def prepare_chat(service: Service, body: ChatRequest, *, kind: str) -> Cha
     check_stream_fields(body)
     _check_fields(body)
     defaults = await service.llm.get_default_sampling_params()
-    params = sampling_params(body, defaults, **_overrides(body, defaults))
+    params = sampling_params(service, body, defaults, **_overrides(body, defaults))
     tools = body.tools or None
     choice = "auto" if body.tool_choice is None else body.tool_choice
     parallel = body.parallel_tool_calls is not False

@@ -34,8 +34,14 @@ _FORMATS: Final = (
 _SCHEMA_FIELDS: Final = ("name", "description", "schema", "strict")
 
 
-def structured_outputs(body: SamplingBody) -> StructuredOutputsParams | None:
+def structured_outputs(body: SamplingBody, backend: str) -> StructuredOutputsParams | None:
     """Return what the text has to match, or None.
+
+    Parameters
+    ----------
+    body : SamplingBody
+    backend : str
+        The library that the engine enforces structures with.
 
     Raises
     ------
@@ -56,6 +62,9 @@ def structured_outputs(body: SamplingBody) -> StructuredOutputsParams | None:
     if body.response_format is not None:
         read = _read_format(body.response_format)
         if read is not None:
+            if read[1].keys() & {"json", "json_object"} and backend != "xgrammar":
+                # More than a space between the parts of JSON is how weak models run on.
+                read[1]["whitespace_pattern"] = "[ ]?"
             found["response_format"] = read
     if not found:
         return None

@@ -15,6 +15,7 @@ from quire.server.response_format import structured_outputs
 if TYPE_CHECKING:
     from quire.server.fields import RequestBody
     from quire.server.protocol.sampling import SamplingBody
+    from quire.server.service import Service
 
 _SAME_NAME: Final = (
     "n",
@@ -51,12 +52,13 @@ _SUBJECT: Final = re.compile(r"(?:each (?:token )?id of )?'?((\w+)(?:\[\d+\]|\.\
 
 
 def sampling_params(
-    body: SamplingBody, defaults: SamplingParams, **overrides: Any
+    service: Service, body: SamplingBody, defaults: SamplingParams, **overrides: Any
 ) -> SamplingParams:
     """Return the engine's parameters.
 
     Parameters
     ----------
+    service : Service
     body : SamplingBody
         What it gives wins over the defaults.
     defaults : SamplingParams
@@ -77,7 +79,8 @@ def sampling_params(
         value = getattr(body, name)
         if value is not None:
             values[name] = value
-    values["structured_outputs"] = structured_outputs(body)
+    backend = service.llm.config.structured.structured_outputs_backend
+    values["structured_outputs"] = structured_outputs(body, backend)
     values["extra_args"] = body.vllm_xargs
     if body.stream:
         whole = bool(body.use_beam_search)  # beams are compared first, and come in one piece

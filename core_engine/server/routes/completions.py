@@ -47,7 +47,7 @@ async def create_completion(
     if no_tokens:  # the engine generates at least one, which is dropped
         overrides.update(max_tokens=1, min_tokens=0)
     defaults = await service.llm.get_default_sampling_params()
-    params = sampling_params(body, defaults, **overrides)
+    params = sampling_params(service, body, defaults, **overrides)
     prompts = await tokenized(service, body.prompt, body)
     run = Run(service, body, prompts, params, prompt_field="prompt", kind="cmpl")
     answer = _Answer(service, body, run, model)
