@@ -169,6 +169,8 @@ def serve(
         concurrency=max_concurrency,
         seed=seed,
     )
+    if api_key is not None:
+        api_key = api_key.split(",")[0].strip()  # a server's variable may have several
     name = str(url) if checkpoint is None else checkpoint.name
     typer.echo(f"{name}, {load}; {json.dumps(report.machine())}")
     with ExitStack() as stack:

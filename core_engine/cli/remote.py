@@ -30,6 +30,7 @@ class RemoteSpeaker:
     fields : mapping
         Goes with every request, as it is.
     api_key : str, optional
+        Of several with commas, the first.
 
     Raises
     ------
@@ -48,7 +49,9 @@ class RemoteSpeaker:
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise InvalidRequestError(f"--url {url!r}: such as http://localhost:8000/v1")
         self._url = url if parts.path.strip("/") else f"{url.rstrip('/')}/v1"
-        self._client = openai.OpenAI(base_url=self._url, api_key=api_key or "EMPTY")
+        # The variable may be the one that the server was started with, which has several.
+        key = (api_key or "").split(",")[0].strip() or "EMPTY"
+        self._client = openai.OpenAI(base_url=self._url, api_key=key)
         self._fields = dict(fields)
         try:
             self._model = self._first_model() if model is None else model

@@ -132,6 +132,17 @@ def test_one_completion_is_streamed(stub: Stub) -> None:
     assert stub.asked[0][1] == "Bearer secret"
 
 
+def test_the_key_is_that_of_the_servers_variable(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several the first; without one, what servers without keys are sent."""
+    stub.body = {"choices": []}
+    for told, key in (("first, second", "first"), ("", "EMPTY")):
+        monkeypatch.setenv("QUIRE_API_KEY", told)
+        invoke("complete", "x", "--url", stub.url, "--model", "m", "--json")
+        assert stub.asked[-1][1] == f"Bearer {key}"
+
+
 @pytest.mark.parametrize(
     ("status", "kind", "said"),
     [
