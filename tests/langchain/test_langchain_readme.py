@@ -12,6 +12,8 @@ def test_examples_run(repo_root: Path, capsys: pytest.CaptureFixture[str]) -> No
     """Every example of the README runs, one after the other, and prints what it promises."""
     text = (repo_root / "integrations" / "langchain" / "README.md").read_text()
     examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    # Those that need a server are run with one, among the tests of VLLMOpenAI.
+    examples = [example for example in examples if "http://localhost" not in example]
     assert len(examples) == 5
     scope: dict[str, object] = {}
     printed = []
