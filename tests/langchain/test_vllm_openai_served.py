@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -146,3 +148,17 @@ def test_a_chain(remote: VLLMOpenAI) -> None:
     chain = prompt | remote.bind(stop=["."]) | StrOutputParser()
     assert chain.invoke({"x": "Spain"}).endswith("Madrid")
     assert "Paris" in "".join(chain.stream({"x": "France"}))
+
+
+def test_the_readmes_example(
+    served: Any, repo_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the adapter's README shows of a server runs on one."""
+    folder = repo_root / "integrations" / "langchain"
+    texts = [path.read_text() for path in sorted(folder.glob("README*.md"))]
+    blocks = [b for text in texts for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+    [example] = [block for block in blocks if "http://localhost:8000" in block]
+    exec(example.replace("http://localhost:8000", served.url), {})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.strip()
+    assert second in ("yes", "no")
