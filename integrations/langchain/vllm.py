@@ -29,8 +29,7 @@ class VLLM(EngineModel, TextModel):
 
     A prompt goes to the model as it is written, also to an instruct model, for which it should
     hold the model's own chat markup. Messages are written out by LangChain as ``Human: ...``. A
-    model's chat template is applied by :meth:`quire.LLM.chat`, and by ``ChatVLLM``, the chat model
-    of a later version.
+    model's chat template is applied by :meth:`quire.LLM.chat`, and by ``ChatVLLM``.
 
     The engine is made with the object, or shared with every other object that asks for the same
     checkpoint and engine arguments. Prompts of ``batch`` run as one batch, and calls from several
