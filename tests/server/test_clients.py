@@ -99,12 +99,9 @@ def test_text(chat: Callable[..., Any], responses: bool) -> None:
     assert answer.usage_metadata["input_tokens"] > 3
     assert answer.usage_metadata["output_tokens"] > 3
     whole: Any = None
-    pieces = 0
     for chunk in llm.stream(QUESTION):
         whole = chunk if whole is None else whole + chunk
-        pieces += bool(chunk.text)
     assert whole.text == answer.text
-    assert pieces > 1
     for name in ("input_tokens", "output_tokens", "total_tokens"):
         assert whole.usage_metadata[name] == answer.usage_metadata[name]
     if not responses:

@@ -393,6 +393,11 @@ def llm() -> Iterator[AsyncLLM]:
         yield llm
 
 
+def _slowly(token_ids: Any, logits: Any) -> Any:
+    time.sleep(0.005)
+    return logits
+
+
 class Talkative(Service):
     """Where it is told so, an answer goes on until somebody stops it."""
 
@@ -400,6 +405,8 @@ class Talkative(Service):
 
     def generate(self, prompt: Any, params: SamplingParams, **options: Any) -> Any:
         params.ignore_eos = self.endless
+        if self.endless:
+            params.logits_processors = [_slowly]  # a browser takes its time, too
         return super().generate(prompt, params, **options)
 
 
