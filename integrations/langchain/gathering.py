@@ -106,8 +106,7 @@ class Gathering:
         """End all requests that run or wait: nobody wants the answers any more."""
         with self._lock:
             self._abandoned = True
-            running = list(self._running)
-        self._loop.abort(running)
+            self._loop.abort(list(self._running))
 
     def _last_event(self, events: SimpleQueue[Event]) -> Event | None:
         while not self._abandoned:
@@ -127,12 +126,12 @@ class Gathering:
             complete = len(self._waiting) + len(self._running) >= at_work
             if held_up:
                 complete |= time.monotonic() - self._last_arrival >= _PATIENCE
-            if not complete or not self._waiting:
+            if self._abandoned or not complete or not self._waiting:
                 return
             waiting, self._waiting = self._waiting, []
             self._running.update(request.request_id for request, _ in waiting)
-        try:
-            self._loop.submit([(request, events.put) for request, events in waiting])
-        except BaseException as error:  # of a closed engine: everybody is told
-            for _, events in waiting:
-                events.put(error)
+            try:  # with the lock: what is abandoned later has to be in the engine to be aborted
+                self._loop.submit([(request, events.put) for request, events in waiting])
+            except BaseException as error:  # of a closed engine: everybody is told
+                for _, events in waiting:
+                    events.put(error)

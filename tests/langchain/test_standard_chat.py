@@ -60,7 +60,8 @@ class Standard:
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"model": "quire/demo", "temperature": 0}
+        # The demo model repeats itself without end in texts of a kind that it has not learned.
+        return {"model": "quire/demo", "temperature": 0, "frequency_penalty": 1.0}
 
     @property
     def supports_json_mode(self) -> bool:
