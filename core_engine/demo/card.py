@@ -74,7 +74,8 @@ its knowledge.
 
 ## How it was made
 
-`python -m quire.demo.train --seed {making.seed} --steps {making.steps}` writes this folder from
+`python -m quire.demo.train --seed {making.seed} --steps {making.steps} \
+--threads {making.num_threads}` writes this folder from
 nothing: the text, a byte-level BPE tokenizer of {config["vocab_size"]} tokens, the weights, this
 card. {tokens:.1f} million tokens, {minutes:.0f} minutes of wall time on {threads} \
 ({making.versions});

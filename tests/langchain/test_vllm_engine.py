@@ -219,7 +219,7 @@ async def test_closing_ends_what_runs() -> None:
     llm.close()
     with pytest.raises(EngineClosedError):
         llm.invoke("a")
-    assert other.generate(["a"])
+    assert other.generate([QUESTION.format("France")])
     other.close()
     for running in (stream, bound):
         with pytest.raises(EngineClosedError):
