@@ -14,6 +14,7 @@ from quire.server.routes import (
     completions,
     embeddings,
     health,
+    lora,
     metrics,
     models,
     page,
@@ -46,7 +47,8 @@ def build_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     install_error_handlers(app)
-    endpoints = (models, completions, chat, responses, embeddings, tokenization, health, metrics)
+    endpoints = [models, completions, chat, responses, embeddings, tokenization]
+    endpoints += [lora, health, metrics]
     for module in endpoints:
         app.include_router(module.router)
     if service.settings.page:

@@ -350,3 +350,10 @@ async def test_no_value_of_a_field_is_a_defect_of_the_server(
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
         answer = await http.post(path, json={**common, **fields})
     assert answer.status_code in (200, 400, 404), answer.text
+
+
+@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
+async def test_adapters_are_refused_by_name(http, path):
+    answer = await http.post(path, json={"lora_name": "mine", "lora_path": "somewhere"})
+    assert answer.status_code == 400
+    assert "mine" in answer.json()["error"]["message"]
