@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from quire import LLM
 from quire.async_llm import AsyncLLM
+from quire.server import errors
 from quire.server.app import build_app
 from quire.server.body import UNKNOWN_HEADER, load_object
 from quire.server.errors import ApiError
@@ -350,3 +351,36 @@ async def test_no_value_of_a_field_is_a_defect_of_the_server(
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
         answer = await http.post(path, json={**common, **fields})
     assert answer.status_code in (200, 400, 404), answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "wrong"),
+    [
+        ("/v1/embeddings", "input", [True] * 50_000),
+        ("/v1/embeddings", "input", [[True]] * 50_000),
+        ("/v1/embeddings", "input", 5),
+        ("/v1/completions", "stop_token_ids", ["a"] * 50_000),
+        ("/v1/completions", "bad_words", [1] * 50_000),
+        ("/v1/completions", "logit_bias", dict.fromkeys(map(str, range(50_000)), "a")),
+        ("/detokenize", "tokens", ["a"] * 50_000),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+async def test_a_body_of_wrong_items_costs_no_more_than_a_right_one(
+    http: httpx.AsyncClient, monkeypatch, path: str, field: str, wrong: object
+) -> None:
+    """However many items of a field are wrong, one error is made, and names the field."""
+    found = []
+    original = errors._validation_error
+
+    def count(error):
+        found.append(len(error.errors()))
+        return original(error)
+
+    monkeypatch.setattr(errors, "_validation_error", count)
+    body = {**BODIES.get(path, {}), field: wrong}
+    answer = await http.post(path, json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"].partition("[")[0].partition(".")[0] == field
+    assert answer.json()["error"]["param"].count(".") <= (field == "logit_bias")
+    assert sum(found) <= 1

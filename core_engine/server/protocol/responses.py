@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Final
 
 from pydantic import WithJsonSchema
 
-from quire.server.fields import Int, RequestBody
+from quire.server.fields import Int, RequestBody, Strings
 from quire.server.protocol.sampling import Object, SamplingBody
 
 _INPUT: Final = {
@@ -68,7 +68,7 @@ class ResponsesRequest(SamplingBody):
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
     top_logprobs: Int | None = None
-    include: list[str] | None = None
+    include: Strings | None = None
     """``"message.output_text.logprobs"`` returns log-probabilities; the others add nothing."""
     truncation: str | None = None
     """``"disabled"``: what is too long is refused."""
