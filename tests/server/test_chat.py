@@ -229,6 +229,22 @@ async def test_template_variables_reach_the_template(http: httpx.AsyncClient) ->
 Scripted = Callable[..., httpx.AsyncClient]
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+async def test_a_template_of_a_request_is_refused_unless_it_is_trusted(
+    demo_llm: LLM, path: str
+) -> None:
+    """It would run: some thirty characters of one take all memory, or minutes of a core."""
+    settings = ServerSettings(served_model_names=("demo",))
+    service = Service(AsyncLLM.from_llm(demo_llm), settings, demo_llm.get_tokenizer())
+    transport = httpx.ASGITransport(build_app(service))
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        for template in ("{{ 'a'|center(10**10) }}", "x"):
+            body = {"messages": CAPITAL, "chat_template": template}
+            answer = await client.post(path, json=body)
+            assert answer.status_code == 400
+            assert answer.json()["error"]["param"] == "chat_template"
+
+
 @pytest_asyncio.fixture
 async def scripted(demo_llm: LLM) -> AsyncIterator[Scripted]:
     """Returns a client of a server whose model says a given text, token by token."""
@@ -236,7 +252,9 @@ async def scripted(demo_llm: LLM) -> AsyncIterator[Scripted]:
     async with AsyncExitStack() as stack:
 
         def make(said: str, **settings: Any) -> httpx.AsyncClient:
-            own = ServerSettings(served_model_names=("demo",), **settings)
+            own = ServerSettings(
+                served_model_names=("demo",), trust_request_chat_template=True, **settings
+            )
             service = Service(AsyncLLM.from_llm(demo_llm), own, tokenizer)
             ids = tokenizer.encode(said)
 
