@@ -229,6 +229,22 @@ async def test_template_variables_reach_the_template(http: httpx.AsyncClient) ->
 Scripted = Callable[..., httpx.AsyncClient]
 
 
+async def test_what_tools_and_a_format_have_against_each_other_is_told_of_the_format(
+    http: httpx.AsyncClient,
+) -> None:
+    """``param`` is a field that the request has, not the engine's name for it."""
+    body = {
+        "messages": CAPITAL,
+        "tools": TOOLS,
+        "tool_choice": "required",
+        "chat_template": TEMPLATE,
+        "response_format": {"type": "json_object"},
+    }
+    answer = await http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "response_format"
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
 async def test_a_template_of_a_request_is_refused_unless_it_is_trusted(
     demo_llm: LLM, path: str

@@ -126,6 +126,7 @@ async def test_completions_refuse_by_name(
     ("fields", "param"),
     [
         ({"messages": []}, "messages"),
+        ({"logprobs": True, "top_logprobs": 10**6}, "top_logprobs"),
         ({"messages": None}, "messages"),
         ({"messages": ["hello"]}, "messages[0]"),
         ({"messages": [{"content": "x"}]}, "messages[0].role"),

@@ -51,6 +51,9 @@ class ResponsesRequest(SamplingBody):
         "best_of": "a response has one answer",
         "use_beam_search": "a response has one answer",
         "prompt_logprobs": "a response has no place for them",
+        "return_token_ids": "a response has no place for them",
+        "length_penalty": "it is about use_beam_search, and a response has one answer",
+        "early_stopping": "it is about use_beam_search, and a response has one answer",
         "moderation": "there is none here",
         "context_management": "nothing is kept here",
     }
