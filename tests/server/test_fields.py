@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 
 import httpx
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from quire import LLM
 from quire.async_llm import AsyncLLM
+from quire.engine.processor import Processor
 from quire.server import errors
 from quire.server.app import build_app
 from quire.server.body import UNKNOWN_HEADER, load_object
@@ -106,6 +108,8 @@ async def test_what_cannot_be_honoured_is_refused_by_name(
         ({"prompt": [10**6]}, "prompt"),
         ({"prompt": {"a": 1}}, "prompt"),
         ({"prompt": ""}, "prompt"),
+        ({"prompt": ["a"] * 20_000}, "prompt"),
+        ({"prompt": ["a"] * 200, "n": 200}, "prompt"),
         ({"prompt": "a " * 5000}, "prompt"),
         ({"logprobs": True}, "logprobs"),
         ({"logprobs": 10**6}, "logprobs"),
@@ -385,3 +389,21 @@ async def test_a_body_of_wrong_items_costs_no_more_than_a_right_one(
     assert answer.json()["error"]["param"].partition("[")[0].partition(".")[0] == field
     assert answer.json()["error"]["param"].count(".") <= (field == "logit_bias")
     assert sum(found) <= 1
+
+
+async def test_many_bad_words_are_spelled_outside_of_the_event_loop(
+    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes two calls of the tokenizer, in which no other request would be answered."""
+    threads = set()
+    original = Processor._spellings
+
+    def spellings(self: Processor, word: str) -> list[list[int]]:
+        threads.add(threading.get_ident())
+        return original(self, word)
+
+    monkeypatch.setattr(Processor, "_spellings", spellings)
+    body = {"prompt": "a", "max_tokens": 1, "bad_words": [f"w{i}" for i in range(100)]}
+    assert (await http.post("/v1/completions", json=body)).status_code == 200
+    assert threads
+    assert threading.get_ident() not in threads
