@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 _LONG_PROMPT = 4096
 """Characters, or tokens, above which a prompt is read on a thread of its own: about 1 ms."""
 
+_MANY_WORDS = 32
+"""Bad words above which these are spelled on a thread of their own, likewise."""
+
 _POLL_SECONDS = 0.5
 
 
@@ -140,7 +143,9 @@ class AsyncLLM:
                 single, sampling_params, lora_request=lora_request, priority=priority
             )
 
-        async with aclosing(self._run(llm, single, make, request_id)) as outputs:
+        words = sampling_params.bad_words if isinstance(sampling_params, SamplingParams) else None
+        slow = _is_long(single) or len(words or ()) > _MANY_WORDS
+        async with aclosing(self._run(llm, make, request_id, slow=slow)) as outputs:
             async for output in outputs:
                 yield output
 
@@ -163,22 +168,24 @@ class AsyncLLM:
         def make() -> Request:
             return llm._make_embedding(single, pooling_params, lora_request)
 
-        async with aclosing(self._run(llm, single, make, request_id)) as outputs:
+        slow = _is_long(single)
+        async with aclosing(self._run(llm, make, request_id, slow=slow)) as outputs:
             *_, last = [output async for output in outputs]
         return EmbeddingRequestOutput.of(last)
 
     async def _run(
         self,
         llm: LLM,
-        prompt: Prompt,
         make: Callable[[], Request],
         request_id: str | None,
+        *,
+        slow: bool,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Make a request, run it, and yield its outputs; errors know its name."""
         name = uuid4().hex if request_id is None else request_id
         try:
             # What takes long to tokenize must not keep the event loop from its other requests.
-            request = await asyncio.to_thread(make) if _is_long(prompt) else make()
+            request = await asyncio.to_thread(make) if slow else make()
             loop = llm._lifetime.start()
             loop.check_may_wait()
             events: asyncio.Queue[Event] = asyncio.Queue()

@@ -89,6 +89,7 @@ def run_batch(
         names = tuple(served_model_name or (llm.config.model.model,))
         settings = ServerSettings(
             served_model_names=names,
+            trust_request_chat_template=True,  # the file is of who runs this
             tool_call_parser=tool_call_parser,
             reasoning_parser=reasoning_parser,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from quire.errors import InvalidRequestError
@@ -52,6 +53,7 @@ async def chat_prompt(service: Service, body: ChatFields, **variables: Any) -> T
             "gone on with, and no new one begun",
             param="add_generation_prompt",
         )
+    _check_template(service, body.chat_template)
     given = body.chat_template_kwargs or {}
     for name in given:
         if name in _OWN:
@@ -74,6 +76,22 @@ async def chat_prompt(service: Service, body: ChatFields, **variables: Any) -> T
         of_template = body.chat_template and str(error).startswith(_OF_TEMPLATE)
         other = "chat_template" if of_template else "messages"
         raise field_error(error, body, other) from None
+
+
+def _check_template(service: Service, template: str | None) -> None:
+    """Refuse a program of somebody who is not trusted with one; the name of one is none."""
+    named = service.tokenizer.chat_template
+    if not template or service.settings.trust_request_chat_template:
+        return
+    if isinstance(named, Mapping) and template in named:
+        return
+    raise ApiError(
+        400,
+        "chat_template is not taken from requests: a template is a program; give it to the server, "
+        "or start that with --trust-request-chat-template",
+        param="chat_template",
+        code="unsupported_parameter",
+    )
 
 
 def _own_template(service: Service) -> str | None:

@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final
 
 from fastapi import Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast
 
 from quire.server.errors import ApiError
 from quire.utils.checks import shown
@@ -28,6 +28,16 @@ def _whole(value: Any) -> Any:
 
 Int = Annotated[int, BeforeValidator(_whole)]
 """An integer as JSON knows them: 1.0 is one, "1" and true are none."""
+
+
+class _FirstAlone(FailFast):
+    __hash__ = object.__hash__  # a union with None needs one
+
+
+Ints = Annotated[list[Int], _FirstAlone()]
+"""Several of them. Only the first wrong one is told: an error for each of a million would take
+gigabytes, and seconds of the event loop."""
+Strings = Annotated[list[str], _FirstAlone()]
 
 
 class RequestBody(BaseModel):

@@ -128,6 +128,7 @@ def _settings(
         served_model_names=take("served_model_name", _texts, (model,)),
         api_keys=_api_keys(take("api_key", _texts, None), environ),
         chat_template=template,
+        trust_request_chat_template=take("trust_request_chat_template", checks.boolean, False),
         tool_call_parser=tool_call_parser,
         reasoning_parser=take("reasoning_parser", checks.text, None),
         strict_fields=take("strict_fields", checks.boolean, False),

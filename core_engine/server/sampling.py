@@ -10,11 +10,11 @@ from quire.engine.processor import MAX_SEQUENCES
 from quire.errors import InvalidRequestError
 from quire.sampling_params import RequestOutputKind, SamplingParams
 from quire.server.errors import ApiError
-from quire.server.response_format import structured_outputs
+from quire.server.protocol.sampling import SamplingBody
+from quire.server.response_format import structure_field, structured_outputs
 
 if TYPE_CHECKING:
     from quire.server.fields import RequestBody
-    from quire.server.protocol.sampling import SamplingBody
     from quire.server.service import Service
 
 _SAME_NAME: Final = (
@@ -118,6 +118,11 @@ def field_error(
     if name == "max_tokens" and getattr(body, "max_completion_tokens", None) is not None:
         path = name = "max_completion_tokens"
         message = message.replace("max_tokens", name, 1)
+    if name == "logprobs" and isinstance(getattr(body, "top_logprobs", None), int):
+        path = name = "top_logprobs"  # logprobs is a switch where there is such a field
+        message = message.replace("logprobs", name, 1)
+    if name == "structured_outputs" and not getattr(body, name, None):
+        path = name = structure_field(body) if isinstance(body, SamplingBody) else name
     code = "context_length_exceeded" if "max_model_len" in message else None
     known: Mapping[str, Any] = type(body).model_fields
     return ApiError(400, message, param=path if name in known else other, code=code)

@@ -37,6 +37,13 @@ def server_flags() -> list[Flag]:
             help="A file with a Jinja template, or the template.",
         ),
         Flag(
+            name="trust_request_chat_template",
+            kind="switch",
+            group=_ANSWERS,
+            help="Run templates that come with requests, for clients who may stop the server.",
+            default=settings.trust_request_chat_template,
+        ),
+        Flag(
             name="tool_call_parser",
             kind="text",
             group=_ANSWERS,

@@ -17,6 +17,9 @@ class ServerSettings:
         Of which a client has to send one; none are asked for where it is empty.
     chat_template : str or None
         A template, instead of the model's own.
+    trust_request_chat_template : bool
+        Take templates that come with requests: a template is a program, which may hold up the
+        server and fill its memory.
     tool_call_parser, reasoning_parser : str or None
         How answers are read; None guesses by the model's chat template.
     strict_fields : bool
@@ -50,6 +53,7 @@ class ServerSettings:
     served_model_names: tuple[str, ...]
     api_keys: tuple[str, ...] = ()
     chat_template: str | None = None
+    trust_request_chat_template: bool = False
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
     strict_fields: bool = False

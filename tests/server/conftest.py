@@ -27,7 +27,11 @@ def demo_llm() -> Iterator[LLM]:
 @pytest.fixture(scope="session")
 def demo_service(demo_llm: LLM) -> Service:
     """A service over the same engine, which also answers to the name ``demo``."""
-    settings = ServerSettings(served_model_names=("quire/demo", "demo"), tool_call_parser="hermes")
+    settings = ServerSettings(
+        served_model_names=("quire/demo", "demo"),
+        tool_call_parser="hermes",
+        trust_request_chat_template=True,
+    )
     return Service(AsyncLLM.from_llm(demo_llm), settings, demo_llm.get_tokenizer())
 
 

@@ -229,6 +229,38 @@ async def test_template_variables_reach_the_template(http: httpx.AsyncClient) ->
 Scripted = Callable[..., httpx.AsyncClient]
 
 
+async def test_what_tools_and_a_format_have_against_each_other_is_told_of_the_format(
+    http: httpx.AsyncClient,
+) -> None:
+    """``param`` is a field that the request has, not the engine's name for it."""
+    body = {
+        "messages": CAPITAL,
+        "tools": TOOLS,
+        "tool_choice": "required",
+        "chat_template": TEMPLATE,
+        "response_format": {"type": "json_object"},
+    }
+    answer = await http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "response_format"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+async def test_a_template_of_a_request_is_refused_unless_it_is_trusted(
+    demo_llm: LLM, path: str
+) -> None:
+    """It would run: some thirty characters of one take all memory, or minutes of a core."""
+    settings = ServerSettings(served_model_names=("demo",))
+    service = Service(AsyncLLM.from_llm(demo_llm), settings, demo_llm.get_tokenizer())
+    transport = httpx.ASGITransport(build_app(service))
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        for template in ("{{ 'a'|center(10**10) }}", "x"):
+            body = {"messages": CAPITAL, "chat_template": template}
+            answer = await client.post(path, json=body)
+            assert answer.status_code == 400
+            assert answer.json()["error"]["param"] == "chat_template"
+
+
 @pytest_asyncio.fixture
 async def scripted(demo_llm: LLM) -> AsyncIterator[Scripted]:
     """Returns a client of a server whose model says a given text, token by token."""
@@ -236,7 +268,9 @@ async def scripted(demo_llm: LLM) -> AsyncIterator[Scripted]:
     async with AsyncExitStack() as stack:
 
         def make(said: str, **settings: Any) -> httpx.AsyncClient:
-            own = ServerSettings(served_model_names=("demo",), **settings)
+            own = ServerSettings(
+                served_model_names=("demo",), trust_request_chat_template=True, **settings
+            )
             service = Service(AsyncLLM.from_llm(demo_llm), own, tokenizer)
             ids = tokenizer.encode(said)
 

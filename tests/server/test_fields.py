@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 
 import httpx
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 
 from quire import LLM
 from quire.async_llm import AsyncLLM
+from quire.engine.processor import Processor
+from quire.server import errors
 from quire.server.app import build_app
 from quire.server.body import UNKNOWN_HEADER, load_object
 from quire.server.errors import ApiError
@@ -105,6 +108,8 @@ async def test_what_cannot_be_honoured_is_refused_by_name(
         ({"prompt": [10**6]}, "prompt"),
         ({"prompt": {"a": 1}}, "prompt"),
         ({"prompt": ""}, "prompt"),
+        ({"prompt": ["a"] * 20_000}, "prompt"),
+        ({"prompt": ["a"] * 200, "n": 200}, "prompt"),
         ({"prompt": "a " * 5000}, "prompt"),
         ({"logprobs": True}, "logprobs"),
         ({"logprobs": 10**6}, "logprobs"),
@@ -125,6 +130,7 @@ async def test_completions_refuse_by_name(
     ("fields", "param"),
     [
         ({"messages": []}, "messages"),
+        ({"logprobs": True, "top_logprobs": 10**6}, "top_logprobs"),
         ({"messages": None}, "messages"),
         ({"messages": ["hello"]}, "messages[0]"),
         ({"messages": [{"content": "x"}]}, "messages[0].role"),
@@ -357,3 +363,54 @@ async def test_adapters_are_refused_by_name(http, path):
     answer = await http.post(path, json={"lora_name": "mine", "lora_path": "somewhere"})
     assert answer.status_code == 400
     assert "mine" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "wrong"),
+    [
+        ("/v1/embeddings", "input", [True] * 50_000),
+        ("/v1/embeddings", "input", [[True]] * 50_000),
+        ("/v1/embeddings", "input", 5),
+        ("/v1/completions", "stop_token_ids", ["a"] * 50_000),
+        ("/v1/completions", "bad_words", [1] * 50_000),
+        ("/v1/completions", "logit_bias", dict.fromkeys(map(str, range(50_000)), "a")),
+        ("/detokenize", "tokens", ["a"] * 50_000),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+async def test_a_body_of_wrong_items_costs_no_more_than_a_right_one(
+    http: httpx.AsyncClient, monkeypatch, path: str, field: str, wrong: object
+) -> None:
+    """However many items of a field are wrong, one error is made, and names the field."""
+    found = []
+    original = errors._validation_error
+
+    def count(error):
+        found.append(len(error.errors()))
+        return original(error)
+
+    monkeypatch.setattr(errors, "_validation_error", count)
+    body = {**BODIES.get(path, {}), field: wrong}
+    answer = await http.post(path, json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"].partition("[")[0].partition(".")[0] == field
+    assert answer.json()["error"]["param"].count(".") <= (field == "logit_bias")
+    assert sum(found) <= 1
+
+
+async def test_many_bad_words_are_spelled_outside_of_the_event_loop(
+    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes two calls of the tokenizer, in which no other request would be answered."""
+    threads = set()
+    original = Processor._spellings
+
+    def spellings(self: Processor, word: str) -> list[list[int]]:
+        threads.add(threading.get_ident())
+        return original(self, word)
+
+    monkeypatch.setattr(Processor, "_spellings", spellings)
+    body = {"prompt": "a", "max_tokens": 1, "bad_words": [f"w{i}" for i in range(100)]}
+    assert (await http.post("/v1/completions", json=body)).status_code == 200
+    assert threads
+    assert threading.get_ident() not in threads

@@ -148,6 +148,8 @@ def test_logprobs_are_those_of_the_tokens(client):
     [part] = item.content
     assert "".join(entry.token for entry in part.logprobs).startswith(part.text)
     assert all(len(entry.top_logprobs) == 2 for entry in part.logprobs)
+    [item] = ask(client, top_logprobs=1, extra_body={"return_tokens_as_token_ids": True}).output
+    assert all(entry.token.startswith("token_id:") for entry in item.content[0].logprobs)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +168,13 @@ def test_logprobs_are_those_of_the_tokens(client):
         ("text.format", {"text": {"format": {"type": "yaml"}}}),
         ("max_output_tokens", {"max_output_tokens": 0}),
         ("n", {"n": 2}),
+        ("top_logprobs", {"top_logprobs": 10**6}),
+        ("top_logprobs", {"top_logprobs": -2}),
+        ("return_token_ids", {"return_token_ids": True}),
+        ("length_penalty", {"length_penalty": 2.0}),
+        ("tools[0].name", {"tools": [{"type": "function"}]}),
+        ("tools[0].parameters", {"tools": [{**TOOL, "parameters": 3}]}),
+        ("text.format.schema", {"text": {"format": {"type": "json_schema", "name": "a"}}}),
         ("temperature", {"temperature": -1}),
         ("input", {"input": "long " * 5000}),
     ],

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Final
 
 from pydantic import WithJsonSchema
 
-from quire.server.fields import Int, RequestBody
+from quire.server.fields import Int, RequestBody, Strings
 from quire.server.protocol.sampling import Object, SamplingBody
 
 _PART: Final = {
@@ -90,7 +90,7 @@ class ChatRequest(ChatFields, SamplingBody):
     """Whether the answer has what the model thought."""
     echo: bool | None = None
     """Put the last message before the answer, where both are the assistant's."""
-    modalities: list[str] | None = None
+    modalities: Strings | None = None
     """``["text"]``."""
 
     # These change nothing here.

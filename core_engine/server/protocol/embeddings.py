@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from quire.server.fields import Int, RequestBody
+from quire.server.protocol.completions import Prompts
 
 
 class EmbeddingRequest(RequestBody):
@@ -15,7 +16,7 @@ class EmbeddingRequest(RequestBody):
         "mm_processor_kwargs": "models here read text",
     }
 
-    input: str | list[str] | list[Int] | list[list[Int]]
+    input: Prompts
     """A text or its token ids, or a list of either."""
     model: str | None = None
     """One of the names of ``/v1/models``; left out, the first."""

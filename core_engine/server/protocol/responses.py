@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Final
 
 from pydantic import WithJsonSchema
 
-from quire.server.fields import Int, RequestBody
+from quire.server.fields import Int, RequestBody, Strings
 from quire.server.protocol.sampling import Object, SamplingBody
 
 _INPUT: Final = {
@@ -51,6 +51,9 @@ class ResponsesRequest(SamplingBody):
         "best_of": "a response has one answer",
         "use_beam_search": "a response has one answer",
         "prompt_logprobs": "a response has no place for them",
+        "return_token_ids": "a response has no place for them",
+        "length_penalty": "it is about use_beam_search, and a response has one answer",
+        "early_stopping": "it is about use_beam_search, and a response has one answer",
         "moderation": "there is none here",
         "context_management": "nothing is kept here",
     }
@@ -68,7 +71,7 @@ class ResponsesRequest(SamplingBody):
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
     top_logprobs: Int | None = None
-    include: list[str] | None = None
+    include: Strings | None = None
     """``"message.output_text.logprobs"`` returns log-probabilities; the others add nothing."""
     truncation: str | None = None
     """``"disabled"``: what is too long is refused."""

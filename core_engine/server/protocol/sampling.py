@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Final
 
-from pydantic import AfterValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
-from quire.server.fields import Int, RequestBody
+from quire.server.fields import Int, Ints, RequestBody, Strings
 
 _STOP_SCHEMA: Final = {
     "anyOf": [
@@ -24,6 +24,15 @@ def _check_stop(value: Any) -> Any:
         return [value]
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise ValueError("must be a string or a list of strings")
+    return value
+
+
+def _check_bias(value: Any) -> Any:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if isinstance(item, bool) or not isinstance(item, (int, float)):
+                # The first wrong one alone, as with lists.
+                return {name: item}
     return value
 
 
@@ -83,7 +92,7 @@ class SamplingBody(RequestBody):
     """Makes the draws repeat."""
     stop: Stop = None
     """Strings that end the text."""
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], BeforeValidator(_check_bias)] | None = None
     """Added to the logits of these token ids."""
     stream: bool | None = None
     """Send the text as it is written, as server-sent events."""
@@ -101,9 +110,9 @@ class SamplingBody(RequestBody):
     length_penalty: float | None = None
     early_stopping: EarlyStopping = None
     use_beam_search: bool | None = None
-    stop_token_ids: list[Int] | None = None
-    bad_words: list[str] | None = None
-    allowed_token_ids: list[Int] | None = None
+    stop_token_ids: Ints | None = None
+    bad_words: Strings | None = None
+    allowed_token_ids: Ints | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: Int | None = None
@@ -124,7 +133,7 @@ class SamplingBody(RequestBody):
     ] = None
     """An older name of ``structured_outputs.json``; so are the next ones."""
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Strings | None = None
     guided_grammar: str | None = None
     guided_json_object: bool | None = None
     guided_whitespace_pattern: str | None = None

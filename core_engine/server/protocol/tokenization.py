@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from quire.server.fields import Int, RequestBody
+from quire.server.fields import Ints, RequestBody
 from quire.server.protocol.chat import CHAT_REFUSED, ChatFields, Messages
 
 
@@ -30,4 +30,4 @@ class DetokenizeRequest(RequestBody):
     """Tokens to be made text of."""
 
     model: str | None = None
-    tokens: list[Int]
+    tokens: Ints

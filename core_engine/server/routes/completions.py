@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 
 from quire import __version__
+from quire.engine.processor import MAX_SEQUENCES
 from quire.server.body import JsonRoute
 from quire.server.disconnect import until_disconnect
 from quire.server.errors import ApiError
@@ -48,6 +49,13 @@ async def create_completion(
         overrides.update(max_tokens=1, min_tokens=0)
     defaults = await service.llm.get_default_sampling_params()
     params = sampling_params(service, body, defaults, **overrides)
+    if len(body.prompt) * params.n > MAX_SEQUENCES:
+        raise ApiError(
+            400,
+            f"prompt, times n, must be at most {MAX_SEQUENCES} completions, got "
+            f"{len(body.prompt)} times {params.n}",
+            param="prompt",
+        )
     prompts = await tokenized(service, body.prompt, body)
     run = Run(service, body, prompts, params, prompt_field="prompt", kind="cmpl")
     answer = _Answer(service, body, run, model)

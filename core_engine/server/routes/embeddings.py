@@ -40,10 +40,10 @@ async def create_embeddings(
     """Turn texts into vectors: pooled hidden states of the model."""
     accept_fields(request, body, service)
     model = service.check_model(body.model)
-    given = _texts(body.input)
-    if not 1 <= len(given) <= _MOST_INPUTS:
+    given = body.input
+    if len(given) > _MOST_INPUTS:
         raise ApiError(
-            400, f"input must have 1 to {_MOST_INPUTS} texts, got {len(given)}", param="input"
+            400, f"input must have at most {_MOST_INPUTS} texts, got {len(given)}", param="input"
         )
     try:
         pooling = PoolingParams(
@@ -72,12 +72,6 @@ async def create_embeddings(
             "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
         }
     )
-
-
-def _texts(given: Any) -> list[str | list[int]]:
-    """Return what was given as the list that it is, or is one item of."""
-    is_one = isinstance(given, str) or (given and isinstance(given[0], int))
-    return [given] if is_one else list(given)
 
 
 async def _all(

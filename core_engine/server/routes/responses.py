@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -40,10 +41,13 @@ _OWN_NAMES: Final = {
     "messages": "input",
     "max_completion_tokens": "max_output_tokens",
     "max_tokens": "max_output_tokens",
+    "response_format.json_schema": "text.format",
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
 }
 """Fields of a chat, and what they are called here."""
+
+_NESTED: Final = re.compile(r"(tools\[\d+\])\.function\b")
 
 _PASSED_ON: Final = (
     "model",
@@ -82,6 +86,7 @@ _PASSED_ON: Final = (
     "request_id",
     "cache_salt",
     "vllm_xargs",
+    "add_special_tokens",
 )
 
 
@@ -117,7 +122,7 @@ def _as_chat(body: ResponsesRequest) -> ChatRequest:
     wants_logprobs = _LOGPROBS in (body.include or ())
     if body.top_logprobs is not None and not wants_logprobs:
         # OpenAI's own clients ask for them by either.
-        wants_logprobs = body.top_logprobs > 0
+        wants_logprobs = body.top_logprobs != 0
     return ChatRequest.model_construct(
         **{name: value for name, value in fields.items() if value is not None},
         messages=chat_messages(body.input, body.instructions),
@@ -133,6 +138,10 @@ def _as_chat(body: ResponsesRequest) -> ChatRequest:
 
 def _renamed(error: ApiError) -> ApiError:
     """Return an error with the names that fields have here."""
+    nested = _NESTED.match(error.param or "")
+    if nested:  # a chat's tools nest the function, which is flat here
+        error.message = error.message.replace(nested[0], nested[1], 1)
+        error.param = nested[1] + (error.param or "")[nested.end() :]
     for name, own in _OWN_NAMES.items():
         if error.param is not None and (error.param + ".").startswith((f"{name}.", f"{name}[")):
             error.param = own + error.param[len(name) :]
@@ -153,7 +162,11 @@ class _Answer:
         self._num_reasoning_tokens = 0
         self._logprobs: ChatLogprobs | None = None
         if chat.body.logprobs:
-            self._logprobs = ChatLogprobs(service.tokenizer, body.top_logprobs or 0)
+            self._logprobs = ChatLogprobs(
+                service.tokenizer,
+                body.top_logprobs or 0,
+                as_ids=bool(body.return_tokens_as_token_ids),
+            )
         form = None if body.text is None else body.text.format
         self._builder = ResponseBuilder(
             {
