@@ -85,8 +85,9 @@ class Gathering:
         self._loop.check_may_wait()
         events: SimpleQueue[Event] = SimpleQueue()
         with self._lock:
-            self._waiting.append((request, events))
-            self._last_arrival = time.monotonic()
+            if not self._abandoned:
+                self._waiting.append((request, events))
+                self._last_arrival = time.monotonic()
         self._go_ahead()
         try:
             event = self._last_event(events)
@@ -106,6 +107,7 @@ class Gathering:
         """End all requests that run or wait: nobody wants the answers any more."""
         with self._lock:
             self._abandoned = True
+            self._waiting.clear()  # these never begin
             running = list(self._running)
         self._loop.abort(running)
 
@@ -136,3 +138,5 @@ class Gathering:
         except BaseException as error:  # of a closed engine: everybody is told
             for _, events in waiting:
                 events.put(error)
+        if self._abandoned:  # since they were taken, and before they were there to be ended
+            self._loop.abort([request.request_id for request, _ in waiting])

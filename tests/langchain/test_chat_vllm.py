@@ -170,6 +170,20 @@ def test_max_concurrency_bounds_a_batch(chat: ChatVLLM, monkeypatch: pytest.Monk
 IMAGE = HumanMessage([{"type": "image", "url": "http://localhost/a.png"}])
 
 
+@pytest.mark.parametrize("place", range(3))
+def test_a_batch_that_fails_leaves_nothing_behind(
+    chat: ChatVLLM, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    """Wherever the conversation stands that fails a batch, none of the others goes on."""
+    submissions = Submissions(chat, monkeypatch)
+    inputs: list[Any] = ["Hello", "Help"]
+    inputs.insert(place, [IMAGE])
+    with pytest.raises(InvalidRequestError, match="image"):
+        chat.batch(inputs, max_tokens=1000, ignore_eos=True)
+    # Those that began before it failed were ended; the others never began.
+    assert chat.client.get_metrics()["num_unfinished_requests"] == 0, submissions.sizes
+
+
 def test_failures_stay_alone(chat: ChatVLLM) -> None:
     """With return_exceptions a conversation that fails has its exception, the others answers."""
     inputs: list[Any] = ["Hello", [IMAGE], "Who are you?", 5]
