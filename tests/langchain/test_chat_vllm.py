@@ -16,6 +16,7 @@ from langchain_core.load import dumpd
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.outputs import LLMResult
 from langchain_core.rate_limiters import InMemoryRateLimiter
+from pydantic import create_model
 
 from quire.errors import ConfigError, EngineClosedError, InvalidRequestError
 from quire.integrations.langchain import VLLM
@@ -258,9 +259,12 @@ def test_cache(chat: ChatVLLM) -> None:
         cached._get_llm_string(structured_outputs={"choice": ["a"]}),
         cached._get_llm_string(response_format={"type": "json_object"}),
         cached._get_llm_string(chat_template_kwargs={"a": 1}),
+        # Classes of one name, as of a notebook's cell that was run again.
+        cached._get_llm_string(response_format=create_model("Answer", sky=(bool, ...))),
+        cached._get_llm_string(response_format=create_model("Answer", sea=(bool, ...))),
         ChatVLLM(client=chat.client, temperature=1, chat_template="x")._get_llm_string(),
     }
-    assert len(names) == 8
+    assert len(names) == 10
     assert cached._get_llm_string() == cached._get_llm_string(temperature=1.0)
 
 
