@@ -240,7 +240,10 @@ class _Asked:
 
 
 def _timing(sent: float, packets: list[tuple[float, bytes]], expected: int) -> Timing:
-    response = parse_response(packets)
+    try:
+        response = parse_response(packets)
+    except (ValueError, LookupError) as error:
+        raise BenchError(f"the server answers with what is no completion: {error}") from error
     if response.status != 200 or not response.is_complete:
         raise BenchError(f"the server answers {response.status}: {_reason(response)}")
     pieces = [event.seconds for event in response.events if event.data.get("choices")]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -153,6 +154,8 @@ def serve(
         raise typer.BadParameter(f"--goodput {error}") from error
     if url is not None and server_arg:
         raise typer.BadParameter(f"--server-arg is for a server that is started, and {url} runs")
+    if url is not None and not _is_web(url):
+        raise typer.BadParameter(f"--url {url!r}: such as http://localhost:8000/v1")
     is_here = url is None or model is not None
     if offline and not (is_here and request_rate is None):
         why = "with --url it needs --model" if not is_here else "it gets all requests at once"
@@ -233,13 +236,21 @@ def _engine_options(
     return options
 
 
+def _is_web(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets without an address, a port out of range
+        return False
+
+
 def _first_model(url: str, api_key: str | None) -> str:
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     request = urllib.request.Request(f"{url.rstrip('/')}/models", headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return str(json.load(answer)["data"][0]["id"])
-    except (OSError, ValueError, LookupError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise BenchError(f"{url} names no model: {error}") from error
 
 

@@ -45,12 +45,18 @@ class RemoteSpeaker:
             import openai
         except ImportError as error:
             raise RemoteError(f"--url needs `pip install 'quire[openai]'` ({error})") from error
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
+        try:
+            parts = urlsplit(url)
+            is_web = parts.scheme in ("http", "https") and bool(parts.netloc) and parts.port != 0
+        except ValueError:  # brackets without an address, a port out of range
+            is_web = False
+        if not is_web:
             raise InvalidRequestError(f"--url {url!r}: such as http://localhost:8000/v1")
         self._url = url if parts.path.strip("/") else f"{url.rstrip('/')}/v1"
         # The variable may be the one that the server was started with, which has several.
         key = (api_key or "").split(",")[0].strip() or "EMPTY"
+        if not (key.isascii() and key.isprintable()):
+            raise InvalidRequestError("--api-key has a character that no header may have")
         self._client = openai.OpenAI(base_url=self._url, api_key=key)
         self._fields = dict(fields)
         try:
@@ -80,12 +86,15 @@ class RemoteSpeaker:
                 model=self._model, messages=conversation, stream=True, extra_body=self._fields
             ) as stream,
         ):
+            ended = False
             for chunk in stream:
                 for choice in chunk.choices:
+                    ended |= choice.finish_reason is not None
                     if reasoning := getattr(choice.delta, "reasoning_content", None):
                         yield Piece(reasoning, is_reasoning=True)
                     if choice.delta.content:
                         yield Piece(choice.delta.content)
+            self._check_end(ended)
 
     def stream(self, prompt: str) -> Generator[str, None, None]:
         """Yield the pieces of the only completion of a prompt."""
@@ -95,9 +104,12 @@ class RemoteSpeaker:
                 model=self._model, prompt=prompt, stream=True, extra_body=self._fields
             ) as stream,
         ):
+            ended = False
             for chunk in stream:
                 for choice in chunk.choices:
+                    ended |= choice.finish_reason is not None
                     yield choice.text
+            self._check_end(ended)
 
     def complete(self, prompts: Sequence[str]) -> list[Completion]:
         """Return all completions, in the order of the prompts."""
@@ -105,17 +117,24 @@ class RemoteSpeaker:
             done = self._client.completions.create(
                 model=self._model, prompt=list(prompts), extra_body=self._fields
             )
-        n = self.num_completions
-        return [
-            Completion(
-                prompts[choice.index // n],
-                choice.index % n,
-                choice.text,
-                getattr(choice, "token_ids", None),
-                choice.finish_reason,
-            )
-            for choice in sorted(done.choices, key=lambda choice: choice.index)
-        ]
+            n = self.num_completions
+            found = [
+                Completion(
+                    prompts[choice.index // n],
+                    choice.index % n,
+                    choice.text,
+                    getattr(choice, "token_ids", None),
+                    choice.finish_reason,
+                )
+                for choice in sorted(done.choices, key=lambda choice: choice.index)
+            ]
+        if len(found) != n * len(prompts):
+            raise RemoteError(f"{self._url} gave {len(found)} completions, not {n * len(prompts)}")
+        return found
+
+    def _check_end(self, ended: bool) -> None:
+        if not ended:  # what came would be taken for all of it
+            raise RemoteError(f"{self._url} ended its stream before the answer's end")
 
     def __enter__(self) -> Self:
         return self
@@ -130,6 +149,8 @@ class RemoteSpeaker:
 
         try:
             yield
+        except QuireError:
+            raise
         except openai.APIConnectionError as error:
             reason = str(error.__cause__ or error)
             raise RemoteError(f"no server answers at {self._url}: {reason}") from error
@@ -145,9 +166,14 @@ class RemoteSpeaker:
             raise RemoteError(f"{self._url}: {_message(error)}") from error
         except Exception as error:
             # The client lets what ends a stream half-way through as its HTTP library raises it.
-            if not type(error).__module__.startswith("http"):
-                raise
-            raise RemoteError(f"{self._url} broke off: {error}") from error
+            if type(error).__module__.startswith("http"):
+                raise RemoteError(f"{self._url} broke off: {error}") from error
+            if isinstance(error, (ValueError, TypeError, AttributeError, LookupError)):
+                raise RemoteError(
+                    f"{self._url} answers with what is no answer of OpenAI's API ({error}): is it "
+                    "the URL of one, as http://localhost:8000/v1?"
+                ) from error
+            raise
 
 
 def _message(error: Any) -> str:

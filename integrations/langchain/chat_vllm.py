@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -37,6 +38,7 @@ from quire.integrations.langchain.chat_results import (
 from quire.integrations.langchain.engine_model import EngineModel
 from quire.integrations.langchain.gathering import MOST_THREADS, Gathering
 from quire.integrations.langchain.messages import openai_messages
+from quire.integrations.langchain.response_format import json_schema
 from quire.integrations.langchain.tool_binding import ToolLike, openai_tools
 from quire.integrations.langchain.tool_calling import ToolCallingModel
 from quire.outputs import RequestOutput
@@ -316,6 +318,8 @@ disable_streaming, output_version, profile
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         model, options = self._for_call(kwargs)
         params = model._sampling_params(stop)
+        if isinstance(options.response_format, type):  # others may have its name
+            options = replace(options, response_format=json_schema(options.response_format))
         identity = {
             **model._identifying_params,
             "stop": params.stop,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_core.embeddings import Embeddings
@@ -142,9 +142,10 @@ async def _vector(engine: AsyncLLM, prompt: str, params: PoolingParams) -> list[
     return output.outputs.embedding
 
 
-def _prefixed(name: str, prefix: str, texts: Sequence[Any]) -> list[str]:
-    if isinstance(texts, str):  # each of its letters would be a text
-        raise refuse(name, texts, "a list of strings")
+def _prefixed(name: str, prefix: str, texts: Iterable[Any]) -> list[str]:
+    if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
+        raise refuse(name, texts, "a list of strings")  # each letter of one would be a text
+    texts = list(texts)  # a generator can be read once
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise refuse(name if name == "text" else f"{name}[{i}]", text, "a string")

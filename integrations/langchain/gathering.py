@@ -85,8 +85,9 @@ class Gathering:
         self._loop.check_may_wait()
         events: SimpleQueue[Event] = SimpleQueue()
         with self._lock:
-            self._waiting.append((request, events))
-            self._last_arrival = time.monotonic()
+            if not self._abandoned:
+                self._waiting.append((request, events))
+                self._last_arrival = time.monotonic()
         self._go_ahead()
         try:
             event = self._last_event(events)
@@ -106,6 +107,7 @@ class Gathering:
         """End all requests that run or wait: nobody wants the answers any more."""
         with self._lock:
             self._abandoned = True
+            self._waiting.clear()  # these never begin
             self._loop.abort(list(self._running))
 
     def _last_event(self, events: SimpleQueue[Event]) -> Event | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from quire.errors import ConfigError
+from quire.utils.checks import refuse
 from quire.utils.suggest import unexpected_argument
 
 OPENAI_FIELDS = (
@@ -134,6 +136,35 @@ def settled_arguments(
     if kept:
         values["model_kwargs"] = kept
     return values
+
+
+def check_key(key: str, source: str) -> None:
+    """Refuse a key that cannot be sent, without showing it; ``source`` is where it came from.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(
+            "openai_api_key has a character that no header may have, such as a line's end or an "
+            f"accented letter ({source})"
+        )
+
+
+def check_timeout(given: Any) -> None:
+    """Refuse seconds that are none.
+
+    Raises
+    ------
+    InvalidRequestError
+    """
+    for seconds in given if isinstance(given, (tuple, list)) else (given,):
+        is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+        if isinstance(seconds, (str, bytes, bool)) or (
+            is_number and not 0 < seconds < threading.TIMEOUT_MAX
+        ):
+            raise refuse("request_timeout", given, "a positive number of seconds, or two")
 
 
 def shown_headers(values: Mapping[str, Any]) -> dict[str, str]:

@@ -26,6 +26,8 @@ from quire.integrations.langchain.remote_arguments import (
     OPENAI_FIELDS,
     REQUEST_ARGUMENTS,
     by_field_name,
+    check_key,
+    check_timeout,
     settled_arguments,
     shown_headers,
     without_secrets,
@@ -191,6 +193,9 @@ class RemoteModel(Serializable):
                 "model_name is empty: name a model that the server has, as in "
                 f"{shown_url(self._url)}/models"
             )
+        if self.openai_api_key is not None:
+            check_key(self.openai_api_key.get_secret_value(), self._key_source)
+        check_timeout(self.request_timeout)
         if self.streaming:
             for name in ("n", "best_of"):
                 if (getattr(self, name) or 1) > 1:

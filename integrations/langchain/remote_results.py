@@ -38,6 +38,17 @@ class RemoteResult(LLMResult):
         ]
 
 
+def has_choices(response: Mapping[str, Any]) -> bool:
+    """Return whether a response, or an event of a stream, has a list of completions."""
+    choices = response.get("choices")
+    return isinstance(choices, list) and all(
+        isinstance(choice, Mapping)
+        and isinstance(choice.get("text"), str | None)
+        and isinstance(choice.get("index"), int | None)
+        for choice in choices
+    )
+
+
 def to_answers(response: Mapping[str, Any], num_prompts: int, n: int) -> list[Answer]:
     """Cut a response into one answer per prompt.
 
@@ -65,12 +76,13 @@ def to_answers(response: Mapping[str, Any], num_prompts: int, n: int) -> list[An
 
 def to_usage(usage: Mapping[str, Any] | None) -> dict[str, int]:
     """Return the counts of a response's usage; ``cached_tokens`` where the server tells them."""
-    if not usage:
+    if not usage or not isinstance(usage, Mapping):
         return {}
     names = ("prompt_tokens", "completion_tokens", "total_tokens")
-    counts = {name: usage[name] for name in names if usage.get(name) is not None}
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-    return counts if cached is None else {**counts, "cached_tokens": cached}
+    counts = {name: usage[name] for name in names if isinstance(usage.get(name), int)}
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
+    return {**counts, "cached_tokens": cached} if isinstance(cached, int) else counts
 
 
 def to_remote_result(answers: Sequence[Answer | BaseException], model: str) -> RemoteResult:

@@ -8,6 +8,7 @@ from typing import Any
 from langchain_core.utils.function_calling import convert_to_json_schema
 
 from quire.errors import InvalidRequestError
+from quire.integrations.langchain.recursive_schemas import recursive_schema
 from quire.structured_outputs import StructuredOutputsParams
 from quire.utils.checks import refuse
 
@@ -25,8 +26,11 @@ def json_schema(schema: Any) -> dict[str, Any]:
     InvalidRequestError
         For what has none.
     """
-    if isinstance(schema, Mapping) and not {"title", "name", "function", "json_schema"} & {*schema}:
-        return {**schema}  # LangChain's conversion asks for a name
+    if isinstance(schema, Mapping) and not {"name", "function", "json_schema"} & {*schema}:
+        return {**schema}  # LangChain's conversion asks for a title, and knows objects only
+    recursive = recursive_schema(schema)
+    if recursive is not None:
+        return recursive
     try:
         return convert_to_json_schema(schema)
     except Exception as error:  # of several kinds, by what it is

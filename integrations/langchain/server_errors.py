@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -86,6 +87,11 @@ def explained(
         text = f"the connection to {url} broke in the middle of an answer: {_reason(error)}"
         broken: Exception = _both(openai.APIConnectionError, QuireError)._of(text)
         return broken
+    if isinstance(error, json.JSONDecodeError):  # the client lets it through
+        return QuireError(
+            f"what {url} answered is no JSON ({error}); is openai_api_base the URL of an "
+            "OpenAI-compatible API?"
+        )
     return error
 
 
@@ -100,7 +106,10 @@ def no_completion(answer: object, url: str) -> QuireError:
 
 def _unreachable(error: openai.APIConnectionError, asked: Asked) -> str:
     url = urlsplit(asked.url)
-    port = f" --port {url.port}" if url.port not in (None, 8000) else ""
+    try:
+        port = f" --port {url.port}" if url.port not in (None, 8000) else ""
+    except ValueError:  # it is out of range
+        port = ""
     return (
         f"no server answers at {shown_url(asked.url)} ({_root_reason(error)}): start "
         f"one there by `quire serve {asked.model}{port}`, or name another by openai_api_base"

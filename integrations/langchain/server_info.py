@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
-from quire.errors import ModelNotFoundError, NotSupportedError
+from quire.errors import ModelNotFoundError, NotSupportedError, QuireError
 from quire.integrations.langchain.connection import server_root, shown_url
 
 _PATIENCE = 5.0
@@ -54,7 +55,17 @@ class ServerInfo:
         ModelNotFoundError
             When it has no such model.
         """
-        found = {model.id: model for model in self._asker().models.list()}
+        import openai
+
+        try:
+            found = {model.id: model for model in self._asker().models.list()}
+        except (openai.OpenAIError, QuireError):
+            raise
+        except Exception as error:  # the client's own, on an answer that is no list of models
+            raise NotSupportedError(
+                f"{self.url}/models does not answer with models ({error}): give a number as "
+                "max_tokens, not -1"
+            ) from error
         if self._model not in found:
             names = ", ".join(map(repr, found)) or "none"
             raise ModelNotFoundError(f"{self.url} has no model {self._model!r}; it has {names}")
@@ -121,11 +132,21 @@ def _encoding(name: str) -> Any:
     import tiktoken
 
     if name in tiktoken.list_encoding_names():
-        return tiktoken.get_encoding(name)
+        return _loaded(tiktoken.get_encoding, name)
     try:
-        return tiktoken.encoding_for_model(name)
+        return _loaded(tiktoken.encoding_for_model, name)
     except KeyError:
         raise NotSupportedError(
             f"tiktoken knows no model {name!r}: tiktoken_model_name is one of OpenAI's, or an "
             f"encoding ({', '.join(tiktoken.list_encoding_names())})"
         ) from None
+
+
+def _loaded(load: Callable[[str], Any], name: str) -> Any:
+    try:
+        return load(name)
+    except OSError as error:  # it fetches what it has not kept, which takes a network
+        raise NotSupportedError(
+            f"tiktoken has no encoding for {name!r} here and cannot fetch it ({error}): give "
+            "custom_get_token_ids"
+        ) from error

@@ -10,6 +10,7 @@ from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from quire.errors import InvalidRequestError
+from quire.integrations.langchain.recursive_schemas import recursive_schema
 from quire.utils.checks import refuse
 
 ToolLike = dict[str, Any] | type | Callable[..., Any] | BaseTool | Runnable[Any, Any]
@@ -43,11 +44,24 @@ def openai_tools(tools: Sequence[ToolLike], *, strict: bool | None = None) -> li
             if isinstance(tool, Runnable) and not isinstance(tool, BaseTool):
                 tool = tool.as_tool()
             entry = convert_to_openai_tool(tool, strict=strict)
-            _ = entry["function"]["name"]
+            function = entry["function"]
+            _ = function["name"]
+            if isinstance(tool, Mapping) and _is_lost(tool, function):
+                raise ValueError("a tool's arguments are an object, with properties")
+            recursive = recursive_schema(getattr(tool, "tool_call_schema", tool))
         except Exception as error:  # of several kinds, by what the tool is
             raise InvalidRequestError(f"tools[{i}] is no tool: {error}") from error
+        if recursive is not None:
+            inner = {k: v for k, v in recursive.items() if k not in ("title", "description")}
+            function["parameters"] = inner
         converted.append(entry)
     return converted
+
+
+def _is_lost(schema: Mapping[str, Any], function: Mapping[str, Any]) -> bool:
+    """Whether a JSON schema was taken for a function without arguments, as is one of an array."""
+    words = {"title", "description", "strict"}
+    return "title" in schema and "parameters" not in function and not words.issuperset(schema)
 
 
 def openai_tool_choice(

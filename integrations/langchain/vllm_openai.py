@@ -20,6 +20,7 @@ from quire.integrations.langchain.remote_results import (
     Answer,
     RemoteChunks,
     RemoteResult,
+    has_choices,
     to_answers,
     to_remote_result,
     to_streamed_answer,
@@ -226,7 +227,7 @@ early_stopping
 
     def _read(self, response: Any, part: list[str], request: dict[str, Any]) -> list[Answer]:
         plain = _plain(response)
-        if plain is None or not isinstance(plain.get("choices"), list):
+        if plain is None or not has_choices(plain):
             from quire.integrations.langchain.server_errors import no_completion
 
             raise no_completion(response if plain is None else plain, self._url)
@@ -344,7 +345,7 @@ early_stopping
 
     def _event(self, event: Any) -> dict[str, Any]:
         plain = _plain(event)
-        if plain is None:
+        if plain is None or not (plain.get("choices") is None or has_choices(plain)):
             from quire.integrations.langchain.server_errors import no_completion
 
             raise no_completion(event, self._url)

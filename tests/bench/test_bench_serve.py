@@ -248,6 +248,8 @@ def test_the_command_measures_a_server_that_runs(stub: Stub, tmp_path: Path) -> 
         (["--goodput", "speed:1"], "--goodput"),
         (["--url", "http://x/v1", "--server-arg=--y"], "--server-arg"),
         (["--url", "http://x/v1", "--offline"], "--model"),
+        (["--url", "localhost:8000"], "--url"),
+        (["--url", "http://localhost:99999/v1"], "--url"),
         (["--offline", "--request-rate", "3"], "--offline"),
         (["--model", "quire/demo", "--input-len", "2048"], "--input-len"),
     ],

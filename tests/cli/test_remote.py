@@ -26,6 +26,9 @@ class Stub:
         self.status = 200
         self.body: dict[str, Any] = {}
         self.events: list[Any] = []
+        self.ends: list[Any] = [
+            {"choices": [{"index": 0, "text": "", "delta": {}, "finish_reason": "stop"}]}
+        ]
         self.breaks_off = False
         stub = self
 
@@ -45,7 +48,8 @@ class Stub:
                 self.send_response(stub.status)
                 if streamed:
                     events = b"".join(
-                        b"data: " + json.dumps(each).encode() + b"\n\n" for each in stub.events
+                        b"data: " + json.dumps(each).encode() + b"\n\n"
+                        for each in [*stub.events, *stub.ends]
                     )
                     data, kind = events + b"data: [DONE]\n\n", "text/event-stream"
                 elif body is None:
@@ -171,6 +175,29 @@ def test_a_stream_that_ends_too_early_is_an_error(stub: Stub) -> None:
     result = invoke("complete", "x", "--url", stub.url, "--model", "m")
     assert isinstance(result.exception, RemoteError)
     assert "the engine failed" in str(result.exception)
+
+
+@pytest.mark.parametrize("events", [[], ["text"], [{"choices": ["text"]}], [{"choices": None}]])
+@pytest.mark.parametrize("command", [("complete", "x"), ("chat",), ("complete", "x", "y")])
+def test_what_is_no_answer_is_an_error(
+    command: tuple[str, ...], stub: Stub, events: list[Any]
+) -> None:
+    """A stream that stops without its last event, and JSON of another kind, are no answers."""
+    stub.events, stub.ends = events, []
+    stub.body = {"choices": events} if events else {"hello": "there"}
+    result = invoke(*command, "--url", stub.url, "--model", "m", stdin="hi\n")
+    assert isinstance(result.exception, RemoteError)
+    assert stub.url in str(result.exception)
+
+
+@pytest.mark.parametrize("url", ["http://[x/v1", "http://localhost:99999/v1", "http:///v1"])
+def test_a_url_and_a_key_that_cannot_be_are_named(url: str) -> None:
+    result = invoke("complete", "x", "--url", url, "--model", "m")
+    assert isinstance(result.exception, InvalidRequestError)
+    assert "--url" in str(result.exception)
+    result = invoke("complete", "x", "--url", "http://localhost", "--api-key", "k\u00e9y")
+    assert isinstance(result.exception, InvalidRequestError)
+    assert "--api-key" in str(result.exception)
 
 
 @pytest.mark.parametrize("command", [("complete", "x"), ("chat",)])

@@ -239,7 +239,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if event is None:  # the server dies
                     self.close_connection = True
                     return
-                self._chunk(f"data: {json.dumps(event)}\n\n".encode())
+                is_raw = isinstance(event, bytes)
+                self._chunk(event if is_raw else f"data: {json.dumps(event)}\n\n".encode())
             if done:
                 self._chunk(b"data: [DONE]\n\n")
             self._chunk(b"")

@@ -16,6 +16,7 @@ from langchain_core.load import dumpd
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.outputs import LLMResult
 from langchain_core.rate_limiters import InMemoryRateLimiter
+from pydantic import create_model
 
 from quire.errors import ConfigError, EngineClosedError, InvalidRequestError
 from quire.integrations.langchain import VLLM
@@ -170,6 +171,20 @@ def test_max_concurrency_bounds_a_batch(chat: ChatVLLM, monkeypatch: pytest.Monk
 IMAGE = HumanMessage([{"type": "image", "url": "http://localhost/a.png"}])
 
 
+@pytest.mark.parametrize("place", range(3))
+def test_a_batch_that_fails_leaves_nothing_behind(
+    chat: ChatVLLM, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    """Wherever the conversation stands that fails a batch, none of the others goes on."""
+    submissions = Submissions(chat, monkeypatch)
+    inputs: list[Any] = ["Hello", "Help"]
+    inputs.insert(place, [IMAGE])
+    with pytest.raises(InvalidRequestError, match="image"):
+        chat.batch(inputs, max_tokens=1000, ignore_eos=True)
+    # Those that began before it failed were ended; the others never began.
+    assert chat.client.get_metrics()["num_unfinished_requests"] == 0, submissions.sizes
+
+
 def test_failures_stay_alone(chat: ChatVLLM) -> None:
     """With return_exceptions a conversation that fails has its exception, the others answers."""
     inputs: list[Any] = ["Hello", [IMAGE], "Who are you?", 5]
@@ -244,9 +259,12 @@ def test_cache(chat: ChatVLLM) -> None:
         cached._get_llm_string(structured_outputs={"choice": ["a"]}),
         cached._get_llm_string(response_format={"type": "json_object"}),
         cached._get_llm_string(chat_template_kwargs={"a": 1}),
+        # Classes of one name, as of a notebook's cell that was run again.
+        cached._get_llm_string(response_format=create_model("Answer", sky=(bool, ...))),
+        cached._get_llm_string(response_format=create_model("Answer", sea=(bool, ...))),
         ChatVLLM(client=chat.client, temperature=1, chat_template="x")._get_llm_string(),
     }
-    assert len(names) == 8
+    assert len(names) == 10
     assert cached._get_llm_string() == cached._get_llm_string(temperature=1.0)
 
 

@@ -249,6 +249,42 @@ def test_structured_output_validates(chat: ChatVLLM, name: str, method: Any) -> 
     assert isinstance(raw["raw"], AIMessage)
 
 
+class Tree(BaseModel):
+    """A tree."""
+
+    leaf: Annotated[str, Field(pattern="^[xy]$")]
+    branches: Annotated[list[Tree], Field(max_length=1)] = []
+
+
+class Forest(BaseModel):
+    """Trees."""
+
+    trees: Annotated[list[Tree], Field(min_length=1, max_length=1)]
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+@pytest.mark.parametrize("schema", [Tree, Forest])
+def test_classes_that_hold_themselves_are_enforced(
+    chat: ChatVLLM, schema: Any, method: Any
+) -> None:
+    """Where a class stands within itself the answer is one of it, too, and not anything."""
+    structured = chat.with_structured_output(schema, method=method)
+    for seed in range(5):
+        assert isinstance(structured.invoke("Hello", temperature=1.0, seed=seed), schema)
+
+
+def test_schemas_of_no_object_are_enforced(chat: ChatVLLM) -> None:
+    """A list or a choice with a title is what the answer is; a tool of it is refused."""
+    schema = {"title": "Sides", "type": "array", "items": {"enum": ["left"]}, "minItems": 1}
+    bounded = {**schema, "maxItems": 1}
+    assert chat.with_structured_output(bounded).invoke("Hello") == ["left"]
+    assert chat.with_structured_output({"title": "Side", "enum": [7]}).invoke("Hello") == 7
+    with pytest.raises(InvalidRequestError, match="arguments are an object"):
+        chat.with_structured_output(bounded, method="function_calling")
+    with pytest.raises(InvalidRequestError, match="arguments are an object"):
+        chat.bind_tools([bounded])
+
+
 async def test_structured_output_of_chains(chat: ChatVLLM) -> None:
     """Behind a prompt, in batches and asynchronously."""
     structured = ChatPromptTemplate.from_template("{x}") | chat.with_structured_output(Place)

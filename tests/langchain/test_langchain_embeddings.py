@@ -104,6 +104,10 @@ def test_bad_arguments_are_refused(embeddings: VLLMEmbeddings) -> None:
         embeddings.embed_documents(["a", 5])  # type: ignore[list-item]
     with pytest.raises(InvalidRequestError, match="texts must be a list"):
         embeddings.embed_documents("abc")  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match="texts must be a list"):
+        embeddings.embed_documents(None)  # type: ignore[arg-type]
+    once = (text for text in ("a", "b"))
+    assert len(embeddings.embed_documents(once)) == 2  # type: ignore[arg-type]
     with pytest.raises(InvalidRequestError, match="text must be a string"):
         embeddings.embed_query(None)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequestError, match="dimensions"):

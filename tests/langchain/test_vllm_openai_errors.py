@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import pickle
 import socket
 from typing import Any
@@ -16,7 +17,13 @@ from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.outputs import LLMResult
 
-from quire.errors import InvalidRequestError, ModelNotFoundError, QuireError
+from quire.errors import (
+    ConfigError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    NotSupportedError,
+    QuireError,
+)
 from quire.integrations.langchain import VLLMOpenAI
 
 
@@ -167,6 +174,9 @@ def test_no_answer_in_time(remote: FakeOpenAI) -> None:
         ),
         ([None], "the connection to .* broke|no server answers"),
         ([], "ended its stream before the completion's end"),
+        ([b"data: {nope\n\n"], "is no JSON"),
+        ([{"choices": ["two"]}], "is no completion"),
+        ([{"choices": [{"index": 0, "text": 2}]}], "is no completion"),
     ],
 )
 def test_streams_that_break(remote: FakeOpenAI, events: list[Any], message: str) -> None:
@@ -212,6 +222,64 @@ def test_what_is_no_completion(remote: FakeOpenAI) -> None:
         remote.script.append(Scripted(body=body))
         with pytest.raises(QuireError, match="completions answered is no completion"):
             make(remote).invoke("p")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 3) | st.sampled_from(["", "a"]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(
+            st.sampled_from(["text", "index", "cached_tokens", "prompt_tokens", "total_tokens"]),
+            inner,
+        )
+    ),
+    max_leaves=6,
+)
+
+
+@given(choices=json_values, choice=json_values, usage=json_values)
+def test_whatever_a_server_says_is_a_text_or_an_error(
+    remote: FakeOpenAI, choices: Any, choice: Any, usage: Any
+) -> None:
+    """JSON of any shape where a completion should be is read, or an error of quire's."""
+    for body in ({"choices": choices, "usage": usage}, {"choices": [choice], "usage": usage}):
+        remote.script.append(Scripted(body=body))
+        with contextlib.suppress(QuireError):
+            assert isinstance(make(remote).invoke("p"), str)
+    remote.script.append(Scripted(body=b"{nope", headers={"Content-Type": "application/json"}))
+    with pytest.raises(QuireError, match="no JSON"):
+        make(remote).invoke("p")
+
+
+def test_what_cannot_be_sent_is_refused_at_once(remote: FakeOpenAI) -> None:
+    """A key with a line's end, as from a file, a timeout of no seconds and a port that cannot be
+    are told, and the key is not."""
+    for key in ("sk-secret\n", "sk-secr\u00e9t"):
+        with pytest.raises(ConfigError, match="openai_api_key has a character") as caught:
+            make(remote, api_key=key)
+        assert "sk-" not in str(caught.value)
+    for timeout in (-1, 0, "3", (1, "3"), float("nan")):
+        with pytest.raises(InvalidRequestError, match="request_timeout"):
+            make(remote, timeout=timeout)
+    with pytest.raises(QuireError, match=r"no server answers at http://127.0.0.1:99999/v1"):
+        make(remote, base_url="http://127.0.0.1:99999/v1").invoke("p")
+
+
+def test_models_that_are_none(remote: FakeOpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where /models, or tiktoken's download, gives nothing to count by, it is said what does."""
+    llm = make(remote, max_tokens=-1)
+    monkeypatch.setattr(llm.client._client.models, "list", lambda: [None])
+    with pytest.raises(NotSupportedError, match="does not answer with models"):
+        llm.invoke("p")
+    tiktoken = pytest.importorskip("tiktoken")
+
+    def offline(name: str) -> Any:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    monkeypatch.setattr(tiktoken, "encoding_for_model", offline)
+    with pytest.raises(NotSupportedError, match="no network"):
+        make(remote, tiktoken_model_name="some-model").get_num_tokens("p")
 
 
 kinds = st.lists(st.sampled_from(["", "BAD", None]), max_size=6)
