@@ -31,7 +31,9 @@ class Server:
     """
 
     def __init__(self, model: str, args: Sequence[str] = (), timeout: float = 600) -> None:
-        command = [sys.executable, "-m", "quire.server", model, "--port", "0", *args]
+        # Its first line is waited for, whatever QUIRE_LOG_LEVEL says.
+        options = ["--port", "0", "--log-level", "info", *args]
+        command = [sys.executable, "-m", "quire.server", model, *options]
         self._process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )

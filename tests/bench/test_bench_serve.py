@@ -261,8 +261,11 @@ def test_what_does_not_go_together_is_wrong_usage(arguments: list[str], named: s
 
 
 @pytest.mark.slow
-def test_the_command_starts_a_server_and_measures_the_engine_beside_it(tmp_path: Path) -> None:
+def test_the_command_starts_a_server_and_measures_the_engine_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same requests, in turns; the table has both."""
+    monkeypatch.setenv("QUIRE_LOG_LEVEL", "ERROR")  # nobody waits for a line that never comes
     pytest.importorskip("fastapi", reason="fastapi is in the extras 'server' and 'dev'")
     file = tmp_path / "figures.json"
     result = run(

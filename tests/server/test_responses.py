@@ -168,6 +168,7 @@ def test_logprobs_are_those_of_the_tokens(client):
         ("text.format", {"text": {"format": {"type": "yaml"}}}),
         ("max_output_tokens", {"max_output_tokens": 0}),
         ("n", {"n": 2}),
+        ("truncation", {"truncation": "auto"}),
         ("top_logprobs", {"top_logprobs": 10**6}),
         ("top_logprobs", {"top_logprobs": -2}),
         ("return_token_ids", {"return_token_ids": True}),

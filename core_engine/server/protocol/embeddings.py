@@ -34,7 +34,6 @@ class EmbeddingRequest(RequestBody):
     """Whether vectors have length 1; true if left out."""
     truncate_prompt_tokens: Int | None = None
     add_special_tokens: bool | None = None
-    priority: Int | None = None
     cache_salt: str | None = None
 
     messages: Any = None

@@ -101,8 +101,12 @@ async def create_response(
     model = service.check_model(body.model)
     if (body.n or 1) != 1:
         raise ApiError(400, f"n must be 1: a response has one answer, got {body.n}", param="n")
-    if body.truncation not in (None, "disabled", "auto"):
-        raise ApiError(400, "truncation must be 'disabled' or 'auto'", param="truncation")
+    if body.truncation not in (None, "disabled"):
+        raise ApiError(
+            400,
+            f"truncation must be 'disabled': what is too long is refused, got {body.truncation!r}",
+            param="truncation",
+        )
     try:
         chat = await prepare_chat(service, _as_chat(body), kind="resp")
     except ApiError as error:
