@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 from quire.utils import log
@@ -30,4 +31,6 @@ def set_up_logs(level: str | None, uvicorn_level: str) -> None:
     log.configure()
     if level is not None:
         logging.getLogger(log.ROOT_NAME).setLevel(level)
+        # It goes before the environment, which an engine looks at again as it is made.
+        os.environ["QUIRE_LOG_LEVEL"] = level
     logging.getLogger("uvicorn").setLevel(uvicorn_level)
