@@ -263,13 +263,13 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(tmp_path: Path) -> N
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_process_that_is_ended_loses_nothing(tmp_path: Path, how: signal.Signals) -> None:
     """Whatever ends it in the middle: the same command goes on, and each request has one answer."""
-    count = 120
-    options = {"max_tokens": 40, "ignore_eos": True}
+    count = 300
+    options = {"max_tokens": 60, "ignore_eos": True}
     source = write(
         tmp_path / "in", *(line(f"r{i}", prompt=f"Number {i}", **options) for i in range(count))
     )
     target = tmp_path / "out"
-    words = ["run-batch", "-i", str(source), "-o", str(target), "--max-concurrency", "8"]
+    words = ["run-batch", "-i", str(source), "-o", str(target), "--max-concurrency", "4"]
     arguments = [sys.executable, "-m", "quire", *words]
     first = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
     while first.poll() is None and not (target.exists() and target.stat().st_size > 3_000):
