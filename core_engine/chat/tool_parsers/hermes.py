@@ -13,6 +13,7 @@ from quire.chat.call_object import CallObject
 from quire.chat.held_text import beginning_of
 from quire.chat.lark import lark_json, lark_string
 from quire.chat.tool_parsers.interface import Arguments, Event, Function, Text
+from quire.chat.tool_parsers.stepped_reader import SteppedReader
 
 _BEGIN: Final = "<tool_call>"
 _END: Final = "</tool_call>"
@@ -80,7 +81,7 @@ class _In(Enum):
     """In arguments that are no JSON."""
 
 
-class HermesReader:
+class HermesReader(SteppedReader):
     """See :class:`quire.chat.tool_parsers.interface.ToolReader`.
 
     A call that is told stays one. When its arguments turn out to be no JSON after they began,
@@ -89,26 +90,10 @@ class HermesReader:
     """
 
     def __init__(self, parallel: bool) -> None:
+        super().__init__(_In.TEXT)
         self._parallel = parallel
         self._looks = True
-        self._in = _In.TEXT
-        self._rest = ""  # not yet read
-        self._held = ""  # what was read of a call that has not started
         self._call = CallObject()
-
-    def feed(self, text: str) -> list[Event]:
-        """Read more text; return what is sure."""
-        self._rest += text
-        events: list[Event] = []
-        steps = {
-            _In.TEXT: self._read_text,
-            _In.CALL: self._read_call,
-            _In.BEHIND: self._read_behind,
-            _In.BROKEN: self._read_broken,
-        }
-        while self._rest and steps[self._in](events):
-            pass
-        return events
 
     def finish(self) -> list[Event]:
         """Return what was held back."""
@@ -187,3 +172,10 @@ class HermesReader:
         self._rest = self._rest[found.end() if is_end else at :]
         self._end_call()
         return True
+
+    steps: ClassVar = {
+        _In.TEXT: _read_text,
+        _In.CALL: _read_call,
+        _In.BEHIND: _read_behind,
+        _In.BROKEN: _read_broken,
+    }

@@ -12,6 +12,7 @@ from typing import ClassVar, Final
 from quire.chat.call_object import CallObject
 from quire.chat.lark import lark_json, lark_string
 from quire.chat.tool_parsers.interface import Arguments, Event, Function, Text
+from quire.chat.tool_parsers.stepped_reader import SteppedReader
 
 _TAG: Final = "<|python_tag|>"
 _SUITS: Final = re.compile(r'\\?"name\\?": ?function name, ?\\?"parameters\\?"')
@@ -71,7 +72,7 @@ class _In(Enum):
     TEXT = auto()
 
 
-class Llama3JsonReader:
+class Llama3JsonReader(SteppedReader):
     """See :class:`quire.chat.tool_parsers.interface.ToolReader`.
 
     The text has to begin with a call; several stand behind each other, mostly with ``;`` between
@@ -80,28 +81,13 @@ class Llama3JsonReader:
     """
 
     def __init__(self, parallel: bool) -> None:
+        super().__init__(_In.START)
         self._parallel = parallel
-        self._in = _In.START
-        self._rest = ""
-        self._held = ""
         self._call = CallObject(needs_arguments=True)
 
     def feed(self, text: str) -> list[Event]:
         """Read more text; return what is sure."""
-        if self._in is _In.TEXT:
-            return [Text(text)]
-        self._rest += text
-        events: list[Event] = []
-        steps = {
-            _In.START: self._read_start,
-            _In.CALL: self._read_call,
-            _In.BEHIND: self._read_behind,
-            _In.BROKEN: self._read_broken,
-            _In.TEXT: self._read_text,
-        }
-        while self._rest and steps[self._in](events):
-            pass
-        return events
+        return [Text(text)] if self._in is _In.TEXT else super().feed(text)
 
     def finish(self) -> list[Event]:
         """Return what was held back."""
@@ -163,3 +149,11 @@ class Llama3JsonReader:
         events.append(Text(self._rest))
         self._rest = ""
         return False
+
+    steps: ClassVar = {
+        _In.START: _read_start,
+        _In.CALL: _read_call,
+        _In.BEHIND: _read_behind,
+        _In.BROKEN: _read_broken,
+        _In.TEXT: _read_text,
+    }

@@ -19,6 +19,7 @@ from quire.chat.held_text import beginning_of
 from quire.chat.json_scanner import JsonScanner
 from quire.chat.lark import lark_json, lark_string
 from quire.chat.tool_parsers.interface import Arguments, CallStart, Event, Function, Text
+from quire.chat.tool_parsers.stepped_reader import SteppedReader
 
 _BEGIN: Final = "[TOOL_CALLS]"
 _ARGS: Final = "[ARGS]"
@@ -112,7 +113,7 @@ class _In(Enum):
     BROKEN = auto()
 
 
-class MistralReader:
+class MistralReader(SteppedReader):
     """See :class:`quire.chat.tool_parsers.interface.ToolReader`.
 
     Arguments that turn out to be no JSON after they began go on to the next ``[TOOL_CALLS]``, or
@@ -120,30 +121,11 @@ class MistralReader:
     """
 
     def __init__(self, parallel: bool) -> None:
+        super().__init__(_In.START)
         self._parallel = parallel
         self._looks = True
-        self._in = _In.START
-        self._rest = ""
-        self._held = ""  # what was read of a call that has not started
         self._call = CallObject()
         self._scanner = JsonScanner()
-
-    def feed(self, text: str) -> list[Event]:
-        """Read more text; return what is sure."""
-        self._rest += text
-        events: list[Event] = []
-        steps = {
-            _In.START: self._read_start,
-            _In.TEXT: self._read_text,
-            _In.HEAD: self._read_head,
-            _In.OBJECT: self._read_object,
-            _In.BEHIND: self._read_behind,
-            _In.ARGUMENTS: self._read_arguments,
-            _In.BROKEN: self._read_broken,
-        }
-        while self._rest and steps[self._in](events):
-            pass
-        return events
 
     def finish(self) -> list[Event]:
         """Return what was held back."""
@@ -269,3 +251,13 @@ class MistralReader:
         else:
             self._rest = self._rest[len(kept) :]
         return found
+
+    steps: ClassVar = {
+        _In.START: _read_start,
+        _In.TEXT: _read_text,
+        _In.HEAD: _read_head,
+        _In.OBJECT: _read_object,
+        _In.BEHIND: _read_behind,
+        _In.ARGUMENTS: _read_arguments,
+        _In.BROKEN: _read_broken,
+    }
