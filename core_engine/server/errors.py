@@ -98,6 +98,7 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), headers=error.headers)
     if isinstance(error, QuireError):
+        logger.error("%s", error)  # whoever runs the server has to see it, too
         return ApiError(500, str(error))
     logger.error("a request failed by a defect of the server", exc_info=error)
     return ApiError(500, "the server failed on this request; its log has the reason")
