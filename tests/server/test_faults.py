@@ -78,14 +78,17 @@ def others(server, client, expected) -> Iterator[None]:
     """Somebody else streams meanwhile, and has the whole answer; nothing is left afterwards."""
     with httpx.Client(base_url=server.url, headers=HEADERS, timeout=60) as other:
         text: list[str] = []
+        begun = threading.Event()
 
         def read() -> None:
             with other.stream("POST", "/v1/completions", json=OTHER) as answer:
+                begun.set()
                 for line in answer.iter_lines():
                     text.extend(re.findall(r'"text":"((?:[^"\\]|\\.)*)"', line))
 
         reader = threading.Thread(target=read)
         reader.start()
+        assert begun.wait(60)  # before a test takes all the connections there may be
         yield
         reader.join(60)
         assert not reader.is_alive()
