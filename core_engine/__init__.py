@@ -40,6 +40,8 @@ _HOMES = {
     "NotSupportedError": "quire.errors",
     "OutOfMemoryError": "quire.errors",
     "PoolingParams": "quire.pooling_params",
+    "LoRARequest": "quire.lora_request",
+    "AdapterError": "quire.errors",
     "QuireError": "quire.errors",
     "RequestFailedError": "quire.errors",
     "StructureIncompleteError": "quire.errors",
@@ -49,6 +51,7 @@ _HOMES = {
 
 __all__ = [
     "LLM",
+    "AdapterError",
     "AddedRow",
     "AsyncLLM",
     "BatchChange",
@@ -64,6 +67,7 @@ __all__ = [
     "EngineClosedError",
     "EngineConfig",
     "InvalidRequestError",
+    "LoRARequest",
     "LogitsProcessor",
     "Logprob",
     "ModelLoadError",
@@ -88,6 +92,7 @@ if TYPE_CHECKING:
     from quire.async_llm import AsyncLLM
     from quire.config import EngineConfig
     from quire.errors import (
+        AdapterError,
         ConfigError,
         DeviceLostError,
         EngineBusyError,
@@ -105,6 +110,7 @@ if TYPE_CHECKING:
     )
     from quire.llm import LLM
     from quire.logits_processor import AddedRow, BatchChange, LogitsProcessor
+    from quire.lora_request import LoRARequest
     from quire.outputs import (
         BeamSearchOutput,
         BeamSearchSequence,

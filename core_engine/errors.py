@@ -30,6 +30,10 @@ class InvalidRequestError(QuireError, ValueError):
     """A prompt or a sampling parameter that cannot be served; only that request fails."""
 
 
+class AdapterError(InvalidRequestError):
+    """A LoRA adapter that cannot be found, read, or applied to the model."""
+
+
 class ModelNotFoundError(QuireError, OSError):
     """The model name leads to no folder and to nothing on a hub that can be reached."""
 

@@ -27,6 +27,9 @@ class ForwardBatch:
         Where each token's key and value go: ``block * block_size + offset``.
     logits_indices : Tensor[num_logits], int64
         The tokens after which logits are wanted.
+    adapter_slots : Tensor[num_tokens], int32, on the CPU, or None
+        Which of the model's adapters each token is computed with, -1 for none; None: no token
+        with any.
     attention : object
         What the attention backend prepared for this step, shared by all layers.
     """
@@ -38,6 +41,7 @@ class ForwardBatch:
     block_tables: torch.Tensor
     slot_mapping: torch.Tensor
     logits_indices: torch.Tensor
+    adapter_slots: torch.Tensor | None = None
     attention: Any = None
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from quire.models.adapter import PreparedAdapter
     from quire.pooling_params import PoolingParams
     from quire.sampling_params import SamplingParams
 
@@ -31,6 +32,10 @@ class Request:
         Requests with different salts share no prefix blocks.
     bad_words_ids : list of list of int
         The tokenizations of ``params.bad_words``.
+    lora_request : object
+        The adapter as the caller named it, for the outputs.
+    adapter : PreparedAdapter or None
+        The adapter itself.
     pooling : PoolingParams or None
         What becomes of the prompt's hidden states, where these are wanted and no text.
     """
@@ -46,3 +51,4 @@ class Request:
     cache_salt: str | None = None
     bad_words_ids: list[list[int]] = field(default_factory=list)
     pooling: PoolingParams | None = None
+    adapter: PreparedAdapter | None = None

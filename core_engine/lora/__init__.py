@@ -1,0 +1,1 @@
+"""LoRA adapters: read from peft's format, kept, and known by their content."""
