@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import VOCAB_SIZE
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged import PagedRunner
 from random_adapters import MergedMethod, merged_decoder, random_adapter
@@ -76,15 +76,16 @@ def put(decoder: Decoder, adapters: Sequence[Adapter]) -> None:
         decoder.set_adapter(slot, decoder.prepare_adapter(adapter))
 
 
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=max(1, settings.default.max_examples // 10))
 @given(
-    name=st.sampled_from(NAMES),
     seeds=st.lists(st.integers(0, 2**31), min_size=1, max_size=4),
     order=st.randoms(use_true_random=False),
 )
 def test_a_batch_of_many_adapters_is_each_merged_model_on_its_own(
     name: str, seeds: list[int], order: random.Random, decoders: Callable[..., Decoder]
 ) -> None:
-    """Any ranks, subsets, biases, DoRA, embeddings and heads: to 1e-5 of the largest logit."""
+    """Any ranks, subsets, biases, DoRA, embeddings and heads: to float32's rounding."""
     decoder = decoders(name)
     adapters = [random_adapter(decoder, seed) for seed in seeds]
     put(decoder, adapters)
@@ -97,8 +98,9 @@ def test_a_batch_of_many_adapters_is_each_merged_model_on_its_own(
         own = [number for number, each in enumerate(slots) if each == slot]
         expected = prefill(merged, [prompts[number] for number in own], None)
         for number, logits in zip(own, expected, strict=True):
-            error = (together[number] - logits).abs().max()
-            assert error <= 1e-5 * logits.abs().max(), (slot, slots)
+            error = together[number] - logits
+            assert error.norm() <= 2e-5 * logits.norm()
+            assert error.abs().max() <= 1e-4 * logits.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -310,9 +312,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(
         decoder.prepare_adapter(good(**changes))
 
 
-def test_a_slot_is_never_taken_for_another(
-    decoders: Callable[..., Decoder], tiny_checkpoint: Make
-) -> None:
+def test_a_slot_is_never_taken_for_another(decoders: Callable[..., Decoder]) -> None:
     """Wrong slots and other decoders' adapters are errors, not the base model's answer."""
     decoder, other = decoders("llama"), decoders("qwen2-tied")
     for slot in range(4):
@@ -330,8 +330,10 @@ def test_a_slot_is_never_taken_for_another(
             prefill(decoder, prompts, [slot])
         with pytest.raises(ValueError, match=f"adapter_slots has {slot}; no adapter"):
             decoder.compute_logits(torch.zeros(1, 64), torch.tensor([slot], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"shape \[2\]; there are 3 rows"):
+        decoder.compute_logits(torch.zeros(3, 64), torch.tensor([1, 1], dtype=torch.int32))
     plain = decoders("llama", 0)
     with pytest.raises(ValueError, match="max_adapters=0"):
         plain.prepare_adapter(good())
-    with pytest.raises(ValueError, match="max_adapters=0"):
+    with pytest.raises(ValueError, match="no adapter is in that slot"):
         prefill(plain, prompts, [0])
