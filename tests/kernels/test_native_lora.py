@@ -129,9 +129,7 @@ def test_each_row_gets_what_its_own_adapter_adds(
         draw_delta(rng, in_features, out_features, DTYPES[adapter_dtype])
         for _ in range(rng.randint(1, 4))
     ]
-    slots = torch.tensor(
-        [rng.randint(-1, len(deltas) - 1) for _ in range(rows)], dtype=torch.int32
-    )
+    slots = torch.tensor([rng.randint(-1, len(deltas) - 1) for _ in range(rows)], dtype=torch.int32)
     if rng.random() < 0.5:
         slots = slots.sort().values  # neighbours have one adapter
     linear = PackedLinear(weight, bias, deltas)
@@ -160,7 +158,7 @@ def test_each_row_gets_what_its_own_adapter_adds(
 @pytest.mark.parametrize("rank", [1, 3, 16, 17])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_numbers_that_are_none_stay_in_their_row(isa: str, dtype: str, rank: int) -> None:
-    """NaN and infinity in one row's shrunk input reach no other row, whatever ranks are left over."""
+    """NaN and infinity in one row reach no other, also not by ranks that a pair lacks."""
     rng = random.Random(rank)
     x, weight = torch.randn(9, 32), torch.randn(40, 32).to(DTYPES[dtype])
     generator = torch.Generator().manual_seed(1)
