@@ -161,7 +161,10 @@ class AdapterConfig:
             return None
         if self._all_linear:
             return not output
-        return _named(module, self._target_names) and self._in_layers(module)
+        # As in peft, a whole name counts whatever layers_to_transform says.
+        return module in self._target_names or (
+            _named(module, self._target_names) and self._in_layers(module)
+        )
 
     def saves(self, module: str) -> bool:
         """Whether the module is one of those that were trained as a whole."""
