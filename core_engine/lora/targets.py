@@ -137,7 +137,7 @@ class Targets:
     def nearest(self, module: str) -> str:
         """Return the module of the model whose name is most like the given one."""
         names = [name for name in self.modules() if self.find(name) is not None]
-        return difflib.get_close_matches(module, names, n=1, cutoff=0.0)[0]
+        return difflib.get_close_matches(module[:200], names, n=1, cutoff=0.0)[0]
 
 
 def _ungrouped(linear: Linear) -> torch.Tensor:

@@ -36,7 +36,13 @@ def _base_model(folder: Path) -> Any:
 
 
 def write_adapter(
-    model_folder: Path, folder: Path, *, seed: int = 0, size: float = 0.1, **config: Any
+    model_folder: Path,
+    folder: Path,
+    *,
+    seed: int = 0,
+    size: float = 0.1,
+    save_embedding_layers: bool | str = "auto",
+    **config: Any,
 ) -> Path:
     """Have peft make an adapter with random values everywhere, and save it to `folder`.
 
@@ -61,7 +67,7 @@ def write_adapter(
                     parameter.copy_(size * noise)
                 elif parameter.requires_grad and not _is_norm(name):
                     parameter.add_(size * noise)
-        model.save_pretrained(folder, save_embedding_layers=config.get("save_embedding", "auto"))
+        model.save_pretrained(folder, save_embedding_layers=save_embedding_layers)
     return folder
 
 

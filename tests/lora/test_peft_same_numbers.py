@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import warnings
 from collections.abc import Callable
@@ -10,7 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import OneSlot, adapted_model, base_model, decoder_of, read, write_adapter
+from adapters import (
+    OneSlot,
+    adapted_model,
+    base_model,
+    decoder_of,
+    read,
+    write_adapter,
+    write_files,
+)
 from checkpoints import VOCAB_SIZE
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,14 +36,19 @@ NUM_GREEDY = 16
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GPT2 = ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]
 FUSED = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
-TABLES = {"embed_tokens", "lm_head", "wte"}
+TABLES = {"embed_tokens", "lm_head", "wte", "word_embeddings"}
 
 
 def check(name: str, base: Path, folder: Path, config: dict[str, Any]) -> None:
-    """Compare logits at each position, and greedy tokens, with peft, unmerged and merged."""
+    """Compare an adapter that peft makes from `config`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         write_adapter(base, folder, **config)
+    compare(name, base, folder, config)
+
+
+def compare(name: str, base: Path, folder: Path, config: dict[str, Any]) -> None:
+    """Compare logits at each position, and greedy tokens, with peft, unmerged and merged."""
     decoder = decoder_of(base)
     decoder.set_adapter(1, decoder.prepare_adapter(read(base, folder)))
     rng = random.Random(0)
@@ -116,9 +130,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {"target_modules": [*GPT2, "wte", "lm_head"], "fan_in_fan_out": True}),
     ("gpt2", {"target_modules": GPT2, "use_dora": True, "fan_in_fan_out": True}),
     ("gpt2", {"target_modules": GPT2, "lora_bias": True, "fan_in_fan_out": True}),
-    ("gpt-neox", {"target_modules": FUSED}),
+    ("gpt-neox", {"target_modules": [*FUSED, "embed_in", "embed_out"]}),
     ("gpt-neox", {"target_modules": FUSED, "use_dora": True, "bias": "all"}),
-    ("falcon-40b", {"target_modules": FUSED}),
+    ("falcon-40b", {"target_modules": [*FUSED, "word_embeddings"]}),
+    ("llama", {"target_modules": LLAMA, "save_embedding_layers": True}),
     ("falcon-40b", {"target_modules": FUSED, "use_dora": True}),
     ("falcon-rw", {"target_modules": FUSED, "use_dora": True, "bias": "all"}),
     ("falcon-7b", {"target_modules": FUSED, "use_dora": True}),
@@ -189,3 +204,23 @@ def test_any_configuration_computes_what_peft_computes(
     name, config = drawn
     folder = tmp_path_factory.mktemp("adapter")
     check(name, tiny_checkpoint(name), folder, {**config, "seed": seed})
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen2-tied"])
+@pytest.mark.parametrize("kept", ["embed_tokens", "lm_head", "embed_tokens lm_head"])
+def test_an_embedding_that_was_saved_along_is_the_one_of_peft(
+    name: str, kept: str, tiny_checkpoint: Make, tmp_path: Path
+) -> None:
+    """Tables that are no modules_to_save stand in for the model's own, of a tied model for both."""
+    from safetensors.torch import load_file
+
+    base, config = tiny_checkpoint(name), {"target_modules": ["v_proj"]}
+    write_adapter(base, tmp_path, **config, save_embedding_layers=True)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for module in ("embed_tokens", "lm_head"):
+        table = next(each for each in tensors if each.endswith(f"{module}.weight"))
+        tensors[table] = tensors[table].flip(0).contiguous()
+        if module not in kept:
+            del tensors[table]
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    compare(name, base, write_files(tmp_path, settings, tensors), config)
