@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from quire.errors import AdapterError, EngineClosedError, InvalidRequestError, QuireError
+from quire.errors import AdapterError, EngineClosedError, InvalidRequestError
 from quire.lora_request import LoRARequest
 from quire.utils.checks import flag, refuse, shown
 
@@ -266,13 +266,7 @@ class AdapterStore:
             return local
         folder = None if again else self._downloads.get(path)
         if folder is None:
-            try:
-                folder = self._open(path).find(path)
-            except AdapterError:
-                raise
-            except QuireError as error:
-                raise AdapterError(str(error)) from error
-            self._downloads[path] = folder
+            folder = self._downloads[path] = self._open(path).find(path)
         return folder
 
     def _named(self, name: str) -> PreparedAdapter:
