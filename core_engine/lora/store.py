@@ -33,6 +33,7 @@ _ATTEMPTS = 5
 
 # Of these names within a class that has a method `list`.
 _Requests = list[LoRARequest]
+_Places = list["_Name | _Known"]
 _Leaving = list["PreparedAdapter | None"]
 
 
@@ -365,7 +366,7 @@ class AdapterStore:
 
     def _release_unused(self, digest: str) -> PreparedAdapter | None:
         """Stop keeping an adapter if neither a name nor a folder is known to stand for it."""
-        places = [*self._names.values(), *self._known.values()]
+        places: _Places = [*self._names.values(), *self._known.values()]
         if any(place.digest == digest for place in places):
             return None
         return self._release(digest)
