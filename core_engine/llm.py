@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from quire.config import EngineConfig, init_signature
-from quire.errors import EngineClosedError, InvalidRequestError
+from quire.errors import AdapterError, EngineClosedError, InvalidRequestError
 from quire.lifetime import Lifetime, make_loop
 from quire.outputs import (
     BeamSearchOutput,
@@ -564,4 +564,5 @@ LLM.__init__.__signature__ = init_signature()  # type: ignore[attr-defined]
 
 
 def _at_index(what: str, i: int, total: int, error: InvalidRequestError) -> InvalidRequestError:
-    return InvalidRequestError(f"{what} {i} of {total}: {error}" if total > 1 else str(error))
+    kind = AdapterError if isinstance(error, AdapterError) else InvalidRequestError
+    return kind(f"{what} {i} of {total}: {error}" if total > 1 else str(error))

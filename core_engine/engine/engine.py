@@ -315,7 +315,8 @@ class Engine:
                 num_drafts = [num_drafts[i] for i in caught_up]
             masks = self._constraints.start_masks(sequences, num_drafts, self._requests)
             if self._slots is not None:
-                self._slots.apply(self._runner.set_adapter)
+                swaps = self._slots.apply(self._runner.set_adapter)
+                self.metrics_data.num_adapter_swaps += swaps
             forward_started = time.perf_counter()
             hidden = self._runner.forward(batch)
             logits = likeliest = None
