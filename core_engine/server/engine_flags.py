@@ -9,6 +9,7 @@ from typing import Any
 
 from quire.config import NO_EFFECT, NOT_OFFERED, EngineConfig, argument_names, checks
 from quire.config import engine_config as parts
+from quire.config.lora_config import LoRAConfig
 from quire.server.flag import Flag, Kind
 
 _GROUPS = {
@@ -16,6 +17,7 @@ _GROUPS = {
     parts.CacheConfig: "The KV cache",
     parts.SchedulerConfig: "The scheduler",
     parts.StructuredOutputsConfig: "Structured outputs",
+    LoRAConfig: "Adapters",
     EngineConfig: "The engine",
 }
 
@@ -26,8 +28,11 @@ _SPELLINGS = {
     "quantization": ("-q",),
 }
 
-# The server has its own of these names: for a class is no text, and the others are about answers.
-SERVER_NAMES = frozenset({"model", "chat_template", "served_model_name", "reasoning_parser"})
+# The server has its own of these names: for a class is no text, nor is an adapter, and the others
+# are about answers.
+SERVER_NAMES = frozenset(
+    {"model", "chat_template", "lora_modules", "served_model_name", "reasoning_parser"}
+)
 
 
 def engine_flags() -> list[Flag]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import plain_files, read, write_files
+from peft_adapters import plain_files, read, write_files
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import (
+from peft_adapters import (
     OneSlot,
     adapted_model,
     base_model,
