@@ -18,6 +18,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from quire.sampling_params import RequestOutputKind
+from quire.server.adapter_metrics import AdapterMetrics, AdapterUse
 from quire.server.histogram import Histogram, steps_of_1_2_5
 from quire.server.http_metrics import HttpMetrics
 from quire.server.record import RequestRecord
@@ -83,6 +84,7 @@ class Metrics:
         self._prefix = prefix
         self._labels = {"model_name": model_name, "engine": "0"}
         self._config = config
+        self.adapters = AdapterMetrics(config)
         self._ended = dict.fromkeys(("stop", "length", "abort", "error"), 0)
         lengths = steps_of_1_2_5(max_model_len)
         self.first_token = Histogram(_FIRST_TOKEN)
@@ -105,9 +107,11 @@ class Metrics:
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
 
-    def watch(self, params: SamplingParams, record: RequestRecord | None) -> RequestWatch:
+    def watch(
+        self, params: SamplingParams, record: RequestRecord | None, adapter: str | None = None
+    ) -> RequestWatch:
         """Return what is to be shown the outputs of one request."""
-        return RequestWatch(self, params, record)
+        return RequestWatch(self, params, record, self.adapters.watch(adapter))
 
     def count_end(self, reason: str) -> None:
         """Count a request that ended so."""
@@ -132,6 +136,9 @@ class Metrics:
                 "iteration_tokens_total", "Tokens per step.", steps, engine["num_computed_tokens"]
             )
             yield self._cache_config(engine)
+        adapters = self.adapters.family(self._prefix)
+        if adapters is not None:
+            yield adapters
         ended = CounterMetricFamily(
             self._prefix + "request_success",
             "Requests that ended, by reason.",
@@ -200,14 +207,23 @@ class RequestWatch:
     params : SamplingParams
     record : RequestRecord or None
         Of the HTTP request that it belongs to.
+    adapter : AdapterUse
     """
 
-    __slots__ = ("_begun", "_counts", "_last", "_max_tokens", "_metrics", "_n", "_news", "_record")
+    __slots__ = (
+        *("_adapter", "_begun", "_counts", "_last", "_max_tokens", "_metrics", "_n", "_news"),
+        "_record",
+    )
 
     def __init__(
-        self, metrics: Metrics, params: SamplingParams, record: RequestRecord | None
+        self,
+        metrics: Metrics,
+        params: SamplingParams,
+        record: RequestRecord | None,
+        adapter: AdapterUse,
     ) -> None:
         self._metrics = metrics
+        self._adapter = adapter
         self._record = record
         self._news = params.output_kind is RequestOutputKind.DELTA
         self._max_tokens = params.max_tokens
@@ -245,6 +261,7 @@ class RequestWatch:
         if first is None and not output.finished:
             return
         self._begun = True
+        self._adapter.begin()
         if self._record is not None:
             self._record.num_prompt_tokens += len(output.prompt_token_ids)
         if times is not None and first is not None:
@@ -254,6 +271,7 @@ class RequestWatch:
 
     def _finish(self, output: RequestOutput) -> None:
         metrics, times = self._metrics, output.metrics
+        self._adapter.end()
         generated = sum(self._counts.values())
         prompt = len(output.prompt_token_ids)
         reasons = [completion.finish_reason for completion in output.outputs]
@@ -283,6 +301,11 @@ class RequestWatch:
 
     def fail(self, reason: str) -> None:
         """Take in that nothing more comes."""
+        self.forget()
         self._metrics.count_end(reason)
         if self._record is not None:
             self._record.num_generated_tokens += sum(self._counts.values())
+
+    def forget(self) -> None:
+        """Take in that the request has never begun."""
+        self._adapter.end()

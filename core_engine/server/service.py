@@ -7,27 +7,33 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from fastapi import Request
 
-from quire.errors import EngineBusyError, InvalidRequestError
+from quire.errors import AdapterError, EngineBusyError, InvalidRequestError
+from quire.server.adapters import ServedAdapters, ServedModel
 from quire.server.errors import ApiError
 from quire.server.life import Life
 from quire.server.metrics import Metrics
 from quire.server.record import RECORD
+from quire.utils.checks import shown
 
 if TYPE_CHECKING:
     from quire.async_llm import AsyncLLM
     from quire.chat import ChatFormat
     from quire.engine.processor import ModelLimits
-    from quire.outputs import RequestOutput
+    from quire.outputs import EmbeddingRequestOutput, RequestOutput
+    from quire.pooling_params import PoolingParams
     from quire.prompts import Prompt
     from quire.sampling_params import SamplingParams
     from quire.server.settings import ServerSettings
     from quire.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger("quire")
+
+_MOST_TOLD: Final = 20
+"""Names of models in an error."""
 
 
 class Service:
@@ -47,6 +53,7 @@ class Service:
         self.tokenizer = tokenizer
         self.created = int(time.time())
         self.life = Life()
+        self.adapters = ServedAdapters(llm, settings)
         self.metrics = Metrics(
             settings.served_model_names[0],
             settings.metrics_prefix,
@@ -76,8 +83,8 @@ class Service:
         """The name that stands in answers."""
         return self.settings.served_model_names[0]
 
-    def check_model(self, name: str | None) -> str:
-        """Return the model's name for an answer; None asks for the only model there is.
+    async def find_model(self, name: str | None) -> ServedModel:
+        """Return the model, or the adapter, of a name; None asks for the model.
 
         Raises
         ------
@@ -85,22 +92,28 @@ class Service:
             404: nothing here is called so.
         """
         if name is None:
-            return self.model_name
-        if name not in self.settings.served_model_names:
-            served = ", ".join(self.settings.served_model_names)
-            raise ApiError(
-                404,
-                f"the model {name!r} is not served here: this server has {served}",
-                param="model",
-                code="model_not_found",
-            )
-        return name
+            return ServedModel(self.model_name)
+        if name in self.settings.served_model_names:
+            return ServedModel(name)
+        if await self.adapters.has(name):
+            return ServedModel(name, adapter=name)
+        served = [*self.settings.served_model_names]
+        served += [card.name for card in await self.adapters.cards()]
+        more = f" and {len(served) - _MOST_TOLD} more" if len(served) > _MOST_TOLD else ""
+        raise ApiError(
+            404,
+            f"the model {shown(name)} is not served here: this server has "
+            f"{', '.join(served[:_MOST_TOLD])}{more}",
+            param="model",
+            code="model_not_found",
+        )
 
     async def generate(
         self,
         prompt: Prompt,
         params: SamplingParams,
         *,
+        adapter: str | None = None,
         request_id: str | None = None,
         priority: int = 0,
         **options: Any,
@@ -113,8 +126,10 @@ class Service:
         if self.settings.log_prompts:
             http_id = "-" if record is None else record.request_id
             logger.info("request %s: prompt %r, %r", http_id, prompt, params)
-        watch = self.metrics.watch(params, record)
-        stream = self.llm.generate(prompt, params, request_id, priority=priority, **options)
+        watch = self.metrics.watch(params, record, adapter)
+        stream = self.llm.generate(
+            prompt, params, request_id, lora_request=adapter, priority=priority, **options
+        )
         ended = False
         try:
             async with aclosing(stream):
@@ -122,8 +137,11 @@ class Service:
                     watch.show(output)
                     ended = output.finished
                     yield output
-        except (InvalidRequestError, EngineBusyError):  # it has never begun
+        except (InvalidRequestError, EngineBusyError) as error:  # it has never begun
             ended = True
+            watch.forget()
+            if isinstance(error, AdapterError) and adapter is not None:
+                raise await self._no_adapter(adapter, error) from None
             raise
         except Exception:
             watch.fail("error")
@@ -132,6 +150,31 @@ class Service:
         finally:
             if not ended:
                 watch.fail("abort")
+
+
+    async def embed(
+        self, prompt: Prompt, pooling: PoolingParams, *, adapter: str | None = None
+    ) -> EmbeddingRequestOutput:
+        """Turn one prompt into a vector."""
+        use = self.metrics.adapters.watch(adapter)
+        use.begin()
+        try:
+            return await self.llm.embed(prompt, pooling, lora_request=adapter)
+        except AdapterError as error:
+            if adapter is None:
+                raise
+            raise await self._no_adapter(adapter, error) from None
+        finally:
+            use.end()
+
+    async def _no_adapter(self, name: str, error: AdapterError) -> ApiError:
+        """Return what to answer where an adapter that was there is not there any more."""
+        if not await self.adapters.has(name):
+            message = f"the model {shown(name)} has been unloaded"
+            return ApiError(404, message, param="model", code="model_not_found")
+        logger.error("the adapter %r cannot be read again: %s", name, error)
+        message = f"the model {shown(name)} cannot be read again; the server's log has the reason"
+        return ApiError(500, message, param="model")
 
 
 def get_service(request: Request) -> Service:
