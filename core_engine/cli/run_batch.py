@@ -91,7 +91,7 @@ def run_batch(
         lora_modules=lora_modules,
     )
     try:
-        from quire.server.adapters import check_adapter_names
+        from quire.server.adapter_names import check_adapter_names
         from quire.server.batch.results import ResultFile
         from quire.server.settings import ServerSettings
     except ImportError as error:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from quire.errors import ConfigError, InvalidRequestError
+from quire.errors import InvalidRequestError
 from quire.server.adapter_folders import AdapterFolders, OpenAdapter
+from quire.server.adapter_names import name_problem
 from quire.server.errors import ApiError
 from quire.utils.checks import shown
 
@@ -24,7 +25,6 @@ T = TypeVar("T")
 
 logger = logging.getLogger("quire")
 
-_LONGEST_NAME: Final = 256
 _MOST_LOADED: Final = 1000
 """Adapters that clients may have loaded at once: each holds files open."""
 
@@ -76,38 +76,6 @@ class _Loaded:
 class _Change:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     users: int = 0
-
-
-def name_problem(name: str) -> str | None:
-    """Return what an adapter's name would have to be, where it is not; None if it is well."""
-    if not name.strip():
-        return "not empty"
-    if not name.isprintable():
-        return "without control characters"
-    if name != name.strip():
-        return "without spaces around it"
-    if len(name) > _LONGEST_NAME:
-        return f"at most {_LONGEST_NAME} characters long"
-    return None
-
-
-def check_adapter_names(names: Sequence[str], settings: ServerSettings) -> None:
-    """Check the names of adapters that a server starts with.
-
-    Raises
-    ------
-    ConfigError
-        One is no name, or the model's.
-    """
-    for name in names:
-        problem = name_problem(name)
-        if problem is not None:
-            raise ConfigError(f"lora_modules: a name must be {problem}, not {shown(name)}")
-        if name in settings.served_model_names:
-            raise ConfigError(
-                f"lora_modules: {name!r} is served already, as the model itself: give the adapter "
-                "another name, or the model by served_model_name"
-            )
 
 
 class ServedAdapters:

@@ -78,9 +78,7 @@ async def prepare_chat(
         readers = [chat_format.reader(tools, choice, parallel, prompt=end) for _ in range(params.n)]
     except InvalidRequestError as error:
         raise field_error(error, body) from None
-    run = Run(
-        service, body, [prompt], params, model=model, prompt_field="messages", kind=kind
-    )
+    run = Run(service, body, [prompt], params, model=model, prompt_field="messages", kind=kind)
     return ChatRun(body, run, readers)
 
 

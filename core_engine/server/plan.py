@@ -14,7 +14,7 @@ from typing import Any
 from quire.config import EngineConfig, argument_names, checks
 from quire.errors import ConfigError, QuireError
 from quire.sampling_params import SamplingParams
-from quire.server.adapters import check_adapter_names
+from quire.server.adapter_names import check_adapter_names
 from quire.server.attention_backend import honour_attention_backend
 from quire.server.server_flags import IGNORED
 from quire.server.settings import Listening, ServerSettings
@@ -74,6 +74,8 @@ def make_plan(given: Mapping[str, Any], environ: Mapping[str, str] = os.environ)
         engine_args["logits_processors"] = [
             _imported(name) for name in engine_args["logits_processors"]
         ]
+    if engine_args.get("lora_modules") and not engine_args.get("enable_lora"):
+        raise ConfigError("lora_modules is about adapters: give enable_lora, too")
     config = EngineConfig.create(**engine_args)
     _check_defaults(config.model.override_generation_config or {})
     honour_attention_backend(environ)

@@ -74,7 +74,7 @@ def server_flags() -> list[Flag]:
             name="lora_modules",
             kind="modules",
             group=_ADAPTERS,
-            help="Adapters, as NAME=PATH or {\"name\", \"path\", \"base_model_name\"} in JSON; "
+            help='Adapters, as NAME=PATH or {"name", "path", "base_model_name"} in JSON; '
             "requests ask for one by its name.",
         ),
         Flag(

@@ -151,7 +151,6 @@ class Service:
             if not ended:
                 watch.fail("abort")
 
-
     async def embed(
         self, prompt: Prompt, pooling: PoolingParams, *, adapter: str | None = None
     ) -> EmbeddingRequestOutput:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("fastapi")
 
-from quire.server.adapter_folders import AdapterFolders  # noqa: E402
-from quire.server.errors import ApiError  # noqa: E402
+from quire.server.adapter_folders import AdapterFolders
+from quire.server.errors import ApiError
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 HAS_OPEN_FILES = Path("/proc/self/fd").is_dir()
