@@ -21,8 +21,10 @@ from quire.utils.checks import shown
 
 _LONGEST_PATH: Final = 4096
 _OPEN_FILES: Final = Path("/proc/self/fd")
-_FILES: Final = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-"""What an adapter consists of; the last is never read, but a message may name it."""
+_CONFIG: Final = "adapter_config.json"
+_TENSORS: Final = "adapter_model.safetensors"
+_PICKLED: Final = "adapter_model.bin"
+"""Stands in for the tensors, for the reader to say why it is not read."""
 
 _FOLDER: Final = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY
 _FILE: Final = os.O_RDONLY | os.O_NONBLOCK  # a pipe would have the opening wait for a writer
@@ -47,7 +49,7 @@ class OpenAdapter:
             ending.callback(os.close, number)
         self.close = weakref.finalize(self, ending.close)
         if _OPEN_FILES.is_dir():  # elsewhere the system does not lend open files by their numbers
-            self.path = tempfile.mkdtemp(prefix="quire-adapter-")
+            self.path = os.path.realpath(tempfile.mkdtemp(prefix="quire-adapter-"))
             ending.callback(shutil.rmtree, self.path, ignore_errors=True)
             for name, number in files.items():
                 os.symlink(_OPEN_FILES / str(number), os.path.join(self.path, name))
@@ -96,13 +98,16 @@ class AdapterFolders:
         raise _refused(path)
 
     def _files(self, path: str, folder: str) -> dict[str, int]:
-        """Return the files that there are, by name, each with its number."""
+        """Return the files by name, each with its number."""
         found: dict[str, int] = {}
         try:
-            for name in _FILES:
+            for name in (_CONFIG, _TENSORS):
                 file = os.path.join(folder, name)
+                if name == _TENSORS and not os.path.lexists(file):
+                    name = _PICKLED
+                    file = os.path.join(folder, name)
                 if not os.path.lexists(file):
-                    continue
+                    raise _incomplete(path)
                 try:
                     found[name] = self._open(file, _FILE)
                 except OSError:
@@ -158,6 +163,11 @@ def _check(path: str) -> None:
         wrong = "a path without '..'"
     if wrong is not None:
         raise ApiError(400, f"lora_path must be {wrong}, got {shown(path)}", param="lora_path")
+
+
+def _incomplete(path: str) -> ApiError:
+    message = f"lora_path: {shown(path)} has to have the files {_CONFIG} and {_TENSORS}"
+    return ApiError(400, message, param="lora_path", code="adapter_not_found")
 
 
 def _refused(path: str, name: str | None = None) -> ApiError:

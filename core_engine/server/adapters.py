@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
@@ -37,12 +38,28 @@ class ServedModel:
     ----------
     name : str
         As the request has it; it stands in the answer.
-    adapter : str or None
-        The adapter of that name, or none: the model itself.
+    is_adapter : bool
+        Whether it is an adapter, and not the model itself.
     """
 
     name: str
-    adapter: str | None = None
+    is_adapter: bool = False
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model that stays what it is, whatever is loaded under its name meanwhile.
+
+    Attributes
+    ----------
+    name : str
+        As the request has it.
+    adapter : object
+        For ``lora_request``; None for the model itself.
+    """
+
+    name: str
+    adapter: Any = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +112,7 @@ class ServedAdapters:
         self._enabled = llm.config.lora.enable_lora
         self._created = int(time.time())
         self._folders = AdapterFolders(settings.allowed_lora_dirs)
+        self._given = {each.lora_name: each.lora_path for each in llm.config.lora.lora_modules}
         self._loaded: dict[str, _Loaded] = {}
         self._changes: dict[str, _Change] = {}
 
@@ -113,12 +131,18 @@ class ServedAdapters:
         return [each for each in await self._llm.list_loras() if each.lora_name not in own]
 
     def _card(self, adapter: LoRARequest) -> AdapterCard:
+        path, created = adapter.lora_path, self._created
         loaded = self._loaded.get(adapter.lora_name)
+        given = self._given.get(adapter.lora_name)
+        if loaded is not None and loaded.files.path == path:
+            path, created = loaded.files.given, loaded.created
+        elif given is not None and os.path.realpath(os.path.expanduser(given)) == path:
+            path = given
         return AdapterCard(
             name=adapter.lora_name,
-            path=adapter.lora_path if loaded is None else loaded.files.given,
+            path=path,
             parent=adapter.base_model_name or self._settings.served_model_names[0],
-            created=self._created if loaded is None else loaded.created,
+            created=created,
         )
 
     async def load(self, name: str, path: str, *, in_place: bool) -> AdapterCard:
@@ -156,6 +180,7 @@ class ServedAdapters:
                     "load_inplace=true",
                     code="adapter_exists",
                 )
+            await self._forget_others()
             if len(self._loaded) >= _MOST_LOADED and name not in self._loaded:
                 raise _refused(f"{_MOST_LOADED} adapters are loaded: unload one", code="too_many")
             files = await asyncio.to_thread(self._folders.open, path)
@@ -199,6 +224,12 @@ class ServedAdapters:
             if loaded is not None:
                 loaded.files.close()
             logger.info("unloaded the adapter %r", name)
+
+    async def _forget_others(self) -> None:
+        """Close the files of what was unloaded by others than clients."""
+        names = {each.lora_name for each in await self._list()}
+        for name in self._loaded.keys() - names:
+            self._loaded.pop(name).files.close()
 
     def _check_allowed(self, done: str) -> None:
         if not self._settings.allow_runtime_lora_updating:

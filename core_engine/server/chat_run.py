@@ -14,7 +14,7 @@ from quire.server.sampling import check_stream_fields, field_error, sampling_par
 if TYPE_CHECKING:
     from quire.chat import ChatReader
     from quire.sampling_params import SamplingParams
-    from quire.server.adapters import ServedModel
+    from quire.server.adapters import OpenModel
     from quire.server.protocol.chat import ChatRequest
     from quire.server.service import Service
 
@@ -41,7 +41,7 @@ class ChatRun:
 
 
 async def prepare_chat(
-    service: Service, body: ChatRequest, model: ServedModel, *, kind: str
+    service: Service, body: ChatRequest, model: OpenModel, *, kind: str
 ) -> ChatRun:
     """Check a request and write its prompt; nothing runs yet.
 
@@ -49,7 +49,7 @@ async def prepare_chat(
     ----------
     service : Service
     body : ChatRequest
-    model : ServedModel
+    model : OpenModel
         What it asks for.
     kind : str
         What the answer's id begins with.

@@ -18,7 +18,6 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from quire.sampling_params import RequestOutputKind
-from quire.server.adapter_metrics import AdapterMetrics, AdapterUse
 from quire.server.histogram import Histogram, steps_of_1_2_5
 from quire.server.http_metrics import HttpMetrics
 from quire.server.record import RequestRecord
@@ -63,7 +62,7 @@ class Metrics:
     """What a server's requests were like.
 
     Written by the event loop's thread alone. The engine counts for itself and is asked when
-    somebody reads.
+    somebody reads: its counters by name, and by adapter the requests that run and that wait.
 
     Parameters
     ----------
@@ -81,10 +80,10 @@ class Metrics:
     ) -> None:
         self.http = HttpMetrics()
         self.engine: Mapping[str, float] | None = None
+        self.adapters: Mapping[str, tuple[int, int]] | None = None
         self._prefix = prefix
         self._labels = {"model_name": model_name, "engine": "0"}
         self._config = config
-        self.adapters = AdapterMetrics(config)
         self._ended = dict.fromkeys(("stop", "length", "abort", "error"), 0)
         lengths = steps_of_1_2_5(max_model_len)
         self.first_token = Histogram(_FIRST_TOKEN)
@@ -107,11 +106,9 @@ class Metrics:
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
 
-    def watch(
-        self, params: SamplingParams, record: RequestRecord | None, adapter: str | None = None
-    ) -> RequestWatch:
+    def watch(self, params: SamplingParams, record: RequestRecord | None) -> RequestWatch:
         """Return what is to be shown the outputs of one request."""
-        return RequestWatch(self, params, record, self.adapters.watch(adapter))
+        return RequestWatch(self, params, record)
 
     def count_end(self, reason: str) -> None:
         """Count a request that ended so."""
@@ -136,9 +133,8 @@ class Metrics:
                 "iteration_tokens_total", "Tokens per step.", steps, engine["num_computed_tokens"]
             )
             yield self._cache_config(engine)
-        adapters = self.adapters.family(self._prefix)
-        if adapters is not None:
-            yield adapters
+        if self.adapters is not None:
+            yield self._adapters(self.adapters)
         ended = CounterMetricFamily(
             self._prefix + "request_success",
             "Requests that ended, by reason.",
@@ -197,6 +193,23 @@ class Metrics:
         family.add_metric(list(facts.values()), 1)
         return family
 
+    def _adapters(self, counts: Mapping[str, tuple[int, int]]) -> GaugeMetricFamily:
+        """Return the names of adapters as vLLM has them: in one sample, whose value is the time."""
+        running = sorted(name for name, (begun, _) in counts.items() if begun)
+        waiting = sorted(name for name, (_, waiting) in counts.items() if waiting)
+        labels = {
+            "max_lora": str(self._config.lora.max_loras),
+            "running_lora_adapters": ",".join(running),
+            "waiting_lora_adapters": ",".join(waiting),
+        }
+        family = GaugeMetricFamily(
+            self._prefix + "lora_requests_info",
+            "Adapters of the requests that run, and of those that wait.",
+            labels=list(labels),
+        )
+        family.add_metric(list(labels.values()), time.time())
+        return family
+
 
 class RequestWatch:
     """Is shown the outputs of one request, and tells the metrics.
@@ -207,23 +220,14 @@ class RequestWatch:
     params : SamplingParams
     record : RequestRecord or None
         Of the HTTP request that it belongs to.
-    adapter : AdapterUse
     """
 
-    __slots__ = (
-        *("_adapter", "_begun", "_counts", "_last", "_max_tokens", "_metrics", "_n", "_news"),
-        "_record",
-    )
+    __slots__ = ("_begun", "_counts", "_last", "_max_tokens", "_metrics", "_n", "_news", "_record")
 
     def __init__(
-        self,
-        metrics: Metrics,
-        params: SamplingParams,
-        record: RequestRecord | None,
-        adapter: AdapterUse,
+        self, metrics: Metrics, params: SamplingParams, record: RequestRecord | None
     ) -> None:
         self._metrics = metrics
-        self._adapter = adapter
         self._record = record
         self._news = params.output_kind is RequestOutputKind.DELTA
         self._max_tokens = params.max_tokens
@@ -261,7 +265,6 @@ class RequestWatch:
         if first is None and not output.finished:
             return
         self._begun = True
-        self._adapter.begin()
         if self._record is not None:
             self._record.num_prompt_tokens += len(output.prompt_token_ids)
         if times is not None and first is not None:
@@ -271,7 +274,6 @@ class RequestWatch:
 
     def _finish(self, output: RequestOutput) -> None:
         metrics, times = self._metrics, output.metrics
-        self._adapter.end()
         generated = sum(self._counts.values())
         prompt = len(output.prompt_token_ids)
         reasons = [completion.finish_reason for completion in output.outputs]
@@ -301,11 +303,6 @@ class RequestWatch:
 
     def fail(self, reason: str) -> None:
         """Take in that nothing more comes."""
-        self.forget()
         self._metrics.count_end(reason)
         if self._record is not None:
             self._record.num_generated_tokens += sum(self._counts.values())
-
-    def forget(self) -> None:
-        """Take in that the request has never begun."""
-        self._adapter.end()

@@ -17,7 +17,7 @@ from quire.server.sampling import field_error
 if TYPE_CHECKING:
     from quire.prompts import TokensPrompt
     from quire.sampling_params import SamplingParams
-    from quire.server.adapters import ServedModel
+    from quire.server.adapters import OpenModel
     from quire.server.protocol.embeddings import EmbeddingRequest
     from quire.server.protocol.sampling import SamplingBody
     from quire.server.service import Service
@@ -37,7 +37,7 @@ class Run:
         Tokenized: what takes long has been done elsewhere than in the event loop.
     params : SamplingParams
         Of all of them.
-    model : ServedModel
+    model : OpenModel
         What they are for.
     prompt_field : str
         Where the prompts stand in the body.
@@ -57,7 +57,7 @@ class Run:
         prompts: Sequence[TokensPrompt],
         params: SamplingParams,
         *,
-        model: ServedModel,
+        model: OpenModel,
         prompt_field: str,
         kind: str,
     ) -> None:
@@ -124,7 +124,7 @@ class Run:
         outputs = self._service.generate(
             self.prompts[i],
             self.params,
-            adapter=self._model.adapter,
+            lora_request=self._model.adapter,
             request_id=name,
             priority=self._body.priority or 0,
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from fastapi import Request
 
 from quire.errors import AdapterError, EngineBusyError, InvalidRequestError
-from quire.server.adapters import ServedAdapters, ServedModel
+from quire.server.adapters import OpenModel, ServedAdapters, ServedModel
 from quire.server.errors import ApiError
 from quire.server.life import Life
 from quire.server.metrics import Metrics
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from quire.async_llm import AsyncLLM
     from quire.chat import ChatFormat
     from quire.engine.processor import ModelLimits
-    from quire.outputs import EmbeddingRequestOutput, RequestOutput
-    from quire.pooling_params import PoolingParams
+    from quire.outputs import RequestOutput
     from quire.prompts import Prompt
     from quire.sampling_params import SamplingParams
     from quire.server.settings import ServerSettings
@@ -96,11 +95,31 @@ class Service:
         if name in self.settings.served_model_names:
             return ServedModel(name)
         if await self.adapters.has(name):
-            return ServedModel(name, adapter=name)
+            return ServedModel(name, is_adapter=True)
+        raise await self._no_model(name)
+
+    async def open_model(self, name: str | None) -> OpenModel:
+        """Return what :meth:`find_model` returns, as it is now, for the requests of one answer."""
+        model = await self.find_model(name)
+        if not model.is_adapter:
+            return OpenModel(model.name)
+        try:
+            return OpenModel(model.name, await self.llm.find_lora(model.name))
+        except AdapterError as error:
+            if not await self.adapters.has(model.name):  # since it was found
+                raise await self._no_model(model.name) from None
+            logger.error("%s", error)
+            raise ApiError(
+                500,
+                f"the adapter {model.name!r} cannot be read again; the server's log has the reason",
+                param="model",
+            ) from None
+
+    async def _no_model(self, name: str) -> ApiError:
         served = [*self.settings.served_model_names]
         served += [card.name for card in await self.adapters.cards()]
         more = f" and {len(served) - _MOST_TOLD} more" if len(served) > _MOST_TOLD else ""
-        raise ApiError(
+        return ApiError(
             404,
             f"the model {shown(name)} is not served here: this server has "
             f"{', '.join(served[:_MOST_TOLD])}{more}",
@@ -113,7 +132,6 @@ class Service:
         prompt: Prompt,
         params: SamplingParams,
         *,
-        adapter: str | None = None,
         request_id: str | None = None,
         priority: int = 0,
         **options: Any,
@@ -126,10 +144,8 @@ class Service:
         if self.settings.log_prompts:
             http_id = "-" if record is None else record.request_id
             logger.info("request %s: prompt %r, %r", http_id, prompt, params)
-        watch = self.metrics.watch(params, record, adapter)
-        stream = self.llm.generate(
-            prompt, params, request_id, lora_request=adapter, priority=priority, **options
-        )
+        watch = self.metrics.watch(params, record)
+        stream = self.llm.generate(prompt, params, request_id, priority=priority, **options)
         ended = False
         try:
             async with aclosing(stream):
@@ -137,11 +153,8 @@ class Service:
                     watch.show(output)
                     ended = output.finished
                     yield output
-        except (InvalidRequestError, EngineBusyError) as error:  # it has never begun
+        except (InvalidRequestError, EngineBusyError):  # it has never begun
             ended = True
-            watch.forget()
-            if isinstance(error, AdapterError) and adapter is not None:
-                raise await self._no_adapter(adapter, error) from None
             raise
         except Exception:
             watch.fail("error")
@@ -150,30 +163,6 @@ class Service:
         finally:
             if not ended:
                 watch.fail("abort")
-
-    async def embed(
-        self, prompt: Prompt, pooling: PoolingParams, *, adapter: str | None = None
-    ) -> EmbeddingRequestOutput:
-        """Turn one prompt into a vector."""
-        use = self.metrics.adapters.watch(adapter)
-        use.begin()
-        try:
-            return await self.llm.embed(prompt, pooling, lora_request=adapter)
-        except AdapterError as error:
-            if adapter is None:
-                raise
-            raise await self._no_adapter(adapter, error) from None
-        finally:
-            use.end()
-
-    async def _no_adapter(self, name: str, error: AdapterError) -> ApiError:
-        """Return what to answer where an adapter that was there is not there any more."""
-        if not await self.adapters.has(name):
-            message = f"the model {shown(name)} has been unloaded"
-            return ApiError(404, message, param="model", code="model_not_found")
-        logger.error("the adapter %r cannot be read again: %s", name, error)
-        message = f"the model {shown(name)} cannot be read again; the server's log has the reason"
-        return ApiError(500, message, param="model")
 
 
 def get_service(request: Request) -> Service:

@@ -175,11 +175,14 @@ def test_what_is_no_file_is_refused_at_once(tree: Path) -> None:
         assert f"{TENSORS} of {name!r}" in refusal(folders, name)
 
 
-def test_an_incomplete_folder_is_the_readers_to_judge(folders: AdapterFolders) -> None:
-    """It says what is missing; so it does of a folder with nothing in it."""
-    for path, names in (("half", {CONFIG}), ("empty", set())):
-        with opened(folders, path) as folder:
-            assert {each.name for each in folder.iterdir()} == names
+def test_an_incomplete_folder_is_told_so(tree: Path, folders: AdapterFolders) -> None:
+    """Pickled tensors are the reader's to refuse, which knows what to do about them."""
+    for path in ("half", "empty", "deep", "."):
+        assert f"has to have the files {CONFIG} and {TENSORS}" in refusal(folders, path)
+    pickled = adapter(tree / "real" / "pickled", "pickled")
+    (pickled / TENSORS).rename(pickled / "adapter_model.bin")
+    with opened(folders, "pickled") as folder:
+        assert {each.name for each in folder.iterdir()} == {CONFIG, "adapter_model.bin"}
 
 
 def test_relative_paths_are_looked_for_in_each_directory(tree: Path, tmp_path: Path) -> None:

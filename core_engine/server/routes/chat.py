@@ -37,7 +37,7 @@ async def create_chat_completion(
 ) -> Response:
     """Write the next message of a conversation."""
     accept_fields(request, body, service)
-    model = await service.find_model(body.model)
+    model = await service.open_model(body.model)
     chat = await prepare_chat(service, body, model, kind="chatcmpl")
     answer = _Answer(service, chat, model.name)
     if body.stream:

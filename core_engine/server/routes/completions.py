@@ -38,7 +38,7 @@ async def create_completion(
 ) -> Response:
     """Go on with a text, or several."""
     accept_fields(request, body, service)
-    model = await service.find_model(body.model)
+    model = await service.open_model(body.model)
     check_stream_fields(body)
     asked = _asked_prompt_logprobs(body)
     no_tokens = body.max_tokens == 0

@@ -25,7 +25,7 @@ from quire.server.sse import json_response
 if TYPE_CHECKING:
     from quire.outputs import EmbeddingRequestOutput
     from quire.prompts import TokensPrompt
-    from quire.server.adapters import ServedModel
+    from quire.server.adapters import OpenModel
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -40,7 +40,7 @@ async def create_embeddings(
 ) -> Response:
     """Turn texts into vectors: pooled hidden states of the model."""
     accept_fields(request, body, service)
-    model = await service.find_model(body.model)
+    model = await service.open_model(body.model)
     given = body.input
     if len(given) > _MOST_INPUTS:
         raise ApiError(
@@ -80,14 +80,14 @@ async def _all(
     body: EmbeddingRequest,
     prompts: list[TokensPrompt],
     pooling: PoolingParams,
-    model: ServedModel,
+    model: OpenModel,
 ) -> list[EmbeddingRequestOutput]:
     # One request of many texts must not be what keeps others, or its own last ones, out.
     room = asyncio.Semaphore(service.llm.config.scheduler.max_num_seqs)
 
     async def one(prompt: TokensPrompt) -> EmbeddingRequestOutput:
         async with room:
-            return await service.embed(prompt, pooling, adapter=model.adapter)
+            return await service.llm.embed(prompt, pooling, lora_request=model.adapter)
 
     tasks = [asyncio.ensure_future(one(prompt)) for prompt in prompts]
     try:

@@ -26,7 +26,7 @@ async def list_models(service: Annotated[Service, Depends(get_service)]) -> dict
 async def get_model(name: str, service: Annotated[Service, Depends(get_service)]) -> dict[str, Any]:
     """Describe one of them."""
     model = await service.find_model(name)
-    if model.adapter is not None:
+    if model.is_adapter:
         for card in await service.adapters.cards():
             if card.name == name:
                 return adapter_shape(service, card)

@@ -98,7 +98,7 @@ async def create_response(
 ) -> Response:
     """Go on with a conversation."""
     accept_fields(request, body, service)
-    model = await service.find_model(body.model)
+    model = await service.open_model(body.model)
     if (body.n or 1) != 1:
         raise ApiError(400, f"n must be 1: a response has one answer, got {body.n}", param="n")
     if body.truncation not in (None, "disabled"):
