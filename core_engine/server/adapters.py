@@ -20,6 +20,7 @@ from quire.utils.checks import shown
 if TYPE_CHECKING:
     from quire.async_llm import AsyncLLM
     from quire.lora_request import LoRARequest
+    from quire.request_maker import FoundAdapter
     from quire.server.settings import ServerSettings
 
 T = TypeVar("T")
@@ -54,12 +55,12 @@ class OpenModel:
     ----------
     name : str
         As the request has it.
-    adapter : object
+    adapter : FoundAdapter or None
         For ``lora_request``; None for the model itself.
     """
 
     name: str
-    adapter: Any = None
+    adapter: FoundAdapter | None = None
 
 
 @dataclass(frozen=True)
