@@ -195,7 +195,7 @@ def make_speaker(
         llm = engine.make_llm()
         try:
             params = sampling.make_params(llm)
-            adapter = None if engine.lora is None else llm.load_lora(engine.lora)
+            adapter = None if engine.lora is None else llm.load_lora(engine.lora).lora_name
             return LocalSpeaker(llm, params, adapter)
         except BaseException:
             llm.close()

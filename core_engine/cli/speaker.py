@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from quire.llm import LLM
-    from quire.lora_request import LoRARequest
     from quire.prompts import TokensPrompt
     from quire.sampling_params import SamplingParams
 
@@ -82,13 +81,11 @@ class LocalSpeaker:
     llm : LLM
         Closed with this object.
     params : SamplingParams
-    adapter : LoRARequest, optional
-        What it answers with.
+    adapter : str, optional
+        The name of the adapter that it answers with.
     """
 
-    def __init__(
-        self, llm: LLM, params: SamplingParams, adapter: LoRARequest | None = None
-    ) -> None:
+    def __init__(self, llm: LLM, params: SamplingParams, adapter: str | None = None) -> None:
         self._llm = llm
         self._params = params
         self._adapter = adapter
