@@ -6,6 +6,7 @@ the reader gets these very files, whatever is put in their places meanwhile.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import stat
@@ -18,6 +19,8 @@ from typing import Final
 
 from quire.server.errors import ApiError
 from quire.utils.checks import shown
+
+logger = logging.getLogger("quire")
 
 _LONGEST_PATH: Final = 4096
 _OPEN_FILES: Final = Path("/proc/self/fd")
@@ -48,11 +51,19 @@ class OpenAdapter:
         for number in files.values():
             ending.callback(os.close, number)
         self.close = weakref.finalize(self, ending.close)
-        if _OPEN_FILES.is_dir():  # elsewhere the system does not lend open files by their numbers
+        if not _OPEN_FILES.is_dir():  # the system does not lend open files by their numbers
+            return
+        try:
             self.path = os.path.realpath(tempfile.mkdtemp(prefix="quire-adapter-"))
             ending.callback(shutil.rmtree, self.path, ignore_errors=True)
             for name, number in files.items():
                 os.symlink(_OPEN_FILES / str(number), os.path.join(self.path, name))
+        except OSError as error:
+            self.close()
+            logger.error("no folder for an adapter's files can be made: %s", error)
+            raise ApiError(
+                500, "the server has no room for temporary files; its log has the reason"
+            ) from None
 
     def words(self, error: Exception) -> str:
         """Return what an error says, with the path that the client knows."""

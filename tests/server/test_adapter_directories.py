@@ -7,6 +7,7 @@ system has.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -252,7 +253,7 @@ def test_what_was_checked_is_what_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not HAS_OPEN_FILES, reason="needs /proc/self/fd")
-def test_nothing_stays_open(folders: AdapterFolders) -> None:
+def test_nothing_stays_open(folders: AdapterFolders, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither of what was refused nor of what was closed, once or twice; nor is a folder left."""
 
     def numbers() -> set[str]:
@@ -261,6 +262,10 @@ def test_nothing_stays_open(folders: AdapterFolders) -> None:
     before = numbers()
     for path in (*OUTSIDE, "steals", "misses"):
         refusal(folders, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", "/nowhere")
+        with pytest.raises(ApiError, match="temporary files"):
+            folders.open("good")
     files = folders.open("good")
     folder = Path(files.path)
     assert folder.is_dir()
