@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from quire.engine.processor import ModelLimits
     from quire.engine.request import Request
     from quire.lora_request import LoRARequest
+    from quire.request_maker import FoundAdapter
     from quire.tokenizer.tokenizer import Tokenizer
 
 
@@ -288,6 +289,26 @@ class AsyncLLM:
     async def list_loras(self) -> list[LoRARequest]:
         """Return the adapters that were loaded, in that order."""
         return self._open_llm().list_loras()
+
+    async def find_lora(self, lora_request: Any) -> FoundAdapter:
+        """Return an adapter as it is now, which any number of requests take in its place.
+
+        They run with it whatever is loaded under its name meanwhile.
+
+        Raises
+        ------
+        AdapterError
+            There is none, or it cannot be read.
+        """
+        found: FoundAdapter
+        llm = self._open_llm()
+        if llm._is_at_hand(lora_request):
+            [found] = llm._find_adapters(lora_request, 1)
+        else:
+            [found] = await asyncio.to_thread(llm._find_adapters, lora_request, 1)
+        if found.error is not None:
+            raise found.error
+        return found
 
     async def count_lora_requests(self) -> dict[str, tuple[int, int]]:
         """Return by adapters' names how many requests with them have begun, and how many wait."""

@@ -14,6 +14,7 @@ from quire.cli.options import (
     Dtype,
     EngineArgs,
     EngineOptions,
+    Lora,
     MaxModelLen,
     MaxTokens,
     Model,
@@ -87,6 +88,7 @@ class Conversation:
 
 def chat(
     model: Model = None,
+    lora: Lora = None,
     system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
     url: Url = None,
     api_key: ApiKey = None,
@@ -103,7 +105,11 @@ def chat(
 ) -> None:
     """Talk with a model. Lines that are piped in are turns of the conversation."""
     engine = EngineOptions(
-        model=model, dtype=dtype, max_model_len=max_model_len, engine_args=engine_arg
+        model=model,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        engine_args=engine_arg,
+        lora=lora,
     )
     sampling = SamplingOptions(
         max_tokens=max_tokens,

@@ -14,6 +14,7 @@ from quire.cli.options import (
     Dtype,
     EngineArgs,
     EngineOptions,
+    Lora,
     MaxModelLen,
     Model,
     SamplingArgs,
@@ -40,6 +41,7 @@ def complete(
         ),
     ] = None,
     model: Model = None,
+    lora: Lora = None,
     url: Url = None,
     api_key: ApiKey = None,
     dtype: Dtype = None,
@@ -64,7 +66,11 @@ def complete(
     """Complete prompts. A single completion is shown as it is written."""
     texts = prompts or [_read_standard_input()]
     engine = EngineOptions(
-        model=model, dtype=dtype, max_model_len=max_model_len, engine_args=engine_arg
+        model=model,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        engine_args=engine_arg,
+        lora=lora,
     )
     sampling = SamplingOptions(
         max_tokens=max_tokens,

@@ -41,6 +41,12 @@ EngineArgs = Annotated[
     list[str] | None,
     typer.Option("--engine-arg", metavar="NAME=VALUE", help="Any other argument of quire.LLM."),
 ]
+Lora = Annotated[
+    str | None,
+    typer.Option(
+        "--lora", metavar="PATH", help="Answer with this LoRA adapter: a folder, or on the hub."
+    ),
+]
 MaxTokens = Annotated[
     int | None, typer.Option(min=1, help="Most tokens to generate.", show_default="the room left")
 ]
@@ -76,6 +82,8 @@ class EngineOptions:
     dtype: str | None
     max_model_len: int | None
     engine_args: Sequence[str] | None
+    lora: str | None = None
+    lora_modules: Sequence[str] | None = None
 
     def make_llm(self) -> LLM:
         """Load the model.
@@ -90,8 +98,15 @@ class EngineOptions:
         from quire.config import EngineConfig
         from quire.llm import LLM
 
-        named = {"model": self.model, "dtype": self.dtype, "max_model_len": self.max_model_len}
+        named = {
+            "model": self.model,
+            "dtype": self.dtype,
+            "max_model_len": self.max_model_len,
+            "lora_modules": list(self.lora_modules) if self.lora_modules else None,
+        }
         arguments = {"model": DEFAULT_MODEL, **_given("--engine-arg", named, self.engine_args)}
+        if self.lora is not None or self.lora_modules:
+            arguments = {"enable_lora": True, **arguments}
         # Made ahead of the model's loading, in which a TypeError would be a defect.
         _make("--engine-arg", lambda: EngineConfig.create(**arguments))
         return LLM(**arguments)
@@ -109,6 +124,11 @@ class EngineOptions:
             "--max-model-len": self.max_model_len,
             "--engine-arg": self.engine_args,
         }
+        if self.lora is not None:
+            raise typer.BadParameter(
+                f"--lora is for an engine here, and --url asks {url}: --model is the name that the "
+                "server has for an adapter"
+            )
         for name, value in given.items():
             if value:
                 raise typer.BadParameter(f"{name} is for an engine here, and --url asks {url}")
@@ -174,7 +194,9 @@ def make_speaker(
     if url is None:
         llm = engine.make_llm()
         try:
-            return LocalSpeaker(llm, sampling.make_params(llm))
+            params = sampling.make_params(llm)
+            adapter = None if engine.lora is None else llm.load_lora(engine.lora).lora_name
+            return LocalSpeaker(llm, params, adapter)
         except BaseException:
             llm.close()
             raise

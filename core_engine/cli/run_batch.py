@@ -42,6 +42,12 @@ def run_batch(
             help="What bodies call the model; may be repeated.", show_default="as --model"
         ),
     ] = None,
+    lora_modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH", help="A LoRA adapter, and what bodies call it; may be repeated."
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -78,9 +84,14 @@ def run_batch(
             f"there is no folder {output_file.parent}", param_hint="--output-file"
         )
     engine = EngineOptions(
-        model=model, dtype=dtype, max_model_len=max_model_len, engine_args=engine_arg
+        model=model,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        engine_args=engine_arg,
+        lora_modules=lora_modules,
     )
     try:
+        from quire.server.adapter_names import check_adapter_names
         from quire.server.batch.results import ResultFile
         from quire.server.settings import ServerSettings
     except ImportError as error:
@@ -93,6 +104,7 @@ def run_batch(
             tool_call_parser=tool_call_parser,
             reasoning_parser=reasoning_parser,
         )
+        check_adapter_names([each.lora_name for each in llm.list_loras()], settings)
         most = max_concurrency or 2 * llm.config.scheduler.max_num_seqs
         try:
             summary = asyncio.run(_run(llm, settings, input_file, results, most))

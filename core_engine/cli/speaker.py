@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from quire.llm import LLM
+    from quire.prompts import TokensPrompt
     from quire.sampling_params import SamplingParams
 
 
@@ -80,11 +81,14 @@ class LocalSpeaker:
     llm : LLM
         Closed with this object.
     params : SamplingParams
+    adapter : str, optional
+        The name of the adapter that it answers with.
     """
 
-    def __init__(self, llm: LLM, params: SamplingParams) -> None:
+    def __init__(self, llm: LLM, params: SamplingParams, adapter: str | None = None) -> None:
         self._llm = llm
         self._params = params
+        self._adapter = adapter
 
     @property
     def num_completions(self) -> int:
@@ -102,20 +106,23 @@ class LocalSpeaker:
         token_ids = self._llm.llm_engine.processor.render_chat(
             messages, chat_template=self._llm.config.model.chat_template
         )
-        with self._llm.stream({"prompt_token_ids": token_ids}, self._params) as stream:
+        prompt: TokensPrompt = {"prompt_token_ids": token_ids}
+        with self._llm.stream(prompt, self._params, lora_request=self._adapter) as stream:
             for output in stream:
                 yield Piece(output.outputs[0].text)
 
     def stream(self, prompt: str) -> Generator[str, None, None]:
         """Yield the pieces of the only completion of a prompt."""
-        with self._llm.stream(prompt, self._params) as stream:
+        with self._llm.stream(prompt, self._params, lora_request=self._adapter) as stream:
             for output in stream:
                 for completion in output.outputs:
                     yield completion.text
 
     def complete(self, prompts: Sequence[str]) -> list[Completion]:
         """Return all completions, in the order of the prompts."""
-        outputs = self._llm.generate(list(prompts), self._params, use_tqdm=False)
+        outputs = self._llm.generate(
+            list(prompts), self._params, use_tqdm=False, lora_request=self._adapter
+        )
         return [
             Completion(prompt, each.index, each.text, list(each.token_ids), each.finish_reason)
             for prompt, output in zip(prompts, outputs, strict=True)

@@ -14,6 +14,7 @@ from quire.server.sampling import check_stream_fields, field_error, sampling_par
 if TYPE_CHECKING:
     from quire.chat import ChatReader
     from quire.sampling_params import SamplingParams
+    from quire.server.adapters import OpenModel
     from quire.server.protocol.chat import ChatRequest
     from quire.server.service import Service
 
@@ -39,13 +40,17 @@ class ChatRun:
     readers: list[ChatReader]
 
 
-async def prepare_chat(service: Service, body: ChatRequest, *, kind: str) -> ChatRun:
+async def prepare_chat(
+    service: Service, body: ChatRequest, model: OpenModel, *, kind: str
+) -> ChatRun:
     """Check a request and write its prompt; nothing runs yet.
 
     Parameters
     ----------
     service : Service
     body : ChatRequest
+    model : OpenModel
+        What it asks for.
     kind : str
         What the answer's id begins with.
 
@@ -73,7 +78,7 @@ async def prepare_chat(service: Service, body: ChatRequest, *, kind: str) -> Cha
         readers = [chat_format.reader(tools, choice, parallel, prompt=end) for _ in range(params.n)]
     except InvalidRequestError as error:
         raise field_error(error, body) from None
-    run = Run(service, body, [prompt], params, prompt_field="messages", kind=kind)
+    run = Run(service, body, [prompt], params, model=model, prompt_field="messages", kind=kind)
     return ChatRun(body, run, readers)
 
 

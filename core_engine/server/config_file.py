@@ -54,7 +54,7 @@ def _words(path: str, flag: Flag, value: Any) -> list[str]:
         return [flag.option if value else f"--no-{flag.option[2:]}"]
     if flag.kind == "token" and value is True:
         return [flag.option]
-    if flag.kind == "several":
+    if flag.kind in ("several", "modules"):
         values = value if isinstance(value, list) else [value]
         return [f"{flag.option}={_text(path, flag, each)}" for each in values]
     return [f"{flag.option}={_text(path, flag, value)}"]
@@ -62,6 +62,8 @@ def _words(path: str, flag: Flag, value: Any) -> list[str]:
 
 def _text(path: str, flag: Flag, value: Any) -> str:
     if flag.kind in ("json", "free") and not isinstance(value, str):
+        return json.dumps(value)
+    if flag.kind == "modules" and isinstance(value, dict):
         return json.dumps(value)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ConfigError(f"{path}: {flag.name} cannot be {shown(value)}")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["switch", "integer", "number", "text", "several", "json", "free", "token"]
+Kind = Literal["switch", "integer", "number", "text", "several", "modules", "json", "free", "token"]
 
 _FACTORS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_FACTORS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -68,6 +68,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "number": number,
     "text": str,
     "several": str,
+    "modules": str,
     "json": mapping,
     "free": free,
     "token": str,
@@ -77,6 +78,7 @@ _METAVARS = {
     "number": "X",
     "text": "TEXT",
     "several": "TEXT",
+    "modules": "NAME=PATH",
     "json": "JSON",
     "free": "VALUE",
     "token": "TOKEN",
@@ -106,8 +108,8 @@ class Flag:
         With underscores; the command line takes hyphens, too.
     kind : str
         ``switch`` is given as ``--name`` and ``--no-name``; ``several`` takes any number of texts
-        and may be repeated; ``free`` is JSON where it can be; ``token`` may stand without a value,
-        for True.
+        and may be repeated; so does ``modules``, for which a file may have objects; ``free`` is
+        JSON where it can be; ``token`` may stand without a value, for True.
     group : str or None
         The heading in the help; None leaves it out of there.
     help : str
@@ -142,7 +144,7 @@ class Flag:
             parser.add_argument(*names, action=_Switch, **common)
             return
         common |= {"type": _READERS[self.kind], "metavar": _METAVARS[self.kind]}
-        if self.kind == "several":
+        if self.kind in ("several", "modules"):
             parser.add_argument(*names, nargs="+", action=_Gather, **common)
         elif self.kind == "token":
             parser.add_argument(*names, nargs="?", const=True, **common)

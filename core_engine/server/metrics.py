@@ -62,7 +62,7 @@ class Metrics:
     """What a server's requests were like.
 
     Written by the event loop's thread alone. The engine counts for itself and is asked when
-    somebody reads.
+    somebody reads: its counters by name, and by adapter the requests that run and that wait.
 
     Parameters
     ----------
@@ -80,6 +80,7 @@ class Metrics:
     ) -> None:
         self.http = HttpMetrics()
         self.engine: Mapping[str, float] | None = None
+        self.adapters: Mapping[str, tuple[int, int]] | None = None
         self._prefix = prefix
         self._labels = {"model_name": model_name, "engine": "0"}
         self._config = config
@@ -132,6 +133,8 @@ class Metrics:
                 "iteration_tokens_total", "Tokens per step.", steps, engine["num_computed_tokens"]
             )
             yield self._cache_config(engine)
+        if self.adapters is not None:
+            yield self._adapters(self.adapters)
         ended = CounterMetricFamily(
             self._prefix + "request_success",
             "Requests that ended, by reason.",
@@ -188,6 +191,23 @@ class Metrics:
             self._prefix + "cache_config_info", "How the KV cache is cut up.", labels=list(facts)
         )
         family.add_metric(list(facts.values()), 1)
+        return family
+
+    def _adapters(self, counts: Mapping[str, tuple[int, int]]) -> GaugeMetricFamily:
+        """Return the names of adapters as vLLM has them: in one sample, whose value is the time."""
+        running = sorted(name for name, (begun, _) in counts.items() if begun)
+        waiting = sorted(name for name, (_, waiting) in counts.items() if waiting)
+        labels = {
+            "max_lora": str(self._config.lora.max_loras),
+            "running_lora_adapters": ",".join(running),
+            "waiting_lora_adapters": ",".join(waiting),
+        }
+        family = GaugeMetricFamily(
+            self._prefix + "lora_requests_info",
+            "Adapters of the requests that run, and of those that wait.",
+            labels=list(labels),
+        )
+        family.add_metric(list(labels.values()), time.time())
         return family
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from quire.config import EngineConfig, argument_names, checks
-from quire.errors import ConfigError, NotSupportedError, QuireError
+from quire.errors import ConfigError, QuireError
 from quire.sampling_params import SamplingParams
+from quire.server.adapter_names import check_adapter_names
 from quire.server.attention_backend import honour_attention_backend
 from quire.server.server_flags import IGNORED
 from quire.server.settings import Listening, ServerSettings
@@ -63,8 +64,6 @@ def make_plan(given: Mapping[str, Any], environ: Mapping[str, str] = os.environ)
     values = {name: value for name, value in given.items() if name not in IGNORED}
     if "model" not in values:
         raise ConfigError("no model was given: quire serve MODEL, such as quire/demo")
-    if values.pop("lora_modules", None):
-        raise NotSupportedError("lora_modules: adapters are not offered by this version of quire")
     engine_args = {
         name: values.pop(name) for name in argument_names() if name in _of_engine(values)
     }
@@ -75,16 +74,20 @@ def make_plan(given: Mapping[str, Any], environ: Mapping[str, str] = os.environ)
         engine_args["logits_processors"] = [
             _imported(name) for name in engine_args["logits_processors"]
         ]
+    if engine_args.get("lora_modules") and not engine_args.get("enable_lora"):
+        raise ConfigError("lora_modules is about adapters: give enable_lora, too")
     config = EngineConfig.create(**engine_args)
     _check_defaults(config.model.override_generation_config or {})
     honour_attention_backend(environ)
 
+    settings = _settings(values, engine_args["model"], template, environ)
+    _check_adapters(config, settings)
     plan = Plan(
         engine_args=engine_args,
         log_level=_level("log_level", values.pop("log_level", None)),
         uvicorn_log_level=_level("uvicorn_log_level", values.pop("uvicorn_log_level", None))
         or "WARNING",
-        settings=_settings(values, engine_args["model"], template, environ),
+        settings=settings,
         listening=_listening(values),
     )
     assert not values, values
@@ -145,6 +148,8 @@ def _settings(
         page=not take("disable_page", checks.boolean, False),
         access_log=access_log,
         log_prompts=take("log_prompts", checks.boolean, False),
+        allow_runtime_lora_updating=take("allow_runtime_lora_updating", checks.boolean, False),
+        allowed_lora_dirs=take("allowed_lora_dirs", _texts, ()),
     )
     if not origins and (settings.allow_credentials or any(cors.values())):
         names = [name for name, was_given in cors.items() if was_given] or ["allow_credentials"]
@@ -156,6 +161,26 @@ def _settings(
         )
     _check_parsers(settings)
     return settings
+
+
+def _check_adapters(config: EngineConfig, settings: ServerSettings) -> None:
+    check_adapter_names([each.lora_name for each in config.lora.lora_modules], settings)
+    allowed, directories = settings.allow_runtime_lora_updating, settings.allowed_lora_dirs
+    if allowed and not config.lora.enable_lora:
+        raise ConfigError("allow_runtime_lora_updating needs adapters: give enable_lora, too")
+    if allowed and not directories:
+        raise ConfigError(
+            "allow_runtime_lora_updating lets clients have files read: allowed_lora_dirs has to "
+            "name the directories that those may be in"
+        )
+    if directories and not allowed:
+        raise ConfigError(
+            "allowed_lora_dirs is about adapters that clients load: give "
+            "allow_runtime_lora_updating, too"
+        )
+    for each in directories:
+        if not Path(each).is_dir():
+            raise checks.refuse("allowed_lora_dirs", each, "a directory")
 
 
 def _check_parsers(settings: ServerSettings) -> None:

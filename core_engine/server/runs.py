@@ -17,6 +17,7 @@ from quire.server.sampling import field_error
 if TYPE_CHECKING:
     from quire.prompts import TokensPrompt
     from quire.sampling_params import SamplingParams
+    from quire.server.adapters import OpenModel
     from quire.server.protocol.embeddings import EmbeddingRequest
     from quire.server.protocol.sampling import SamplingBody
     from quire.server.service import Service
@@ -36,6 +37,8 @@ class Run:
         Tokenized: what takes long has been done elsewhere than in the event loop.
     params : SamplingParams
         Of all of them.
+    model : OpenModel
+        What they are for.
     prompt_field : str
         Where the prompts stand in the body.
     kind : str
@@ -54,6 +57,7 @@ class Run:
         prompts: Sequence[TokensPrompt],
         params: SamplingParams,
         *,
+        model: OpenModel,
         prompt_field: str,
         kind: str,
     ) -> None:
@@ -62,6 +66,7 @@ class Run:
         self.id = f"{kind}-{body.request_id or uuid4().hex}"
         self._service = service
         self._body = body
+        self._model = model
         self._prompt_field = prompt_field
 
     async def outputs(self) -> AsyncGenerator[Numbered, None]:
@@ -119,6 +124,7 @@ class Run:
         outputs = self._service.generate(
             self.prompts[i],
             self.params,
+            lora_request=self._model.adapter,
             request_id=name,
             priority=self._body.priority or 0,
         )

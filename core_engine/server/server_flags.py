@@ -8,6 +8,7 @@ from quire.server.settings import Listening, ServerSettings
 _LISTENING = "Where it listens"
 _LIMITS = "Limits"
 _ANSWERS = "Names and answers"
+_ADAPTERS = "Adapters"
 _ACCESS = "Access"
 _LOGS = "Logs, metrics, page"
 
@@ -69,7 +70,26 @@ def server_flags() -> list[Flag]:
             help="Refuse requests with fields that nobody knows.",
             default=settings.strict_fields,
         ),
-        Flag(name="lora_modules", kind="several"),
+        Flag(
+            name="lora_modules",
+            kind="modules",
+            group=_ADAPTERS,
+            help='Adapters, as NAME=PATH or {"name", "path", "base_model_name"} in JSON; '
+            "requests ask for one by its name.",
+        ),
+        Flag(
+            name="allow_runtime_lora_updating",
+            kind="switch",
+            group=_ADAPTERS,
+            help="Let clients load and unload adapters.",
+            default=settings.allow_runtime_lora_updating,
+        ),
+        Flag(
+            name="allowed_lora_dirs",
+            kind="several",
+            group=_ADAPTERS,
+            help="Directories that clients may load adapters from.",
+        ),
         Flag(
             name="host",
             kind="text",

@@ -7,15 +7,17 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from fastapi import Request
 
-from quire.errors import EngineBusyError, InvalidRequestError
+from quire.errors import AdapterError, EngineBusyError, InvalidRequestError
+from quire.server.adapters import OpenModel, ServedAdapters, ServedModel
 from quire.server.errors import ApiError
 from quire.server.life import Life
 from quire.server.metrics import Metrics
 from quire.server.record import RECORD
+from quire.utils.checks import shown
 
 if TYPE_CHECKING:
     from quire.async_llm import AsyncLLM
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from quire.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger("quire")
+
+_MOST_TOLD: Final = 20
+"""Names of models in an error."""
 
 
 class Service:
@@ -47,6 +52,7 @@ class Service:
         self.tokenizer = tokenizer
         self.created = int(time.time())
         self.life = Life()
+        self.adapters = ServedAdapters(llm, settings)
         self.metrics = Metrics(
             settings.served_model_names[0],
             settings.metrics_prefix,
@@ -76,8 +82,8 @@ class Service:
         """The name that stands in answers."""
         return self.settings.served_model_names[0]
 
-    def check_model(self, name: str | None) -> str:
-        """Return the model's name for an answer; None asks for the only model there is.
+    async def find_model(self, name: str | None) -> ServedModel:
+        """Return the model, or the adapter, of a name; None asks for the model.
 
         Raises
         ------
@@ -85,16 +91,41 @@ class Service:
             404: nothing here is called so.
         """
         if name is None:
-            return self.model_name
-        if name not in self.settings.served_model_names:
-            served = ", ".join(self.settings.served_model_names)
+            return ServedModel(self.model_name)
+        if name in self.settings.served_model_names:
+            return ServedModel(name)
+        if await self.adapters.has(name):
+            return ServedModel(name, is_adapter=True)
+        raise await self._no_model(name)
+
+    async def open_model(self, name: str | None) -> OpenModel:
+        """Return what :meth:`find_model` returns, as it is now, for the requests of one answer."""
+        model = await self.find_model(name)
+        if not model.is_adapter:
+            return OpenModel(model.name)
+        try:
+            return OpenModel(model.name, await self.llm.find_lora(model.name))
+        except AdapterError as error:
+            if not await self.adapters.has(model.name):  # since it was found
+                raise await self._no_model(model.name) from None
+            logger.error("%s", error)
             raise ApiError(
-                404,
-                f"the model {name!r} is not served here: this server has {served}",
+                500,
+                f"the adapter {model.name!r} cannot be read again; the server's log has the reason",
                 param="model",
-                code="model_not_found",
-            )
-        return name
+            ) from None
+
+    async def _no_model(self, name: str) -> ApiError:
+        served = [*self.settings.served_model_names]
+        served += [card.name for card in await self.adapters.cards()]
+        more = f" and {len(served) - _MOST_TOLD} more" if len(served) > _MOST_TOLD else ""
+        return ApiError(
+            404,
+            f"the model {shown(name)} is not served here: this server has "
+            f"{', '.join(served[:_MOST_TOLD])}{more}",
+            param="model",
+            code="model_not_found",
+        )
 
     async def generate(
         self,

@@ -48,6 +48,10 @@ class ServerSettings:
         Write a line for each request.
     log_prompts : bool
         Write prompts and parameters, too.
+    allow_runtime_lora_updating : bool
+        Let clients load and unload adapters.
+    allowed_lora_dirs : tuple of str
+        The directories from which they may load them.
     """
 
     served_model_names: tuple[str, ...]
@@ -71,6 +75,8 @@ class ServerSettings:
     page: bool = True
     access_log: bool = False
     log_prompts: bool = False
+    allow_runtime_lora_updating: bool = False
+    allowed_lora_dirs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

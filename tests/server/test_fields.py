@@ -359,10 +359,15 @@ async def test_no_value_of_a_field_is_a_defect_of_the_server(
 
 
 @pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
-async def test_adapters_are_refused_by_name(http, path):
-    answer = await http.post(path, json={"lora_name": "mine", "lora_path": "somewhere"})
-    assert answer.status_code == 400
-    assert "mine" in answer.json()["error"]["message"]
+async def test_clients_change_no_adapters_unless_they_may(http, path):
+    """The answer names the flag, and says nothing of the path."""
+    for where in ("somewhere", "/etc"):
+        answer = await http.post(path, json={"lora_name": "mine", "lora_path": where})
+        assert answer.status_code == 403
+        error = answer.json()["error"]
+        assert error["type"] == "permission_error"
+        assert "--allow-runtime-lora-updating" in error["message"]
+        assert where not in error["message"]
 
 
 @pytest.mark.parametrize(

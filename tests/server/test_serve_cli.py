@@ -207,7 +207,21 @@ def test_a_file_may_name_the_model_and_leave_things_open(tmp_path):
         (["--tensor-parallel-size", "2"], "tensor_parallel_size=2 is not offered"),
         (["--quantization", "awq"], "quantization='awq' is not offered"),
         (["--fully-sharded-loras"], "fully_sharded_loras=True is not offered"),
-        (["--lora-modules", "a=b"], "lora_modules"),
+        (["--lora-modules", "a=b"], "lora_modules is about adapters: give enable_lora"),
+        (["--max-loras", "4"], "set enable_lora=True"),
+        (["--enable-lora", "--lora-modules", "a"], "lora_modules[0]"),
+        (["--enable-lora", "--lora-modules", '{"name": "a"}'], "lora_modules[0]"),
+        (["--enable-lora", "--lora-modules", "a=b", "--lora-modules", "a=c"], "has the name 'a'"),
+        (["--enable-lora", "--lora-modules", f"{MODEL}=b"], "is served already, as the model"),
+        (["--enable-lora", "--served-model-name", "m", "--lora-modules", "m=b"], "served already"),
+        (["--enable-lora", "--lora-modules", "a\n=b"], "without control characters"),
+        (["--enable-lora", "--lora-modules", " a=b"], "without spaces around it"),
+        (["--enable-lora", "--lora-modules", f"{'a' * 300}=b"], "at most 256 characters"),
+        (["--allow-runtime-lora-updating", "--allowed-lora-dirs", "/tmp"], "give enable_lora"),
+        (["--enable-lora", "--allow-runtime-lora-updating"], "allowed_lora_dirs has to name"),
+        (["--enable-lora", "--allowed-lora-dirs", "/tmp"], "give allow_runtime_lora_updating"),
+        (["--enable-lora", "--allow-runtime-lora-updating", "--allowed-lora-dirs", "/nowhere"],
+         "allowed_lora_dirs must be a directory"),
         (["--uds", "/tmp/s", "--port", "80"], "uds is listened to instead of port"),
         (["--ssl-keyfile", __file__], "ssl_keyfile needs a certificate"),
         (["--ssl-certfile", "/nowhere.pem"], "ssl_certfile must be a file"),
@@ -243,10 +257,37 @@ def test_what_cannot_be_is_refused_by_name(words, message):
     assert message in str(caught.value)
 
 
-def test_adapters_are_refused_as_not_offered():
-    for words in (["--fully-sharded-loras"], ["--lora-modules", "a=b"]):
-        with pytest.raises(NotSupportedError):
-            plan(*words)
+def test_sharded_adapters_are_refused_as_not_offered():
+    with pytest.raises(NotSupportedError):
+        plan("--fully-sharded-loras")
+
+
+def test_adapters_are_named_in_each_way(tmp_path):
+    """As name=path, as JSON, in a file; behind one flag or several, all in their order."""
+    wanted = [("a", "x/a", None), ("b", "y=b", None), ("c/d", "z", "base")]
+    words = ["--enable-lora", "--lora-modules", "a=x/a", "b=y=b"]
+    words += ["--lora-modules", '{"name": "c/d", "path": "z", "base_model_name": "base"}']
+    file = tmp_path / "serve.yaml"
+    file.write_text(
+        "enable-lora: true\nlora-modules:\n  - a=x/a\n  - {name: b, path: y=b}\n"
+        "  - {name: c/d, path: z, base_model_name: base}\n"
+    )
+    for line in (words, ["--config", str(file)]):
+        config = EngineConfig.create(**plan(*line).engine_args)
+        assert [
+            (each.lora_name, each.lora_path, each.base_model_name)
+            for each in config.lora.lora_modules
+        ] == wanted
+
+
+def test_clients_load_adapters_from_where_they_may(tmp_path):
+    settings = plan(
+        "--enable-lora", "--allow-runtime-lora-updating",
+        "--allowed-lora-dirs", str(tmp_path), "--allowed-lora-dirs", "/",
+    ).settings  # fmt: skip
+    assert settings.allow_runtime_lora_updating
+    assert settings.allowed_lora_dirs == (str(tmp_path), "/")
+    assert not plan().settings.allow_runtime_lora_updating
 
 
 def test_no_message_repeats_a_key(capsys):

@@ -37,9 +37,9 @@ async def create_chat_completion(
 ) -> Response:
     """Write the next message of a conversation."""
     accept_fields(request, body, service)
-    model = service.check_model(body.model)
-    chat = await prepare_chat(service, body, kind="chatcmpl")
-    answer = _Answer(service, chat, model)
+    model = await service.open_model(body.model)
+    chat = await prepare_chat(service, body, model, kind="chatcmpl")
+    answer = _Answer(service, chat, model.name)
     if body.stream:
         return await stream_response(request, answer.events())
     [output] = await until_disconnect(request.receive, chat.run.all())

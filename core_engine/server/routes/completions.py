@@ -38,7 +38,7 @@ async def create_completion(
 ) -> Response:
     """Go on with a text, or several."""
     accept_fields(request, body, service)
-    model = service.check_model(body.model)
+    model = await service.open_model(body.model)
     check_stream_fields(body)
     asked = _asked_prompt_logprobs(body)
     no_tokens = body.max_tokens == 0
@@ -57,8 +57,8 @@ async def create_completion(
             param="prompt",
         )
     prompts = await tokenized(service, body.prompt, body)
-    run = Run(service, body, prompts, params, prompt_field="prompt", kind="cmpl")
-    answer = _Answer(service, body, run, model)
+    run = Run(service, body, prompts, params, model=model, prompt_field="prompt", kind="cmpl")
+    answer = _Answer(service, body, run, model.name)
     if body.stream:
         return await stream_response(request, answer.events())
     outputs = await until_disconnect(request.receive, run.all())

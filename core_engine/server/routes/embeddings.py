@@ -25,6 +25,7 @@ from quire.server.sse import json_response
 if TYPE_CHECKING:
     from quire.outputs import EmbeddingRequestOutput
     from quire.prompts import TokensPrompt
+    from quire.server.adapters import OpenModel
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -39,7 +40,7 @@ async def create_embeddings(
 ) -> Response:
     """Turn texts into vectors: pooled hidden states of the model."""
     accept_fields(request, body, service)
-    model = service.check_model(body.model)
+    model = await service.open_model(body.model)
     given = body.input
     if len(given) > _MOST_INPUTS:
         raise ApiError(
@@ -55,12 +56,12 @@ async def create_embeddings(
     except InvalidRequestError as error:
         raise field_error(error, body) from None
     prompts = await tokenized(service, given, body)
-    outputs = await until_disconnect(request.receive, _all(service, body, prompts, pooling))
+    outputs = await until_disconnect(request.receive, _all(service, body, prompts, pooling, model))
     num_tokens = sum(len(output.prompt_token_ids) for output in outputs)
     return json_response(
         {
             "object": "list",
-            "model": model,
+            "model": model.name,
             "data": [
                 {
                     "object": "embedding",
@@ -79,13 +80,14 @@ async def _all(
     body: EmbeddingRequest,
     prompts: list[TokensPrompt],
     pooling: PoolingParams,
+    model: OpenModel,
 ) -> list[EmbeddingRequestOutput]:
     # One request of many texts must not be what keeps others, or its own last ones, out.
     room = asyncio.Semaphore(service.llm.config.scheduler.max_num_seqs)
 
     async def one(prompt: TokensPrompt) -> EmbeddingRequestOutput:
         async with room:
-            return await service.llm.embed(prompt, pooling)
+            return await service.llm.embed(prompt, pooling, lora_request=model.adapter)
 
     tasks = [asyncio.ensure_future(one(prompt)) for prompt in prompts]
     try:

@@ -19,7 +19,9 @@ async def metrics(request: Request, service: Annotated[Service, Depends(get_serv
     """Tell what the server and its engine have done since they started."""
     try:
         service.metrics.engine = await service.llm.get_metrics()
+        if service.llm.config.lora.enable_lora:
+            service.metrics.adapters = await service.llm.count_lora_requests()
     except EngineClosedError:  # it broke down, and the rest is worth knowing then
-        service.metrics.engine = None
+        service.metrics.engine = service.metrics.adapters = None
     encode, kind = choose_encoder(request.headers.get("accept", ""))
     return Response(encode(service.metrics.registry), headers={"Content-Type": kind})

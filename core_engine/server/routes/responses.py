@@ -98,7 +98,7 @@ async def create_response(
 ) -> Response:
     """Go on with a conversation."""
     accept_fields(request, body, service)
-    model = service.check_model(body.model)
+    model = await service.open_model(body.model)
     if (body.n or 1) != 1:
         raise ApiError(400, f"n must be 1: a response has one answer, got {body.n}", param="n")
     if body.truncation not in (None, "disabled"):
@@ -108,10 +108,10 @@ async def create_response(
             param="truncation",
         )
     try:
-        chat = await prepare_chat(service, _as_chat(body), kind="resp")
+        chat = await prepare_chat(service, _as_chat(body), model, kind="resp")
     except ApiError as error:
         raise _renamed(error) from None
-    answer = _Answer(service, body, chat, model)
+    answer = _Answer(service, body, chat, model.name)
     if body.stream:
         return await stream_response(request, answer.events())
     try:

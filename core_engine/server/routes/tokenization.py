@@ -29,7 +29,7 @@ async def tokenize(
 ) -> Response:
     """Return the tokens of a text, or of a conversation as the chat template writes it."""
     accept_fields(request, body, service)
-    service.check_model(body.model)
+    await service.find_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give either prompt or messages", param="prompt")
     ids: list[int]
@@ -60,7 +60,7 @@ async def detokenize(
 ) -> Response:
     """Return the text of tokens."""
     accept_fields(request, body, service)
-    service.check_model(body.model)
+    await service.find_model(body.model)
     size = service.limits.vocab_size
     for i, token_id in enumerate(body.tokens):
         if not 0 <= token_id < size:
