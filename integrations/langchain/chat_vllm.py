@@ -19,6 +19,7 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import get_executor_for_config
 from pydantic import PrivateAttr
 
+from quire.integrations.langchain.adapter_chat import AdapterChat
 from quire.integrations.langchain.batch import batch_configs
 from quire.integrations.langchain.chat_format import new_format
 from quire.integrations.langchain.chat_profile import chat_profile
@@ -66,7 +67,7 @@ _FORMAT = ("tool_parser", "reasoning_parser")
 """Fields that say how an answer is read."""
 
 
-class ChatVLLM(EngineModel, ToolCallingModel):
+class ChatVLLM(EngineModel, AdapterChat, ToolCallingModel):
     """A chat model on quire's engine.
 
     A conversation is written out by the model's own chat template, tools included; tool calls and
@@ -228,10 +229,10 @@ disable_streaming, output_version, profile
         llm = self._open_lease().llm
         if self._gathering is not None:
             return self._gathering.run(
-                llm._make_request(request.prompt, request.params, lora_request=self.lora_request)
+                llm._make_request(request.prompt, request.params, lora_request=self._engine_adapter)
             )
         [output] = llm.generate(
-            [request.prompt], request.params, use_tqdm=False, lora_request=self.lora_request
+            [request.prompt], request.params, use_tqdm=False, lora_request=self._engine_adapter
         )
         return output
 
@@ -249,7 +250,7 @@ disable_streaming, output_version, profile
 
     async def _aanswer(self, request: ChatRequest) -> RequestOutput:
         engine = self._open_lease().async_llm
-        running = engine.generate(request.prompt, request.params, lora_request=self.lora_request)
+        running = engine.generate(request.prompt, request.params, lora_request=self._engine_adapter)
         # With FINAL_ONLY there is one output, or an exception.
         async with aclosing(running) as outputs:
             return await anext(outputs)
@@ -273,7 +274,7 @@ disable_streaming, output_version, profile
         request = model._request(messages, stop, options, RequestOutputKind.DELTA)
         builder = ChatChunkBuilder(request.new_reader(), self.model)
         llm = model._open_lease().llm
-        running = llm.stream(request.prompt, request.params, lora_request=model.lora_request)
+        running = llm.stream(request.prompt, request.params, lora_request=model._engine_adapter)
         with closing(running) as outputs:
             for output in outputs:
                 new = builder.add(output)
@@ -302,7 +303,7 @@ disable_streaming, output_version, profile
         request = model._request(messages, stop, options, RequestOutputKind.DELTA)
         builder = ChatChunkBuilder(request.new_reader(), self.model)
         engine = model._open_lease().async_llm
-        running = engine.generate(request.prompt, request.params, lora_request=model.lora_request)
+        running = engine.generate(request.prompt, request.params, lora_request=model._engine_adapter)
         async with aclosing(running) as outputs:
             async for output in outputs:
                 new = builder.add(output)

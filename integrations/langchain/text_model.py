@@ -32,7 +32,8 @@ class TextModel(BaseLLM):
     """A text completion model whose calls may change its fields, and whose prompts fail alone.
 
     Another base has the fields. It says which of them a call may change (``_call_values``), joins
-    stop strings (``_merged_stop``) and makes a copy for one call (``_call_copy``).
+    stop strings (``_merged_stop``) and makes a copy for one call (``_call_copy``), whose adapter
+    does not change while it lasts (``_with_read_adapter``).
     """
 
     _keep_failures: bool = PrivateAttr(default=False)
@@ -44,6 +45,10 @@ class TextModel(BaseLLM):
         def _merged_stop(self, stop: Any) -> list[str] | None: ...
 
         def _call_copy(self) -> Self: ...
+
+        def _with_read_adapter(self) -> Self: ...
+
+        async def _awith_read_adapter(self) -> Self: ...
 
     # -- the arguments of a call -----------------------------------------------------------------
 
@@ -95,6 +100,7 @@ class TextModel(BaseLLM):
         """
         _check_prompts(prompts)
         model, stop = self._for_call(stop, kwargs)
+        model = model._with_read_adapter()  # the cache is to know it as the engine does
         return super(TextModel, model).generate(
             prompts,
             stop=stop,
@@ -120,6 +126,7 @@ class TextModel(BaseLLM):
         """Complete prompts together with all others that run; see :meth:`generate`."""
         _check_prompts(prompts)
         model, stop = self._for_call(stop, kwargs)
+        model = await model._awith_read_adapter()
         return await super(TextModel, model).agenerate(
             prompts,
             stop=stop,

@@ -1,0 +1,129 @@
+"""The LoRA adapter of an object: which it is, what tells it from others, and how to have another."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from quire.errors import ConfigError, QuireError
+from quire.integrations.adapters import (
+    ReadAdapter,
+    Wanted,
+    adapter_at,
+    as_wanted,
+    for_engine,
+    plain_form,
+    read_adapter,
+)
+from quire.integrations.langchain.engine_holder import EngineHolder
+from quire.lora_request import LoRARequest
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class AdapterHolder(EngineHolder):
+    """An engine, and the adapter that requests to it run with; a base beside LangChain's own."""
+
+    lora_request: Any = None
+
+    @classmethod
+    def _by_field(cls, owner: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        values = super()._by_field(owner, kwargs)
+        if "lora_request" in values:
+            values["lora_request"] = as_wanted(values["lora_request"])
+        return values
+
+    def _check_fields(self) -> None:
+        super()._check_fields()
+        if self.lora_request is None:
+            return
+        arguments = self.vllm_kwargs
+        if self.client is not None:
+            config = getattr(self.client, "config", None)
+            if config is None:
+                return  # no engine, which is told of by who looks for one
+            arguments = config.to_kwargs()
+        if not arguments.get("enable_lora"):
+            raise ConfigError(
+                f"lora_request={self.lora_request!r} needs an engine with adapters: give "
+                "vllm_kwargs={'enable_lora': True}, or a client that was made with it"
+            )
+
+    def _attach(self, given: Mapping[str, Any]) -> None:
+        super()._attach(given)
+        # One that is called by name alone may be loaded later.
+        if isinstance(self.lora_request, LoRARequest) and self.lora_request.lora_path:
+            self._read_now()
+
+    def with_lora(
+        self, path: str | os.PathLike[str] | LoRARequest | None, name: str | None = None
+    ) -> Self:
+        """Return a second model on the same engine, with an adapter or without.
+
+        Both may be used at once, and their requests run in one batch. The engine lives until the
+        last of them is closed or dropped.
+
+        Parameters
+        ----------
+        path : str, path, LoRARequest or None
+            A folder in peft's format, or a name on the hub. What lies there when a call begins is
+            what the call runs with, also after it was changed. None is the base model, or with a
+            name the adapter that is loaded under it.
+        name : str, optional
+            What the adapter is called; by default what its folder is.
+
+        Raises
+        ------
+        ConfigError
+            The engine was made without ``enable_lora``.
+        InvalidRequestError
+            There is no such adapter (AdapterError), or it does not fit the model.
+        """
+        self._open_lease()
+        copied = self.model_copy(update={"lora_request": adapter_at(path, name)})
+        try:
+            copied._read_now()
+        except BaseException:
+            copied.close()
+            raise
+        return copied
+
+    def _read(self, wanted: Wanted) -> ReadAdapter:
+        """Return an adapter as it is now."""
+        if isinstance(wanted, ReadAdapter):
+            return wanted
+        return ReadAdapter(wanted, read_adapter(self._open_lease().llm, wanted))
+
+    def _read_now(self) -> ReadAdapter | None:
+        """Return the object's adapter as it is now; None where it has none."""
+        return None if self.lora_request is None else self._read(self.lora_request)
+
+    async def _aread_now(self) -> ReadAdapter | None:
+        if self.lora_request is None:
+            return None
+        return await asyncio.to_thread(self._read, self.lora_request)
+
+    @property
+    def _engine_adapter(self) -> Any:
+        """What the engine takes as ``lora_request``."""
+        return for_engine(self.lora_request)
+
+    @property
+    def _adapter_name(self) -> str | dict[str, Any] | None:
+        """What tells the adapter from others: its content; where there is none, its names."""
+        try:
+            read = self._read_now()
+        except QuireError:  # a call will say so; to be looked at, a model need not be in order
+            return plain_form(self.lora_request)
+        return None if read is None else read.prepared.digest
+
+    def to_json(self) -> Any:
+        """Return the form that ``dumps`` writes."""
+        form = super().to_json()
+        kwargs: dict[str, Any] = form.get("kwargs", {})
+        if "lora_request" in kwargs:
+            kwargs["lora_request"] = plain_form(kwargs["lora_request"])
+        return form
