@@ -93,7 +93,17 @@ def adapter_at(
     place = os.fspath(path)
     if not isinstance(place, str) or not place.strip():
         raise refuse("path", path, "a folder or a name on the hub")
-    return LoRARequest(os.path.basename(os.path.abspath(place)) if name is None else name, None, place)
+    return LoRARequest(
+        os.path.basename(os.path.abspath(place)) if name is None else name, None, place
+    )
+
+
+def adapter_in(llm: LLM, path: str | os.PathLike[str] | LoRARequest | None) -> LoRARequest | None:
+    """Return the request for the adapter at a place, which is there and fits the engine's model."""
+    wanted = adapter_at(path)
+    if wanted is not None:
+        read_adapter(llm, wanted)
+    return wanted
 
 
 def read_adapter(llm: LLM, wanted: LoRARequest | str) -> PreparedAdapter:

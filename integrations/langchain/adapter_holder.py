@@ -1,4 +1,4 @@
-"""The LoRA adapter of an object: which it is, what tells it from others, and how to have another."""
+"""The LoRA adapter of an object: which it is, what tells it apart, and how to have another."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from quire.integrations.adapters import (
 )
 from quire.integrations.langchain.engine_holder import EngineHolder
 from quire.lora_request import LoRARequest
+from quire.utils.checks import shown
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -40,16 +41,15 @@ class AdapterHolder(EngineHolder):
         super()._check_fields()
         if self.lora_request is None:
             return
-        arguments = self.vllm_kwargs
-        if self.client is not None:
+        if self.client is None:
+            enabled = bool(self.vllm_kwargs.get("enable_lora"))
+        else:
             config = getattr(self.client, "config", None)
-            if config is None:
-                return  # no engine, which is told of by who looks for one
-            arguments = config.to_kwargs()
-        if not arguments.get("enable_lora"):
+            enabled = config is None or config.lora.enable_lora  # what is no engine is told later
+        if not enabled:
             raise ConfigError(
-                f"lora_request={self.lora_request!r} needs an engine with adapters: give "
-                "vllm_kwargs={'enable_lora': True}, or a client that was made with it"
+                f"lora_request={shown(self.lora_request)} needs an engine with adapters: give "
+                "vllm_kwargs={'enable_lora': True}, or a client that was made with enable_lora=True"
             )
 
     def _attach(self, given: Mapping[str, Any]) -> None:

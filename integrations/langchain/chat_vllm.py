@@ -303,7 +303,9 @@ disable_streaming, output_version, profile
         request = model._request(messages, stop, options, RequestOutputKind.DELTA)
         builder = ChatChunkBuilder(request.new_reader(), self.model)
         engine = model._open_lease().async_llm
-        running = engine.generate(request.prompt, request.params, lora_request=model._engine_adapter)
+        running = engine.generate(
+            request.prompt, request.params, lora_request=model._engine_adapter
+        )
         async with aclosing(running) as outputs:
             async for output in outputs:
                 new = builder.add(output)

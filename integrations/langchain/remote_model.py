@@ -360,12 +360,6 @@ class RemoteModel(Serializable):
         """Return a copy for one call."""
         return super().__copy__()
 
-    def _with_read_adapter(self) -> Self:
-        return self  # the server has it, under the model's name
-
-    async def _awith_read_adapter(self) -> Self:
-        return self
-
     def _forget_derived(self) -> None:
         # LangChain keeps the serialized form, and fields of a copy may change.
         self.__dict__.pop("_serialized", None)

@@ -32,8 +32,8 @@ class TextModel(BaseLLM):
     """A text completion model whose calls may change its fields, and whose prompts fail alone.
 
     Another base has the fields. It says which of them a call may change (``_call_values``), joins
-    stop strings (``_merged_stop``) and makes a copy for one call (``_call_copy``), whose adapter
-    does not change while it lasts (``_with_read_adapter``).
+    stop strings (``_merged_stop``) and makes a copy for one call (``_call_copy``). One that has
+    adapters keeps a call's as it is while the call lasts (``_with_read_adapter``).
     """
 
     _keep_failures: bool = PrivateAttr(default=False)
@@ -46,11 +46,13 @@ class TextModel(BaseLLM):
 
         def _call_copy(self) -> Self: ...
 
-        def _with_read_adapter(self) -> Self: ...
-
-        async def _awith_read_adapter(self) -> Self: ...
-
     # -- the arguments of a call -----------------------------------------------------------------
+
+    def _with_read_adapter(self) -> Self:
+        return self
+
+    async def _awith_read_adapter(self) -> Self:
+        return self
 
     def _for_call(self, stop: Any, kwargs: dict[str, Any]) -> tuple[Self, list[str] | None]:
         """Return a model whose fields are those of one call, and the call's stop strings.

@@ -115,7 +115,11 @@ logits_processors, extra_args, structured_outputs, use_beam_search, length_penal
             return []
         if self._keep_failures:
             return llm._run(
-                prompts, params, return_errors=True, use_tqdm=False, lora_request=self._engine_adapter
+                prompts,
+                params,
+                return_errors=True,
+                use_tqdm=False,
+                lora_request=self._engine_adapter,
             )
         return llm.generate(prompts, params, use_tqdm=False, lora_request=self._engine_adapter)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from quire.async_llm import AsyncLLM
 from quire.config import EngineConfig
-from quire.integrations.adapters import adapter_at, read_adapter
+from quire.integrations.adapters import adapter_in
 from quire.integrations.engines import EngineLease, acquire, borrow
 from quire.integrations.outlines.inputs import as_prompt, is_batch
 from quire.integrations.outlines.output_types import structured_outputs_for
@@ -21,7 +21,7 @@ from quire.integrations.outlines.upstream import AsyncServerModel, ModelTypeAdap
 from quire.llm import LLM
 from quire.lora_request import LoRARequest
 from quire.outputs import RequestOutput
-from quire.prompts import Prompt
+from quire.prompts import Prompt, one_per_prompt
 from quire.sampling_params import RequestOutputKind
 from quire.structured_outputs import StructuredOutputsParams
 from quire.utils.checks import flag, shown
@@ -275,7 +275,7 @@ class VLLM(VLLMOffline):
             The engine was made without ``enable_lora=True``; or (AdapterError) there is no such
             adapter, or it does not fit the model. The model keeps the adapter that it had.
         """
-        self._adapter = _adapter_for(self.llm, adapter_path)
+        self._adapter = adapter_in(self.llm, adapter_path)
 
     @property
     def lora_request(self) -> LoRARequest | None:
@@ -391,9 +391,13 @@ class AsyncVLLM(AsyncServerModel):
         llm = self.llm._open_llm()
         call = _read_call(self, llm, output_type, inference_kwargs)
         call = replace(call, params=replace(call.params, output_kind=RequestOutputKind.FINAL_ONLY))
+        prompts = _prompts(llm, model_input, call)
+        adapters = one_per_prompt(
+            "lora_request", call.engine_options.pop("lora_request", None), len(prompts)
+        )
         tasks = [
-            asyncio.ensure_future(_final(self.llm, prompt, call))
-            for prompt in _prompts(llm, model_input, call)
+            asyncio.ensure_future(_final(self.llm, prompt, call, adapter))
+            for prompt, adapter in zip(prompts, adapters, strict=True)
         ]
         try:
             outputs = await asyncio.gather(*tasks)
@@ -426,7 +430,7 @@ class AsyncVLLM(AsyncServerModel):
     async def load_lora(self, adapter_path: str | os.PathLike[str] | LoRARequest | None) -> None:
         """Have this model's next generations run with an adapter; see :meth:`VLLM.load_lora`."""
         llm = self.llm._open_llm()
-        self._adapter = await asyncio.to_thread(_adapter_for, llm, adapter_path)
+        self._adapter = await asyncio.to_thread(adapter_in, llm, adapter_path)
 
     @property
     def lora_request(self) -> LoRARequest | None:
@@ -454,16 +458,6 @@ class _TypeAdapter(ModelTypeAdapter):
 
 def _named(backend: str | None) -> dict[str, str]:
     return {} if backend is None else {"backend": backend}
-
-
-def _adapter_for(
-    llm: LLM, adapter_path: str | os.PathLike[str] | LoRARequest | None
-) -> LoRARequest | None:
-    """Return the request for an adapter that is there and fits."""
-    wanted = adapter_at(adapter_path)
-    if wanted is not None:
-        read_adapter(llm, wanted)
-    return wanted
 
 
 def _read_call(
@@ -508,7 +502,8 @@ def _read(stream: OutputStream, pieces: Pieces) -> Iterator[str]:
     pieces.check(last)
 
 
-async def _final(llm: AsyncLLM, prompt: Prompt, call: Call) -> RequestOutput:
+async def _final(llm: AsyncLLM, prompt: Prompt, call: Call, adapter: Any) -> RequestOutput:
     # With FINAL_ONLY there is one output, or an exception.
-    async with aclosing(llm.generate(prompt, call.params, **call.engine_options)) as outputs:
+    running = llm.generate(prompt, call.params, lora_request=adapter, **call.engine_options)
+    async with aclosing(running) as outputs:
         return await anext(outputs)
