@@ -34,6 +34,14 @@ class Call:
     aborted: bool = False
 
 
+@dataclasses.dataclass
+class Adapter:
+    """What the engine makes of a request for an adapter."""
+
+    digest: str
+    request: Any
+
+
 class FakeTokenizer:
     def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [1] * add_special_tokens + list(text.encode())
@@ -74,6 +82,10 @@ class FakeLLM(LLM):
 
     def get_tokenizer(self) -> Any:
         return FakeTokenizer()
+
+    def _read_adapter(self, lora_request: Any) -> Any:
+        assert self.engine_loop is self
+        return Adapter(str(lora_request), lora_request)
 
     def _run(
         self,
@@ -122,7 +134,7 @@ class FakeLLM(LLM):
         same = dataclasses.replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
         drawn = params.temperature > 0 and params.seed is None
         number = next(self.counter) if drawn else None
-        adapter = getattr(lora_request, "lora_name", None)
+        adapter = getattr(lora_request, "request", lora_request)
         return f"{self.config.model.model}|{prompt}|{same!r}|{adapter}|{index}|{number}"
 
     def completion(self, index: int, text: str, params: SamplingParams) -> CompletionOutput:
