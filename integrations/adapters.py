@@ -4,38 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from quire.lora_request import LoRARequest
+from quire.request_maker import FoundAdapter
 from quire.utils.checks import refuse
 
 if TYPE_CHECKING:
     from quire.llm import LLM
-    from quire.models.adapter import PreparedAdapter
 
 _EXPECTED = "a quire.LoRARequest, the name of an adapter that is loaded, or None"
 _FIELDS = tuple(field.name for field in fields(LoRARequest))
 
-
-@dataclass(frozen=True, eq=False)
-class ReadAdapter:
-    """An adapter as it was read for one call, whatever becomes of its files and its name.
-
-    Attributes
-    ----------
-    request : LoRARequest or str
-        What was asked for.
-    prepared : PreparedAdapter
-        What that was when the call began.
-    """
-
-    request: LoRARequest | str
-    prepared: PreparedAdapter = field(repr=False)
-
-
-Wanted = LoRARequest | str | ReadAdapter
-"""The forms in which models of this package hold an adapter."""
+Wanted = LoRARequest | str | FoundAdapter
+"""The forms in which models of this package hold an adapter. The last is one that was read for a
+call, and stays what it is whatever becomes of its files and its name."""
 
 
 def as_wanted(value: Any) -> Wanted | None:
@@ -54,7 +38,7 @@ def as_wanted(value: Any) -> Wanted | None:
     InvalidRequestError
         For anything else.
     """
-    if value is None or isinstance(value, (LoRARequest, ReadAdapter)):
+    if value is None or isinstance(value, (LoRARequest, FoundAdapter)):
         return value
     if isinstance(value, str):
         return LoRARequest(value).lora_name  # checked
@@ -88,45 +72,43 @@ def adapter_at(
         if name is not None:
             raise refuse("name", name, "left out beside a LoRARequest, which has one")
         return path
-    if not isinstance(path, (str, os.PathLike)):
-        raise refuse("path", path, "a folder, a name on the hub, a quire.LoRARequest or None")
-    place = os.fspath(path)
+    place = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(place, str) or not place.strip():
-        raise refuse("path", path, "a folder or a name on the hub")
-    return LoRARequest(
-        os.path.basename(os.path.abspath(place)) if name is None else name, None, place
-    )
+        raise refuse("path", path, "a folder, a name on the hub, a quire.LoRARequest or None")
+    own = os.path.basename(os.path.abspath(place))
+    return LoRARequest(own if name is None else name, None, place)
 
 
 def adapter_in(llm: LLM, path: str | os.PathLike[str] | LoRARequest | None) -> LoRARequest | None:
     """Return the request for the adapter at a place, which is there and fits the engine's model."""
     wanted = adapter_at(path)
     if wanted is not None:
-        read_adapter(llm, wanted)
+        found_adapter(llm, wanted)
     return wanted
 
 
-def read_adapter(llm: LLM, wanted: LoRARequest | str) -> PreparedAdapter:
+def found_adapter(llm: LLM, wanted: Wanted) -> FoundAdapter:
     """Return the adapter as it is now, read unless the engine has it in memory.
+
+    It may be given to the engine in place of what was wanted.
 
     Raises
     ------
     InvalidRequestError
-        The engine was made without adapters; or (AdapterError) there is no such adapter, or it
-        does not fit the model.
+        (AdapterError) The engine was made without adapters, there is none such, or it does not
+        fit the model.
     """
-    return llm._read_adapter(wanted)
-
-
-def for_engine(wanted: Wanted | None) -> Any:
-    """Return what the engine takes as ``lora_request``."""
-    return wanted.prepared if isinstance(wanted, ReadAdapter) else wanted
+    found: FoundAdapter
+    [found] = llm._find_adapters(wanted, 1)
+    if found.error is not None:
+        raise found.error
+    return found
 
 
 def plain_form(wanted: Wanted | None) -> dict[str, Any] | str | None:
     """Return what :func:`as_wanted` makes the same of, in the words of JSON."""
-    if isinstance(wanted, ReadAdapter):
-        wanted = wanted.request
+    if isinstance(wanted, FoundAdapter):
+        wanted = wanted.named
     if not isinstance(wanted, LoRARequest):
         return wanted
     values = {item.name: (getattr(wanted, item.name), item.default) for item in fields(wanted)}

@@ -16,19 +16,20 @@ from langchain_core.outputs import ChatResult
 from quire.integrations.adapters import as_wanted
 
 if TYPE_CHECKING:
-    from quire.integrations.adapters import ReadAdapter, Wanted
+    from quire.integrations.adapters import Wanted
+    from quire.request_maker import FoundAdapter
 
 
 class AdapterChat(BaseChatModel):
-    """A chat model that reads the adapter of a call once, for the cache and for the engine.
+    """A chat model that looks for the adapter of a call once, for the cache and for the engine.
 
-    Another base has the field ``lora_request`` and reads it (``_read``).
+    Another base has the field ``lora_request`` and finds what it names (``_found``).
     """
 
     if TYPE_CHECKING:
         lora_request: Any
 
-        def _read(self, wanted: Wanted) -> ReadAdapter: ...
+        def _found(self, wanted: Wanted) -> FoundAdapter: ...
 
     def _generate_with_cache(
         self,
@@ -39,7 +40,7 @@ class AdapterChat(BaseChatModel):
     ) -> ChatResult:
         wanted = as_wanted(kwargs.get("lora_request", self.lora_request))
         if wanted is not None:
-            kwargs["lora_request"] = self._read(wanted)
+            kwargs["lora_request"] = self._found(wanted)
         return super()._generate_with_cache(messages, stop, run_manager, **kwargs)
 
     async def _agenerate_with_cache(
@@ -51,5 +52,5 @@ class AdapterChat(BaseChatModel):
     ) -> ChatResult:
         wanted = as_wanted(kwargs.get("lora_request", self.lora_request))
         if wanted is not None:
-            kwargs["lora_request"] = await asyncio.to_thread(self._read, wanted)
+            kwargs["lora_request"] = await asyncio.to_thread(self._found, wanted)
         return await super()._agenerate_with_cache(messages, stop, run_manager, **kwargs)

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from quire.errors import ConfigError, QuireError
 from quire.integrations.adapters import (
-    ReadAdapter,
     Wanted,
     adapter_at,
     as_wanted,
-    for_engine,
+    found_adapter,
     plain_form,
-    read_adapter,
 )
 from quire.integrations.langchain.engine_holder import EngineHolder
 from quire.lora_request import LoRARequest
@@ -23,6 +21,8 @@ from quire.utils.checks import shown
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from quire.request_maker import FoundAdapter
 
 
 class AdapterHolder(EngineHolder):
@@ -56,7 +56,7 @@ class AdapterHolder(EngineHolder):
         super()._attach(given)
         # One that is called by name alone may be loaded later.
         if isinstance(self.lora_request, LoRARequest) and self.lora_request.lora_path:
-            self._read_now()
+            self._found_own()
 
     def with_lora(
         self, path: str | os.PathLike[str] | LoRARequest | None, name: str | None = None
@@ -85,40 +85,35 @@ class AdapterHolder(EngineHolder):
         self._open_lease()
         copied = self.model_copy(update={"lora_request": adapter_at(path, name)})
         try:
-            copied._read_now()
+            copied._found_own()
         except BaseException:
             copied.close()
             raise
         return copied
 
-    def _read(self, wanted: Wanted) -> ReadAdapter:
+    def _found(self, wanted: Wanted) -> FoundAdapter:
         """Return an adapter as it is now."""
-        if isinstance(wanted, ReadAdapter):
-            return wanted
-        return ReadAdapter(wanted, read_adapter(self._open_lease().llm, wanted))
+        return found_adapter(self._open_lease().llm, wanted)
 
-    def _read_now(self) -> ReadAdapter | None:
+    def _found_own(self) -> FoundAdapter | None:
         """Return the object's adapter as it is now; None where it has none."""
-        return None if self.lora_request is None else self._read(self.lora_request)
+        return None if self.lora_request is None else self._found(self.lora_request)
 
-    async def _aread_now(self) -> ReadAdapter | None:
+    async def _afound_own(self) -> FoundAdapter | None:
         if self.lora_request is None:
             return None
-        return await asyncio.to_thread(self._read, self.lora_request)
-
-    @property
-    def _engine_adapter(self) -> Any:
-        """What the engine takes as ``lora_request``."""
-        return for_engine(self.lora_request)
+        return await asyncio.to_thread(self._found, self.lora_request)
 
     @property
     def _adapter_name(self) -> str | dict[str, Any] | None:
         """What tells the adapter from others: its content; where there is none, its names."""
         try:
-            read = self._read_now()
+            found = self._found_own()
         except QuireError:  # a call will say so; to be looked at, a model need not be in order
             return plain_form(self.lora_request)
-        return None if read is None else read.prepared.digest
+        if found is None or found.adapter is None:
+            return None
+        return found.adapter.digest
 
     def to_json(self) -> Any:
         """Return the form that ``dumps`` writes."""

@@ -229,10 +229,10 @@ disable_streaming, output_version, profile
         llm = self._open_lease().llm
         if self._gathering is not None:
             return self._gathering.run(
-                llm._make_request(request.prompt, request.params, lora_request=self._engine_adapter)
+                llm._make_request(request.prompt, request.params, lora_request=self.lora_request)
             )
         [output] = llm.generate(
-            [request.prompt], request.params, use_tqdm=False, lora_request=self._engine_adapter
+            [request.prompt], request.params, use_tqdm=False, lora_request=self.lora_request
         )
         return output
 
@@ -250,7 +250,7 @@ disable_streaming, output_version, profile
 
     async def _aanswer(self, request: ChatRequest) -> RequestOutput:
         engine = self._open_lease().async_llm
-        running = engine.generate(request.prompt, request.params, lora_request=self._engine_adapter)
+        running = engine.generate(request.prompt, request.params, lora_request=self.lora_request)
         # With FINAL_ONLY there is one output, or an exception.
         async with aclosing(running) as outputs:
             return await anext(outputs)
@@ -274,7 +274,7 @@ disable_streaming, output_version, profile
         request = model._request(messages, stop, options, RequestOutputKind.DELTA)
         builder = ChatChunkBuilder(request.new_reader(), self.model)
         llm = model._open_lease().llm
-        running = llm.stream(request.prompt, request.params, lora_request=model._engine_adapter)
+        running = llm.stream(request.prompt, request.params, lora_request=model.lora_request)
         with closing(running) as outputs:
             for output in outputs:
                 new = builder.add(output)
@@ -303,9 +303,7 @@ disable_streaming, output_version, profile
         request = model._request(messages, stop, options, RequestOutputKind.DELTA)
         builder = ChatChunkBuilder(request.new_reader(), self.model)
         engine = model._open_lease().async_llm
-        running = engine.generate(
-            request.prompt, request.params, lora_request=model._engine_adapter
-        )
+        running = engine.generate(request.prompt, request.params, lora_request=model.lora_request)
         async with aclosing(running) as outputs:
             async for output in outputs:
                 new = builder.add(output)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from langchain_core.embeddings import Embeddings
 from pydantic import field_validator
 
-from quire.integrations.adapters import for_engine
 from quire.integrations.langchain.adapter_holder import AdapterHolder
 from quire.integrations.langchain.engine_holder import no_flag
 from quire.utils.checks import refuse
@@ -126,7 +125,7 @@ class VLLMEmbeddings(AdapterHolder, Embeddings):
         llm = self._open_lease().llm
         if not prompts:
             return []
-        adapter = for_engine(self._read_now())  # one for all, also if it changes meanwhile
+        adapter = self._found_own()  # one for all, also if it changes meanwhile
         outputs = llm.embed(
             prompts, self._pooling_params(), use_tqdm=use_tqdm, lora_request=adapter
         )
@@ -135,7 +134,7 @@ class VLLMEmbeddings(AdapterHolder, Embeddings):
     async def _aembed(self, prompts: list[str]) -> list[list[float]]:
         engine = self._open_lease().async_llm
         params = self._pooling_params()
-        adapter = for_engine(await self._aread_now())
+        adapter = await self._afound_own()
         tasks = [
             asyncio.ensure_future(_vector(engine, prompt, params, adapter)) for prompt in prompts
         ]

@@ -19,7 +19,7 @@ from quire.utils.suggest import unexpected_argument
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from quire.integrations.adapters import ReadAdapter
+    from quire.request_maker import FoundAdapter
 
 _SAMPLING_FIELDS = tuple(
     field.name
@@ -146,14 +146,14 @@ class EngineModel(AdapterHolder):
             raise unexpected_argument(owner, name, cls.CALL_ARGUMENTS | {"max_tokens"})
         return values
 
-    def _with_read_adapter(self) -> Self:
+    def _with_found_adapter(self) -> Self:
         """Return a model for one call whose adapter stays what it is now."""
-        return self._holding(self._read_now())
+        return self._holding(self._found_own())
 
-    async def _awith_read_adapter(self) -> Self:
-        return self._holding(await self._aread_now())
+    async def _awith_found_adapter(self) -> Self:
+        return self._holding(await self._afound_own())
 
-    def _holding(self, adapter: ReadAdapter | None) -> Self:
+    def _holding(self, adapter: FoundAdapter | None) -> Self:
         if adapter is self.lora_request:
             return self
         getattr(self, "_serialized", None)  # kept by the copy: traces name the object

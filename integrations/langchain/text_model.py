@@ -33,7 +33,7 @@ class TextModel(BaseLLM):
 
     Another base has the fields. It says which of them a call may change (``_call_values``), joins
     stop strings (``_merged_stop``) and makes a copy for one call (``_call_copy``). One that has
-    adapters keeps a call's as it is while the call lasts (``_with_read_adapter``).
+    adapters keeps a call's as it is while the call lasts (``_with_found_adapter``).
     """
 
     _keep_failures: bool = PrivateAttr(default=False)
@@ -48,10 +48,10 @@ class TextModel(BaseLLM):
 
     # -- the arguments of a call -----------------------------------------------------------------
 
-    def _with_read_adapter(self) -> Self:
+    def _with_found_adapter(self) -> Self:
         return self
 
-    async def _awith_read_adapter(self) -> Self:
+    async def _awith_found_adapter(self) -> Self:
         return self
 
     def _for_call(self, stop: Any, kwargs: dict[str, Any]) -> tuple[Self, list[str] | None]:
@@ -102,7 +102,7 @@ class TextModel(BaseLLM):
         """
         _check_prompts(prompts)
         model, stop = self._for_call(stop, kwargs)
-        model = model._with_read_adapter()  # the cache is to know it as the engine does
+        model = model._with_found_adapter()  # the cache is to know it as the engine does
         return super(TextModel, model).generate(
             prompts,
             stop=stop,
@@ -128,7 +128,7 @@ class TextModel(BaseLLM):
         """Complete prompts together with all others that run; see :meth:`generate`."""
         _check_prompts(prompts)
         model, stop = self._for_call(stop, kwargs)
-        model = await model._awith_read_adapter()
+        model = await model._awith_found_adapter()
         return await super(TextModel, model).agenerate(
             prompts,
             stop=stop,

@@ -119,9 +119,9 @@ logits_processors, extra_args, structured_outputs, use_beam_search, length_penal
                 params,
                 return_errors=True,
                 use_tqdm=False,
-                lora_request=self._engine_adapter,
+                lora_request=self.lora_request,
             )
-        return llm.generate(prompts, params, use_tqdm=False, lora_request=self._engine_adapter)
+        return llm.generate(prompts, params, use_tqdm=False, lora_request=self.lora_request)
 
     async def _agenerate(
         self,
@@ -134,7 +134,7 @@ logits_processors, extra_args, structured_outputs, use_beam_search, length_penal
         params = model._sampling_params(stop)
         engine = model._open_lease().async_llm
         tasks = [
-            asyncio.ensure_future(_final(engine, prompt, params, model._engine_adapter))
+            asyncio.ensure_future(_final(engine, prompt, params, model.lora_request))
             for prompt in prompts
         ]
         try:
@@ -164,7 +164,7 @@ logits_processors, extra_args, structured_outputs, use_beam_search, length_penal
             return
         params = model._sampling_params(stop, RequestOutputKind.DELTA)
         builder = ChunkBuilder()
-        with closing(llm.stream(prompt, params, lora_request=model._engine_adapter)) as outputs:
+        with closing(llm.stream(prompt, params, lora_request=model.lora_request)) as outputs:
             for output in outputs:
                 chunk = builder.add(output)
                 if chunk is None:
@@ -184,14 +184,14 @@ logits_processors, extra_args, structured_outputs, use_beam_search, length_penal
         engine = model._open_lease().async_llm
         if model._comes_whole:
             params = model._sampling_params(stop)
-            whole = _whole(await _final(engine, prompt, params, model._engine_adapter))
+            whole = _whole(await _final(engine, prompt, params, model.lora_request))
             if run_manager:
                 await run_manager.on_llm_new_token(whole.text, chunk=whole)
             yield whole
             return
         params = model._sampling_params(stop, RequestOutputKind.DELTA)
         builder = ChunkBuilder()
-        running = engine.generate(prompt, params, lora_request=model._engine_adapter)
+        running = engine.generate(prompt, params, lora_request=model.lora_request)
         async with aclosing(running) as outputs:
             async for output in outputs:
                 chunk = builder.add(output)

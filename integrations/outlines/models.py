@@ -21,7 +21,7 @@ from quire.integrations.outlines.upstream import AsyncServerModel, ModelTypeAdap
 from quire.llm import LLM
 from quire.lora_request import LoRARequest
 from quire.outputs import RequestOutput
-from quire.prompts import Prompt, one_per_prompt
+from quire.prompts import Prompt
 from quire.sampling_params import RequestOutputKind
 from quire.structured_outputs import StructuredOutputsParams
 from quire.utils.checks import flag, shown
@@ -392,9 +392,10 @@ class AsyncVLLM(AsyncServerModel):
         call = _read_call(self, llm, output_type, inference_kwargs)
         call = replace(call, params=replace(call.params, output_kind=RequestOutputKind.FINAL_ONLY))
         prompts = _prompts(llm, model_input, call)
-        adapters = one_per_prompt(
-            "lora_request", call.engine_options.pop("lora_request", None), len(prompts)
-        )
+        wanted = call.engine_options.pop("lora_request", None)
+        adapters: list[Any] = [None] * len(prompts)
+        if wanted is not None:  # read once for all, and not on the event loop
+            adapters = await asyncio.to_thread(llm._find_adapters, wanted, len(prompts))
         tasks = [
             asyncio.ensure_future(_final(self.llm, prompt, call, adapter))
             for prompt, adapter in zip(prompts, adapters, strict=True)
