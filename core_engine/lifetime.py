@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,16 @@ def _make_loop(config: EngineConfig) -> EngineLoop:
     from quire.assembly import build_engine
     from quire.engine.loop import EngineLoop
 
-    return EngineLoop(build_engine(config))
+    engine = build_engine(config)
+    loop = EngineLoop(engine)
+    known = weakref.ref(loop)  # adapters may outlive it
+
+    def release_adapters() -> None:
+        if (loop := known()) is not None:
+            loop.release_adapters()
+
+    engine.lost_adapters.notify = release_adapters
+    return loop
 
 
 class Lifetime:
