@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 
+from quire.kernels.lora import LoraRows
 from quire.models.adapter import Adapter, PreparedAdapter
 from quire.models.adapter_check import check_adapter
 from quire.models.adapter_operations import AdapterOperations
@@ -110,6 +112,7 @@ class Decoder:
         self._kernels = kernels
         self._bound = False
         self._mark = object()  # by which it knows its own adapters
+        self._filled_slots: set[int] = set()
         self._method: LinearMethod = method or DenseMethod()
         self._embedding_size = width = spec.embedding_size or spec.hidden_size
         self._project_in = self._project_out = None
@@ -316,6 +319,10 @@ class Decoder:
             self.native.set_adapter(slot, form)
         elif self._adapters is not None:
             self._adapters.set(slot, form)
+        if prepared is None:
+            self._filled_slots.discard(slot)
+        else:
+            self._filled_slots.add(slot)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_caches: list[KVCache]) -> torch.Tensor:
@@ -333,12 +340,12 @@ class Decoder:
         Tensor[num_tokens, hidden_size]
             After the final norm.
         """
-        self._expect(batch.adapter_slots)
+        self._check_slots(batch.adapter_slots, len(batch.input_ids))
         if self.native is not None:
             return self.native.forward(batch, kv_caches)
         if self._adapters is not None:
             slots = batch.adapter_slots
-            self._adapters.rows = None if slots is None else self._adapters.sort(slots)
+            self._adapters.rows = None if slots is None else LoraRows.of(slots, self.weights.device)
         if batch.attention is None:
             block_size = kv_caches[0][0].shape[1]
             batch.attention = self._kernels.plan_attention(
@@ -391,7 +398,7 @@ class Decoder:
         -------
         Tensor[num_rows, vocab_size]
         """
-        self._expect(adapter_slots)
+        self._check_slots(adapter_slots, len(hidden))
         if self.native is not None:
             if adapter_slots is not None:
                 return self.native.logits(hidden, adapter_slots)
@@ -404,6 +411,15 @@ class Decoder:
         cap = self.spec.logits_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def _expect(self, adapter_slots: torch.Tensor | None) -> None:
-        if adapter_slots is not None and not self.max_adapters:
-            raise ValueError("adapter_slots are given; the decoder was made with max_adapters=0")
+    def _check_slots(self, adapter_slots: torch.Tensor | None, num_rows: int) -> None:
+        """See that every row's adapter is there: nobody's text is another's, or the base's."""
+        if adapter_slots is None:
+            return
+        if adapter_slots.shape != (num_rows,):
+            raise ValueError(
+                f"adapter_slots has the shape {list(adapter_slots.shape)}; there are {num_rows} "
+                "rows"
+            )
+        for slot in np.unique(adapter_slots.numpy()).tolist():
+            if slot >= 0 and slot not in self._filled_slots:
+                raise ValueError(f"adapter_slots has {slot}; no adapter is in that slot")
