@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from quire.errors import EngineClosedError
+from quire.utils.progress import auto_tqdm
 
 if TYPE_CHECKING:
     from quire.config import EngineConfig
@@ -38,7 +41,27 @@ def _make_loop(config: EngineConfig) -> EngineLoop:
     from quire.assembly import build_engine
     from quire.engine.loop import EngineLoop
 
+    if "ipykernel" in sys.modules:
+        auto_tqdm()  # else the hub's library imports it, with a warning
     return EngineLoop(build_engine(config))
+
+
+def describe(config: EngineConfig, lifetime: Lifetime) -> list[tuple[str, object]]:
+    """Return what a notebook shows of an engine, which is neither started nor waited for."""
+    rows: list[tuple[str, object]] = [("model", config.model.model)]
+    loop = lifetime.loop
+    if loop is None:
+        return [*rows, ("state", "closed")]
+    if loop.broken is not None:
+        return [*rows, ("state", f"broke down: {type(loop.broken).__name__}: {loop.broken}")]
+    with suppress(EngineClosedError):  # closed in between
+        engine = loop.engine
+        rows += [
+            ("state", "open"),
+            ("longest request", f"{engine.limits.max_model_len:,} tokens"),
+            ("KV cache", f"{engine.num_blocks:,} blocks of {config.cache.block_size} tokens"),
+        ]
+    return rows
 
 
 class Lifetime:

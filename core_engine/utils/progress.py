@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from quire.outputs import RequestOutput
+
+
+def auto_tqdm() -> Callable[..., Any]:
+    """Return ``tqdm.auto.tqdm``, imported without a word.
+
+    In a notebook without ipywidgets it is the bar of text, and its first import warns of that.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        from tqdm.auto import tqdm
+
+    return tqdm  # type: ignore[no-any-return]
 
 
 class ProgressBar:
@@ -29,9 +42,7 @@ class ProgressBar:
         if callable(use_tqdm):
             make = use_tqdm
         else:
-            from tqdm.auto import tqdm
-
-            make = tqdm
+            make = auto_tqdm()
         self._bar = make(total=total, desc="Processed prompts", dynamic_ncols=True)
 
     def advance(self, result: RequestOutput | BaseException) -> None:
