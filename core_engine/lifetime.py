@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from quire.errors import EngineClosedError
-from quire.utils.progress import auto_tqdm
+from quire.utils.progress import quiet_tqdm
 
 if TYPE_CHECKING:
     from quire.config import EngineConfig
@@ -41,8 +40,7 @@ def _make_loop(config: EngineConfig) -> EngineLoop:
     from quire.assembly import build_engine
     from quire.engine.loop import EngineLoop
 
-    if "ipykernel" in sys.modules:
-        auto_tqdm()  # else the hub's library imports it, with a warning
+    quiet_tqdm()  # before the hub's library
     return EngineLoop(build_engine(config))
 
 

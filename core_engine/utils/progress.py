@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -20,6 +21,12 @@ def auto_tqdm() -> Callable[..., Any]:
         from tqdm.auto import tqdm
 
     return tqdm  # type: ignore[no-any-return]
+
+
+def quiet_tqdm() -> None:
+    """In a notebook, import tqdm before another library does so with a warning."""
+    if "ipykernel" in sys.modules:
+        auto_tqdm()
 
 
 class ProgressBar:
