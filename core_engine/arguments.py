@@ -10,11 +10,15 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from quire.logits_processor import LogitsProcessor
+from quire.lora_request import LoRARequest
 
 if TYPE_CHECKING:
     import torch
 
 Path = str | PathLike[str]
+
+LoRAModules = Mapping[str, Path] | Sequence[str | Mapping[str, Any] | LoRARequest]
+"""Adapters to begin with: by name; or ``"name=path"``, dicts and LoRARequest objects in a list."""
 
 
 class EngineArguments(TypedDict, total=False):
@@ -47,6 +51,12 @@ class EngineArguments(TypedDict, total=False):
     structured_outputs_backend: Literal["llguidance", "outlines_core", "xgrammar"] | None
     structured_outputs_deadline: float | None
     structured_outputs_forced_tokens: bool | None
+    enable_lora: bool | None
+    max_loras: int | None
+    max_lora_rank: int | None
+    max_cpu_loras: int | None
+    lora_dtype: str | torch.dtype | None
+    lora_modules: LoRAModules | None
     seed: int | None
     device: str | torch.device | None
     batch_invariant: bool | None
@@ -63,6 +73,7 @@ class EngineArguments(TypedDict, total=False):
     max_logprobs: int | None
     code_revision: str | None
     max_parallel_loading_workers: int | None
+    enable_lora_bias: bool | None
     disable_async_output_proc: bool | None
     use_v2_block_manager: bool | None
     max_context_len_to_capture: int | None
@@ -79,11 +90,6 @@ class EngineArguments(TypedDict, total=False):
     kv_cache_dtype: str | None
     calculate_kv_scales: bool | None
     cpu_offload_gb: float | None
-    enable_lora: bool | None
-    max_loras: int | None
-    max_lora_rank: int | None
-    max_cpu_loras: Any
-    lora_dtype: str | None
     fully_sharded_loras: bool | None
     speculative_config: Any
     structured_outputs_config: Any
@@ -118,7 +124,6 @@ class EngineArguments(TypedDict, total=False):
     kv_events_config: Any
     profiler_config: Any
     additional_config: Any
-    enable_lora_bias: bool | None
     enable_prompt_adapter: bool | None
     override_pooler_config: Any
     rope_scaling: Any

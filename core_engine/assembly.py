@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,10 @@ import torch
 from quire.engine.engine import Engine
 from quire.engine.processor import ModelLimits
 from quire.engine.runner import ModelRunner, kv_bytes_per_block
-from quire.errors import ConfigError, OutOfMemoryError
+from quire.errors import AdapterError, ConfigError, OutOfMemoryError
 from quire.kernels import get_backend
 from quire.kernels.cpu.backend import why_missing
+from quire.lora.store import AdapterStore, AdapterTools
 from quire.models import hub
 from quire.models.hf_config import (
     eos_token_ids,
@@ -21,6 +23,7 @@ from quire.models.hf_config import (
     resolve_dtype,
 )
 from quire.models.loader import load_model
+from quire.models.registry import family_of
 from quire.sampling.batch_processors import BatchProcessors
 from quire.sampling.sampler import Sampler
 from quire.tokenizer import load_tokenizer
@@ -31,6 +34,8 @@ from quire.utils.threads import apply_thread_count
 
 if TYPE_CHECKING:
     from quire.config import EngineConfig, ModelConfig
+    from quire.models.decoder import Decoder
+    from quire.models.family import Family
     from quire.tokenizer.tokenizer import Tokenizer
 
 logger = log.get_logger()
@@ -43,6 +48,8 @@ def build_engine(config: EngineConfig) -> Engine:
     ------
     ModelNotFoundError
         When the model's name leads nowhere.
+    AdapterError
+        When one of ``lora_modules`` cannot be had; the message has its name.
     ModelLoadError
         When the checkpoint is damaged or of an unsupported kind; TokenizerError likewise.
     ConfigError
@@ -73,7 +80,13 @@ def _build(config: EngineConfig, processors: BatchProcessors) -> Engine:
         tokenizer = _load_tokenizer(config.model, path, hf_config)
     asked_len = config.model.max_model_len
     model = load_model(
-        path, hf_config, device=device, dtype=dtype, kernels=kernels, max_model_len=asked_len
+        path,
+        hf_config,
+        device=device,
+        dtype=dtype,
+        kernels=kernels,
+        max_model_len=asked_len,
+        max_adapters=config.lora.max_loras if config.lora.enable_lora else 0,
     )
     if config.batch_invariant and model.native is None:
         raise ConfigError(
@@ -82,6 +95,8 @@ def _build(config: EngineConfig, processors: BatchProcessors) -> Engine:
             f"{str(dtype).removeprefix('torch.')}: use device='cpu', another dtype, an install "
             "that has them (see `quire collect-env`), or leave the argument out"
         )
+    # Before the KV cache, which is measured by the memory that is left.
+    adapters = _make_store(config, model, family_of(hf_config)[1], dtype)
     plan = plan_kv_cache(
         config,
         bytes_per_block=kv_bytes_per_block(model, config.cache.block_size, dtype),
@@ -144,12 +159,57 @@ def _build(config: EngineConfig, processors: BatchProcessors) -> Engine:
             limits=limits,
             num_blocks=plan.num_blocks,
             sampler=sampler,
+            adapters=adapters,
         )
     except MemoryError as error:
         raise OutOfMemoryError(
             f"no room for the tables of max_num_seqs={config.scheduler.max_num_seqs} requests of "
             f"max_model_len={plan.max_model_len} tokens: lower one of them ({error})"
         ) from error
+
+
+def _make_store(
+    config: EngineConfig, model: Decoder, family: Family, dtype: torch.dtype
+) -> AdapterStore:
+    """Return the adapters of an engine, those of ``lora_modules`` read."""
+    settings = config.lora
+    if not settings.enable_lora:
+        return AdapterStore(settings)
+    from quire.lora.content import CONFIG_FILE, TENSORS_FILE, fingerprint
+    from quire.lora.peft_adapter import read_adapter
+
+    if settings.lora_dtype != "auto":
+        dtype = getattr(torch, settings.lora_dtype)
+    tools = AdapterTools(
+        find=partial(
+            hub.resolve,
+            download_dir=config.model.download_dir,
+            token=config.model.hf_token,
+            allow_patterns=(CONFIG_FILE, TENSORS_FILE),
+            field="lora_path",
+        ),
+        look=fingerprint,
+        read=partial(
+            read_adapter,
+            decoder=model,
+            family=family,
+            max_rank=settings.max_lora_rank,
+            dtype=dtype,
+        ),
+        prepare=model.prepare_adapter,
+    )
+    store = AdapterStore(settings, tools)
+    for each in settings.lora_modules:
+        try:
+            store.load(
+                each.lora_path,
+                each.lora_name,
+                load_inplace=each.load_inplace,
+                base_model_name=each.base_model_name,
+            )
+        except AdapterError as error:
+            raise AdapterError(f"lora_modules: {each.lora_name!r}: {error}") from error
+    return store
 
 
 def choose_device(name: str) -> torch.device:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from quire.engine.loop import EngineLoop
     from quire.engine.processor import ModelLimits
     from quire.engine.request import Request
+    from quire.lora_request import LoRARequest
     from quire.tokenizer.tokenizer import Tokenizer
 
 
@@ -114,8 +115,9 @@ class AsyncLLM:
             new, or nothing before the end.
         request_id : str, optional
             A name for :meth:`abort`, that no other request in flight has.
-        lora_request : None
-            Adapters are not offered by this version.
+        lora_request : LoRARequest or str, optional
+            The adapter, or the name of one that is loaded. It is read on a thread, while others
+            go on.
         priority : int
             Lower runs earlier; needs ``scheduling_policy="priority"``.
 
@@ -147,6 +149,7 @@ class AsyncLLM:
 
         words = sampling_params.bad_words if isinstance(sampling_params, SamplingParams) else None
         slow = _is_long(single) or len(words or ()) > _MANY_WORDS
+        slow = slow or not llm._is_at_hand(lora_request)
         async with aclosing(self._run(llm, make, request_id, slow=slow)) as outputs:
             async for output in outputs:
                 yield output
@@ -170,7 +173,7 @@ class AsyncLLM:
         def make() -> Request:
             return llm._make_embedding(single, pooling_params, lora_request)
 
-        slow = _is_long(single)
+        slow = _is_long(single) or not llm._is_at_hand(lora_request)
         async with aclosing(self._run(llm, make, request_id, slow=slow)) as outputs:
             *_, last = [output async for output in outputs]
         return EmbeddingRequestOutput.of(last)
@@ -205,6 +208,7 @@ class AsyncLLM:
             sink = _Sink(mailbox, events, loop, number)
             longest = self.config.scheduler.max_waiting_requests
             loop.submit([(request, sink)], longest_queue=longest)
+            del request  # and with it the adapter, when the engine is done with it
             while not ended:
                 event = await events.get()
                 # A reader that is slow finds what came meanwhile in one piece.
@@ -262,6 +266,35 @@ class AsyncLLM:
             if mailbox is None:
                 mailbox = self._mailboxes[event_loop] = _Mailbox(event_loop)
         return mailbox
+
+    # -- adapters --------------------------------------------------------------------------------
+
+    async def load_lora(
+        self,
+        path: str | os.PathLike[str],
+        name: str | None = None,
+        *,
+        load_inplace: bool = False,
+        base_model_name: str | None = None,
+    ) -> LoRARequest:
+        """Read a LoRA adapter on a thread, as :meth:`quire.LLM.load_lora` does."""
+        llm = self._open_llm()
+        return await asyncio.to_thread(
+            llm.load_lora, path, name, load_inplace=load_inplace, base_model_name=base_model_name
+        )
+
+    async def unload_lora(self, name: str) -> None:
+        """Forget an adapter that was loaded; requests that run with it go on with it."""
+        self._open_llm().unload_lora(name)
+
+    async def list_loras(self) -> list[LoRARequest]:
+        """Return the adapters that were loaded, in that order."""
+        return self._open_llm().list_loras()
+
+    async def count_lora_requests(self) -> dict[str, tuple[int, int]]:
+        """Return by adapters' names how many requests with them have begun, and how many wait."""
+        llm = self._may_wait()
+        return await asyncio.to_thread(llm.count_lora_requests)
 
     # -- the model and the engine ----------------------------------------------------------------
 

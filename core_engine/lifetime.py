@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -41,7 +42,16 @@ def _make_loop(config: EngineConfig) -> EngineLoop:
     from quire.engine.loop import EngineLoop
 
     quiet_tqdm()  # before the hub's library
-    return EngineLoop(build_engine(config))
+    engine = build_engine(config)
+    loop = EngineLoop(engine)
+    known = weakref.ref(loop)  # adapters may outlive it
+
+    def release_adapters() -> None:
+        if (loop := known()) is not None:
+            loop.release_adapters()
+
+    engine.lost_adapters.notify = release_adapters
+    return loop
 
 
 def describe(config: EngineConfig, lifetime: Lifetime) -> list[tuple[str, object]]:

@@ -6,17 +6,15 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import count
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from quire.config import EngineConfig, init_signature
-from quire.errors import EngineClosedError, InvalidRequestError, NotSupportedError
+from quire.errors import EngineClosedError, InvalidRequestError
 from quire.html import card
 from quire.lifetime import Lifetime, describe, make_loop
 from quire.outputs import (
     BeamSearchOutput,
-    BeamSearchSequence,
     EmbeddingRequestOutput,
     RequestOutput,
 )
@@ -29,8 +27,9 @@ from quire.prompts import (
     as_single_prompt,
     one_per_prompt,
 )
+from quire.request_maker import RequestMaker
 from quire.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
-from quire.utils.checks import refuse, shown
+from quire.utils.checks import refuse
 from quire.utils.output_history import keep_out_of_history
 from quire.waiting import OutputStream, wait_for_all
 
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from quire.engine.loop import EngineLoop
     from quire.engine.processor import Processor
     from quire.engine.request import Request
+    from quire.lora_request import LoRARequest
     from quire.tokenizer.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -71,6 +71,8 @@ class LLM:
         kv_cache_memory_bytes, num_gpu_blocks_override, block_size, enable_prefix_caching,
         gpu_memory_utilization
             The KV cache: :class:`quire.config.CacheConfig`.
+        enable_lora, max_loras, max_lora_rank, max_cpu_loras, lora_modules
+            LoRA adapters: :class:`quire.config.LoRAConfig`.
         max_num_seqs, max_num_batched_tokens, enable_chunked_prefill, scheduling_policy
             How much runs at once: :class:`quire.config.SchedulerConfig`.
         seed, device, batch_invariant
@@ -99,8 +101,7 @@ class LLM:
         config = EngineConfig.create(model, **kwargs)
         loop = make_loop(config)
         self.config = config
-        self._processor: Processor | None = loop.engine.processor
-        self._request_ids = count()
+        self._maker: RequestMaker | None = RequestMaker(config, loop.engine)
         self._lifetime = Lifetime(loop, f"LLM(model={config.model.model!r})")
         self._finalizer = weakref.finalize(self, self._lifetime.close)
         keep_out_of_history(self)
@@ -126,8 +127,8 @@ class LLM:
             By default what :meth:`get_default_sampling_params` returns.
         use_tqdm : bool or callable
             Show a progress bar; a callable is used in place of ``tqdm.auto.tqdm``.
-        lora_request : None
-            Adapters are not offered by this version.
+        lora_request : LoRARequest or str, or one per prompt, optional
+            The adapter, or the name of one that is loaded; None for the model alone.
         priority : int, or one per prompt, optional
             Lower runs earlier; needs ``scheduling_policy="priority"``.
 
@@ -299,21 +300,7 @@ class LLM:
         # logprobs, so that the outputs have the hypotheses' cumulative one.
         search = replace(params.to_sampling_params(), logprobs=0)
         outputs = self.generate(prompts, search, use_tqdm=use_tqdm, lora_request=lora_request)
-        return [
-            BeamSearchOutput(
-                [
-                    BeamSearchSequence(
-                        tokens=output.prompt_token_ids + list(beam.token_ids),
-                        cum_logprob=beam.cumulative_logprob or 0.0,
-                        text=beam.text,
-                        finish_reason=beam.finish_reason,
-                        stop_reason=beam.stop_reason,
-                    )
-                    for beam in output.outputs
-                ]
-            )
-            for output in outputs
-        ]
+        return [BeamSearchOutput.of(output) for output in outputs]
 
     def embed(
         self,
@@ -343,10 +330,11 @@ class LLM:
         """
         every = as_prompts(prompts)
         many = one_per_prompt("pooling_params", pooling_params, len(every))
+        adapters = self._find_adapters(lora_request, len(every))
         requests: list[Request | BaseException] = []
         for i, (prompt, pooling) in enumerate(zip(every, many, strict=True)):
             try:
-                requests.append(self._make_embedding(prompt, pooling, lora_request))
+                requests.append(self._make_embedding(prompt, pooling, adapters[i]))
             except InvalidRequestError as error:
                 raise _at_index("prompt", i, len(every), error) from error
         results = wait_for_all(self._lifetime.start, requests, use_tqdm)
@@ -358,6 +346,66 @@ class LLM:
                     del results, result
         return [EmbeddingRequestOutput.of(r) for r in results if isinstance(r, RequestOutput)]
 
+    # -- adapters --------------------------------------------------------------------------------
+
+    def load_lora(
+        self,
+        path: str | os.PathLike[str],
+        name: str | None = None,
+        *,
+        load_inplace: bool = False,
+        base_model_name: str | None = None,
+    ) -> LoRARequest:
+        """Read a LoRA adapter, so that requests can ask for it by a name.
+
+        The name stands for what was read until it is loaded again, whatever happens to the files.
+        Requests that run with another adapter of that name go on with it.
+
+        Parameters
+        ----------
+        path : str or path
+            A folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or a name on
+            the hub.
+        name : str, optional
+            By default the last part of the path.
+        load_inplace : bool
+            Read the files even where they seem unchanged.
+        base_model_name : str, optional
+            The model that it was made for; shown by a server.
+
+        Returns
+        -------
+        LoRARequest
+            For ``lora_request``. It has the path, too, and means what lies there when it is used;
+            the name alone, as a str, means what was read here.
+
+        Raises
+        ------
+        AdapterError
+            There is no such adapter, it does not fit the model, or ``enable_lora`` is off.
+        """
+        return self._open_maker().adapters.load(
+            path, name, load_inplace=load_inplace, base_model_name=base_model_name
+        )
+
+    def unload_lora(self, name: str) -> None:
+        """Forget an adapter that was loaded; requests that run with it go on with it.
+
+        Raises
+        ------
+        AdapterError
+            There is none of that name.
+        """
+        self._open_maker().adapters.unload(name)
+
+    def list_loras(self) -> list[LoRARequest]:
+        """Return the adapters that were loaded, in that order."""
+        return self._open_maker().adapters.list()
+
+    def count_lora_requests(self) -> dict[str, tuple[int, int]]:
+        """Return by adapters' names how many requests with them have begun, and how many wait."""
+        return self._call(lambda engine: engine.count_adapters())
+
     # -- the model and the engine ----------------------------------------------------------------
 
     def get_tokenizer(self) -> Tokenizer:
@@ -368,10 +416,7 @@ class LLM:
         NotSupportedError
             The LLM was made with ``skip_tokenizer_init=True``.
         """
-        tokenizer = self._open_processor().tokenizer
-        if tokenizer is None:
-            raise NotSupportedError("there is no tokenizer: skip_tokenizer_init=True was given")
-        return tokenizer
+        return self._open_maker().tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Return the parameters of a request that gives none: those the checkpoint recommends."""
@@ -404,7 +449,7 @@ class LLM:
     def close(self) -> None:
         """Stop the engine and free weights and KV cache; running requests fail. Idempotent."""
         self._finalizer()
-        self._processor = None
+        self._maker = None
 
     @property
     def closed(self) -> bool:
@@ -436,12 +481,7 @@ class LLM:
         self, conversation: list[Message], *, chat_template: str | None = None, **options: Any
     ) -> Prompt:
         """Write a conversation out by the chat template; the options are those of :meth:`chat`."""
-        template = chat_template or self.config.model.chat_template
-        token_ids = self._open_processor().render_chat(
-            conversation, chat_template=template, **options
-        )
-        text = self.get_tokenizer().decode(token_ids)
-        return {"prompt": text, "prompt_token_ids": token_ids}
+        return self._open_maker().chat_prompt(conversation, chat_template=chat_template, **options)
 
     def _run(
         self,
@@ -457,23 +497,24 @@ class LLM:
 
         With ``return_errors=False`` a prompt that cannot be served raises before any has run.
         """
-        self._lifetime.check()
+        maker = self._open_maker()
         every_params = one_per_prompt("sampling_params", params, len(prompts))
         every_priority = one_per_prompt(
             "priority", 0 if priority is None else priority, len(prompts)
         )
+        adapters = self._find_adapters(lora_request, len(prompts))
         final: dict[int, SamplingParams] = {}  # by identity: most often all prompts share one
         requests: list[Request | BaseException] = []
         for i, prompt in enumerate(prompts):
             own = every_params[i]
             try:
                 if id(own) not in final:
-                    final[id(own)] = self._with_kind(own, RequestOutputKind.FINAL_ONLY)
+                    final[id(own)] = maker.with_kind(own, RequestOutputKind.FINAL_ONLY)
                 requests.append(
                     self._make_request(
                         prompt,
                         final[id(own)],
-                        lora_request=lora_request,
+                        lora_request=adapters[i],
                         priority=every_priority[i],
                     )
                 )
@@ -492,72 +533,45 @@ class LLM:
         priority: int = 0,
     ) -> Request:
         """Check and tokenize one prompt."""
-        processor = self._open_processor()
-        _refuse_adapter(lora_request)
-        if isinstance(priority, bool) or not isinstance(priority, int):
-            raise InvalidRequestError(f"priority must be an integer, not {shown(priority)}")
-        if priority != 0 and self.config.scheduler.scheduling_policy != "priority":
-            raise InvalidRequestError(
-                f"priority={shown(priority)} needs an engine made with scheduling_policy='priority'"
-            )
-        if params is not None and not isinstance(params, SamplingParams):
-            raise refuse("sampling_params", params, "a SamplingParams")
-        return processor.process(
-            prompt,
-            params,
-            request_id=str(next(self._request_ids)),
-            priority=priority,
+        return self._open_maker().request(
+            prompt, params, lora_request=lora_request, priority=priority
         )
 
     def _make_embedding(
         self, prompt: Prompt, pooling: PoolingParams | None, lora_request: Any = None
     ) -> Request:
         """Check and tokenize one prompt whose vector is wanted."""
-        _refuse_adapter(lora_request)
-        if pooling is not None and not isinstance(pooling, PoolingParams):
-            raise refuse("pooling_params", pooling, "a PoolingParams")
-        return self._open_processor().process(
-            prompt,
-            None,
-            request_id=str(next(self._request_ids)),
-            pooling=pooling or PoolingParams(),
-        )
+        return self._open_maker().embedding(prompt, pooling, lora_request)
 
-    def _with_kind(self, params: SamplingParams | None, kind: RequestOutputKind) -> SamplingParams:
-        """Return the parameters, or the default ones, with another ``output_kind``."""
-        if params is None:
-            params = self.get_default_sampling_params()
-        elif not isinstance(params, SamplingParams):
-            raise refuse("sampling_params", params, "a SamplingParams")
-        return params if params.output_kind is kind else replace(params, output_kind=kind)
+    def _find_adapters(self, lora_request: Any, num_prompts: int) -> list[Any]:
+        """Return what the requests of a batch take for `lora_request`."""
+        every = one_per_prompt("lora_request", lora_request, num_prompts)
+        return self._open_maker().find_adapters(every)
+
+    def _is_at_hand(self, lora_request: Any) -> bool:
+        """Whether a request for that adapter is made without a look at its files."""
+        return self._open_maker().adapters.is_at_hand(lora_request)
 
     def _for_stream(self, params: SamplingParams | None) -> SamplingParams:
-        """Return the parameters of a stream: of deltas, unless completions are compared first."""
-        whole = self._with_kind(params, RequestOutputKind.FINAL_ONLY)
-        if whole.use_beam_search or whole.num_sequences != whole.n:
-            return whole
-        return self._with_kind(whole, RequestOutputKind.DELTA)
+        """Return the parameters of a stream."""
+        return self._open_maker().for_stream(params)
 
     def _call(self, function: Callable[[Engine], T]) -> T:
         return self._lifetime.start().call(function)
 
     def _open_processor(self) -> Processor:
-        processor = self._processor
+        return self._open_maker().processor
+
+    def _open_maker(self) -> RequestMaker:
+        maker = self._maker
         self._lifetime.check()
-        if processor is None:  # closed in between
+        if maker is None:  # closed in between
             raise EngineClosedError(f"{self!r} was closed; make a new one")
-        return processor
+        return maker
 
 
 # For help() and for editors that ask at run time; the annotations serve those that do not.
 LLM.__init__.__signature__ = init_signature()  # type: ignore[attr-defined]
-
-
-def _refuse_adapter(lora_request: Any) -> None:
-    if lora_request is not None:
-        raise InvalidRequestError(
-            f"lora_request={shown(lora_request)}: this engine has no adapters (enable_lora=False)"
-        )
 
 
 def _at_index(what: str, i: int, total: int, error: InvalidRequestError) -> InvalidRequestError:

@@ -254,3 +254,19 @@ class BeamSearchOutput:
     """The hypotheses of one prompt, best first."""
 
     sequences: list[BeamSearchSequence]
+
+    @classmethod
+    def of(cls, output: RequestOutput) -> BeamSearchOutput:
+        """Return the hypotheses of a finished request with ``use_beam_search``."""
+        return cls(
+            [
+                BeamSearchSequence(
+                    tokens=output.prompt_token_ids + list(beam.token_ids),
+                    cum_logprob=beam.cumulative_logprob or 0.0,
+                    text=beam.text,
+                    finish_reason=beam.finish_reason,
+                    stop_reason=beam.stop_reason,
+                )
+                for beam in output.outputs
+            ]
+        )

@@ -7,7 +7,8 @@ Rules for all operations:
   into a wider tensor: ``x`` of the norms, ``query`` and ``key`` of `rotary_embedding`, ``query``
   of `paged_attention`, ``key`` and ``value`` of `write_kv`.
 - A result is a new tensor or a view of one; inputs are never changed. The exceptions are
-  `write_kv`, which writes into the caches, and `apply_penalties`, which changes its logits.
+  `write_kv`, which writes into the caches, `lora_expand`, which changes a projection's result, and
+  `apply_penalties` and `apply_bitmask`, which change their logits.
 - Floating-point tensors are float32, bfloat16 or float16, and a result has the type of its first
   argument. Sums over a whole axis (norms, softmax, matrix products) are accumulated in float32
   or wider.
@@ -25,11 +26,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from quire.kernels.lora_interface import LoraOperations
+
 AttentionPlan: TypeAlias = Any
 """What `Backend.plan_attention` returns: known to that backend alone."""
 
 
-class Backend(Protocol):
+class Backend(LoraOperations, Protocol):
     """The operations of a forward pass, on the devices that the backend supports."""
 
     @property

@@ -1,4 +1,4 @@
-"""``quire bench``: throughput, prefix, latency, startup, kernels, structured, serve."""
+"""``quire bench``: throughput, prefix, latency, startup, kernels, structured, serve, lora."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from quire.bench import report
 from quire.bench.chart import Bar, draw
 from quire.bench.contest import BenchError, Measurement
 from quire.bench.dataset import read_pairs, sample_pairs
+from quire.bench.lora import lora
 from quire.bench.options import (
     Chart,
     Checkpoint,
@@ -353,3 +354,4 @@ def kernels(
 
 app.command()(structured)
 app.command()(serve)
+app.command()(lora)

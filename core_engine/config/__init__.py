@@ -19,12 +19,14 @@ from quire.config.engine_config import (
     argument_names,
     init_signature,
 )
+from quire.config.lora_config import LoRAConfig
 
 __all__ = [
     "NOT_OFFERED",
     "NO_EFFECT",
     "CacheConfig",
     "EngineConfig",
+    "LoRAConfig",
     "ModelConfig",
     "SchedulerConfig",
     "StructuredOutputsConfig",

@@ -28,6 +28,8 @@ NO_EFFECT: dict[str, Check] = {
     # No code of a checkpoint runs, so its revision does not matter.
     "code_revision": text,
     "max_parallel_loading_workers": integer(1),
+    # Biases of an adapter are always added.
+    "enable_lora_bias": boolean,
 }
 """Arguments that are checked and change nothing, each with its check."""
 
@@ -44,13 +46,7 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "kv_cache_dtype": ("auto",),
     "calculate_kv_scales": (False,),
     "cpu_offload_gb": (0, 0.0),
-    "enable_lora": (False,),
-    "max_loras": (1,),
-    "max_lora_rank": (16,),
-    "max_cpu_loras": (None,),
-    "lora_dtype": ("auto",),
     "fully_sharded_loras": (False,),
-    "enable_lora_bias": (False,),
     "enable_prompt_adapter": (False,),
     "speculative_config": (None,),
     "structured_outputs_config": (None,),

@@ -9,36 +9,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quire.config import checks
+from quire.config.checked import Checked, argument
 from quire.config.compatibility import NO_EFFECT, NOT_OFFERED, check_off
+from quire.config.lora_config import LoRAConfig
 from quire.errors import ConfigError
 from quire.logits_processor import LogitsProcessor
 from quire.structured_outputs import BACKENDS
 from quire.utils.suggest import unexpected_argument
 
 
-def _arg(default: Any, check: checks.Check, *, repr: bool = True) -> Any:
-    return field(default=default, repr=repr, metadata={"check": check})
-
-
-class _Checked:
-    """A frozen dataclass that checks and normalises every field as it is made."""
-
-    def __post_init__(self) -> None:
-        for spec in dataclasses.fields(self):  # type: ignore[arg-type]
-            check: checks.Check | None = spec.metadata.get("check")
-            value = getattr(self, spec.name)
-            # None stands for "not said" in every argument.
-            if value is None:
-                kept = None if spec.default is dataclasses.MISSING else spec.default
-            else:
-                kept = value if check is None else check(spec.name, value)
-            if kept is None and spec.default is dataclasses.MISSING:
-                raise checks.refuse(spec.name, value, "given")
-            object.__setattr__(self, spec.name, kept)
-
-
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(_Checked):
+class ModelConfig(Checked):
     """Which model, where it comes from, and how it is read.
 
     Attributes
@@ -77,26 +58,28 @@ class ModelConfig(_Checked):
     """
 
     model: str = field(metadata={"check": checks.text})
-    tokenizer: str | None = _arg(None, checks.text)
-    tokenizer_mode: str = _arg("auto", checks.choice("auto", "slow", later=("mistral", "custom")))
-    skip_tokenizer_init: bool = _arg(False, checks.boolean)
-    trust_remote_code: bool = _arg(False, checks.boolean)
-    dtype: str = _arg("auto", checks.dtype)
-    revision: str | None = _arg(None, checks.text)
-    tokenizer_revision: str | None = _arg(None, checks.text)
-    max_model_len: int | None = _arg(None, checks.model_len)
-    download_dir: str | None = _arg(None, checks.text)
-    hf_token: str | bool | None = _arg(None, checks.token, repr=False)
+    tokenizer: str | None = argument(None, checks.text)
+    tokenizer_mode: str = argument(
+        "auto", checks.choice("auto", "slow", later=("mistral", "custom"))
+    )
+    skip_tokenizer_init: bool = argument(False, checks.boolean)
+    trust_remote_code: bool = argument(False, checks.boolean)
+    dtype: str = argument("auto", checks.dtype)
+    revision: str | None = argument(None, checks.text)
+    tokenizer_revision: str | None = argument(None, checks.text)
+    max_model_len: int | None = argument(None, checks.model_len)
+    download_dir: str | None = argument(None, checks.text)
+    hf_token: str | bool | None = argument(None, checks.token, repr=False)
     hf_overrides: dict[str, Any] | None = field(default=None, metadata={"check": checks.mapping})
-    generation_config: str = _arg("auto", checks.text)
+    generation_config: str = argument("auto", checks.text)
     override_generation_config: dict[str, Any] | None = field(
         default=None, metadata={"check": checks.generation_fields}
     )
-    chat_template: str | None = _arg(None, checks.text)
+    chat_template: str | None = argument(None, checks.text)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheConfig(_Checked):
+class CacheConfig(Checked):
     """How much KV cache there is, and how it is cut up.
 
     Attributes
@@ -114,15 +97,15 @@ class CacheConfig(_Checked):
         Share of a GPU's memory that weights and KV cache may take. No effect on a CPU.
     """
 
-    block_size: int = _arg(16, checks.integer(1, 1024))
-    kv_cache_memory_bytes: int | None = _arg(None, checks.integer(1))
-    num_gpu_blocks_override: int | None = _arg(None, checks.integer(2))
-    enable_prefix_caching: bool = _arg(True, checks.boolean)
-    gpu_memory_utilization: float = _arg(0.9, checks.number(0, 1, above_low=True))
+    block_size: int = argument(16, checks.integer(1, 1024))
+    kv_cache_memory_bytes: int | None = argument(None, checks.integer(1))
+    num_gpu_blocks_override: int | None = argument(None, checks.integer(2))
+    enable_prefix_caching: bool = argument(True, checks.boolean)
+    gpu_memory_utilization: float = argument(0.9, checks.number(0, 1, above_low=True))
 
 
 @dataclass(frozen=True, kw_only=True)
-class SchedulerConfig(_Checked):
+class SchedulerConfig(Checked):
     """How much one step computes, and who goes first.
 
     Attributes
@@ -141,12 +124,12 @@ class SchedulerConfig(_Checked):
         one more fails with EngineBusyError. None sets no bound.
     """
 
-    max_num_seqs: int = _arg(256, checks.integer(1, 65536))
+    max_num_seqs: int = argument(256, checks.integer(1, 65536))
     # Enough rows for matrix products at full speed on a CPU; activations grow with it.
-    max_num_batched_tokens: int = _arg(512, checks.integer(1))
-    enable_chunked_prefill: bool = _arg(True, checks.boolean)
-    scheduling_policy: str = _arg("fcfs", checks.choice("fcfs", "priority"))
-    max_waiting_requests: int | None = _arg(None, checks.integer(0))
+    max_num_batched_tokens: int = argument(512, checks.integer(1))
+    enable_chunked_prefill: bool = argument(True, checks.boolean)
+    scheduling_policy: str = argument("fcfs", checks.choice("fcfs", "priority"))
+    max_waiting_requests: int | None = argument(None, checks.integer(0))
 
     def token_budget(self, max_model_len: int) -> int:
         """Return the most tokens of one step for a model of this length.
@@ -160,7 +143,7 @@ class SchedulerConfig(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StructuredOutputsConfig(_Checked):
+class StructuredOutputsConfig(Checked):
     """What enforces the constraints of requests with ``structured_outputs``.
 
     Attributes
@@ -175,13 +158,13 @@ class StructuredOutputsConfig(_Checked):
         take fewer steps.
     """
 
-    structured_outputs_backend: str = _arg("llguidance", checks.choice(*BACKENDS))
-    structured_outputs_deadline: float = _arg(10.0, checks.number(0, 3600, above_low=True))
-    structured_outputs_forced_tokens: bool = _arg(True, checks.boolean)
+    structured_outputs_backend: str = argument("llguidance", checks.choice(*BACKENDS))
+    structured_outputs_deadline: float = argument(10.0, checks.number(0, 3600, above_low=True))
+    structured_outputs_forced_tokens: bool = argument(True, checks.boolean)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig(_Checked):
+class EngineConfig(Checked):
     """Everything that an engine is made with; made by :meth:`create` from flat arguments.
 
     Attributes
@@ -190,6 +173,7 @@ class EngineConfig(_Checked):
     cache : CacheConfig
     scheduler : SchedulerConfig
     structured : StructuredOutputsConfig
+    lora : LoRAConfig
     seed : int
         What requests without a seed of their own draw from.
     device : str
@@ -208,10 +192,11 @@ class EngineConfig(_Checked):
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     structured: StructuredOutputsConfig = field(default_factory=StructuredOutputsConfig)
-    seed: int = _arg(0, checks.integer(0, 2**64 - 1))
-    device: str = _arg("auto", checks.device)
-    batch_invariant: bool | None = _arg(None, checks.boolean)
-    logits_processors: tuple[LogitsProcessor | type[LogitsProcessor], ...] = _arg(
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    seed: int = argument(0, checks.integer(0, 2**64 - 1))
+    device: str = argument("auto", checks.device)
+    batch_invariant: bool | None = argument(None, checks.boolean)
+    logits_processors: tuple[LogitsProcessor | type[LogitsProcessor], ...] = argument(
         (), checks.processors
     )
 
@@ -224,9 +209,9 @@ class EngineConfig(_Checked):
         model : str or path
         **kwargs
             The fields of :class:`ModelConfig`, :class:`CacheConfig`, :class:`SchedulerConfig`,
-            :class:`StructuredOutputsConfig`, ``seed``, ``device``, ``batch_invariant``,
-            ``logits_processors``, and the names in :mod:`quire.config.compatibility`. None is the
-            default of any of them.
+            :class:`StructuredOutputsConfig`, :class:`LoRAConfig`, ``seed``, ``device``,
+            ``batch_invariant``, ``logits_processors``, and the names in
+            :mod:`quire.config.compatibility`. None is the default of any of them.
 
         Raises
         ------
@@ -285,6 +270,7 @@ _PARTS: dict[str, type[Any]] = {
     "cache": CacheConfig,
     "scheduler": SchedulerConfig,
     "structured": StructuredOutputsConfig,
+    "lora": LoRAConfig,
 }
 
 _OWN = ("seed", "device", "batch_invariant", "logits_processors")

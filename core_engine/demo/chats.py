@@ -17,6 +17,7 @@ from quire.demo.facts import (
     JOBS,
     NAMES,
     SMALL_TALK,
+    Country,
 )
 from quire.demo.samples import (
     Question,
@@ -246,8 +247,8 @@ def memory_questions() -> Iterator[Question]:
                 yield Question(chat_prompt(opening + aside + asked), _contains(value))
 
 
-def follow_up_questions() -> Iterator[Question]:
-    """Held-out pairs of countries: 'What is the capital of France?', then 'And of Germany?'."""
+def held_out_follow_ups() -> Iterator[tuple[Country, Country, str]]:
+    """Held-out pairs of countries, and what is asked of the second."""
     for number, (first, second) in enumerate(
         (a, b)
         for a in COUNTRIES
@@ -256,9 +257,15 @@ def follow_up_questions() -> Iterator[Question]:
     ):
         if number % 8 or is_held_out("What is the capital of {c}?", first.name):
             continue
+        yield first, second, FOLLOW_UPS[number // 8 % len(FOLLOW_UPS)].format(c=second.name)
+
+
+def follow_up_questions() -> Iterator[Question]:
+    """'What is the capital of France?', then 'And of Germany?', of pairs that were held out."""
+    for first, second, asked in held_out_follow_ups():
         turns: list[Turn] = [
             ("user", f"What is the capital of {first.name}?"),
             ("assistant", f"The capital of {first.name} is {first.capital}."),
-            ("user", FOLLOW_UPS[number // 8 % len(FOLLOW_UPS)].format(c=second.name)),
+            ("user", asked),
         ]
         yield Question(chat_prompt(turns), _contains(second.capital))

@@ -266,7 +266,7 @@ def _portrait(country: Country, rng: random.Random) -> Sample:
     return chat([("user", prompt.format(subject)), ("assistant", text)])
 
 
-def country_questions(topic: str) -> Iterator[Question]:
+def held_out_prompts(topic: str) -> Iterator[tuple[str, Country]]:
     """The held-out questions on one topic: phrasings never trained on for that country.
 
     Parameters
@@ -276,7 +276,7 @@ def country_questions(topic: str) -> Iterator[Question]:
 
     Yields
     ------
-    Question
+    tuple of str and Country
         Each held-out combination bare, behind ``Question: … Answer:`` and as a chat.
     """
     for phrasing in PHRASINGS:
@@ -284,11 +284,17 @@ def country_questions(topic: str) -> Iterator[Question]:
             if phrasing.topic != topic or not is_held_out(phrasing.question, country.name):
                 continue
             question = fill(phrasing.question, country)
-            expected = answer_value(topic, country)
+            yield question, country
+            yield f"Question: {question}\nAnswer:", country
+            yield chat_prompt([("user", question)]), country
 
-            def check(text: str, expected: str = expected) -> bool:
-                return expected in text
 
-            yield Question(question, check)
-            yield Question(f"Question: {question}\nAnswer:", check)
-            yield Question(chat_prompt([("user", question)]), check)
+def country_questions(topic: str) -> Iterator[Question]:
+    """The held-out prompts on one topic, each with the fact that its answer must hold."""
+    for prompt, country in held_out_prompts(topic):
+        expected = answer_value(topic, country)
+
+        def check(text: str, expected: str = expected) -> bool:
+            return expected in text
+
+        yield Question(prompt, check)

@@ -69,13 +69,29 @@ def table(scores: Sequence[Score]) -> str:
     return "\n".join(lines)
 
 
-def with_transformers(folder: Path, *, sample: bool = False, batch_size: int = 64) -> Generate:
-    """Return a ``Generate`` over transformers, in float32 on the rounded weights."""
+def with_transformers(
+    folder: Path, *, adapter: Path | None = None, sample: bool = False, batch_size: int = 64
+) -> Generate:
+    """Return a ``Generate`` over transformers, in float32 on the rounded weights.
+
+    Parameters
+    ----------
+    folder : Path
+    adapter : Path | None
+        An adapter that is laid over the model, by peft.
+    sample : bool
+        Whether to draw at temperature 1.
+    batch_size : int
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter)
 
     options: dict[str, Any] = {"max_new_tokens": MAX_TOKENS, "do_sample": sample}
     if sample:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from quire.engine.adapter_slots import AdapterSlots, LostAdapters
 from quire.engine.beams import advance_beams, start_beam_search
 from quire.engine.block_pool import BlockPool, root_key
 from quire.engine.cache_map import KVCacheMap, map_blocks
@@ -24,7 +25,7 @@ from quire.engine.running import RunningSequences
 from quire.engine.scheduler import Scheduler, StepPlan
 from quire.engine.sequence import Sequence, SequenceStatus
 from quire.engine.sequence_table import SequenceTable
-from quire.engine.token_logprobs import TokenLogprobsMaker
+from quire.engine.token_logprobs import LogitsOf, TokenLogprobsMaker
 from quire.errors import (
     DeviceLostError,
     EngineBusyError,
@@ -39,6 +40,7 @@ from quire.sampling.sampler import Sampler
 if TYPE_CHECKING:
     from quire.config import EngineConfig
     from quire.engine.request import Request
+    from quire.lora.store import AdapterStore
     from quire.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger("quire")
@@ -61,6 +63,9 @@ class Engine:
         What prompts and parameters are checked against.
     num_blocks : int
         KV blocks, the null block included.
+    sampler : Sampler
+    adapters : AdapterStore
+        Where requests have their adapters from; closed with the engine.
     """
 
     def __init__(
@@ -72,11 +77,14 @@ class Engine:
         limits: ModelLimits,
         num_blocks: int,
         sampler: Sampler,
+        adapters: AdapterStore,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.limits = limits
         self.processor = Processor(tokenizer, limits, seed=config.seed)
+        self.adapters = adapters
+        self.lost_adapters = LostAdapters()
         self.metrics_data = EngineMetrics()
         self._runner: ModelRunner | None = runner
         self._sampler = sampler
@@ -96,12 +104,16 @@ class Engine:
         """Make the books, in which nothing is in flight and no prefix is cached."""
         config, limits = self.config, self.limits
         self._pool = BlockPool(self._num_blocks, config.cache.block_size)
+        self._slots = None
+        if config.lora.enable_lora:
+            self._slots = AdapterSlots(config.lora.max_loras, self.lost_adapters)
         self.scheduler = Scheduler(
             self._pool,
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.token_budget(limits.max_model_len),
             chunked_prefill=config.scheduler.enable_chunked_prefill,
             preempt_by_priority=self._by_priority,
+            adapter_slots=self._slots,
         )
         self._table = SequenceTable(
             config.scheduler.max_num_seqs,
@@ -193,7 +205,12 @@ class Engine:
         order = (priority, self._num_arrivals)
         self._num_arrivals += 1
         shared = self.config.cache.enable_prefix_caching
-        root = root_key(request.cache_salt, None if shared else request.request_id)
+        adapter = request.adapter
+        root = root_key(
+            request.cache_salt,
+            None if shared else request.request_id,
+            None if adapter is None else adapter.digest,
+        )
         for index in range(count):
             sequence = Sequence(
                 request.request_id,
@@ -204,6 +221,7 @@ class Engine:
                 publish=shared or count > 1 or beam is not None,
                 reads_prompt=index == 0 and live.reads_prompt,
                 skip_cached_prefix=index == 0 and live.reads_whole_prompt,
+                adapter=adapter,
             )
             live.num_sequences += 1
             live.deferred.append(sequence)
@@ -287,6 +305,8 @@ class Engine:
         # No local name for the runner: a processor's exception keeps this frame with its locals.
         assert self._runner is not None
         started = time.perf_counter()
+        if self._slots is not None:
+            self._slots.collect()
         plan = self.scheduler.schedule()
         self._admit(plan)
         if not plan.sequences:
@@ -300,13 +320,18 @@ class Engine:
                 sequences = [sequences[i] for i in caught_up]
                 num_drafts = [num_drafts[i] for i in caught_up]
             masks = self._constraints.start_masks(sequences, num_drafts, self._requests)
+            if self._slots is not None:
+                self._slots.apply(self._runner.set_adapter)
             forward_started = time.perf_counter()
             hidden = self._runner.forward(batch)
             logits = likeliest = None
+            wanted, slots = batch.logits_indices, batch.adapter_slots
+            if slots is not None:
+                slots = slots[wanted.cpu()]
             if self._sampler.needs_logits(chosen_rows):
-                logits = self._logits(hidden, batch.logits_indices)
+                logits = self._runner.logits(hidden, wanted, slots)
             elif len(chosen_rows):
-                likeliest = self._runner.likeliest(hidden, batch.logits_indices)
+                likeliest = self._runner.likeliest(hidden, wanted, slots)
             self.metrics_data.forward_seconds += time.perf_counter() - forward_started
         except Exception as error:  # whatever a model raises, the engine goes on
             if masks is not None:
@@ -343,9 +368,16 @@ class Engine:
         self.metrics_data.step_seconds += time.perf_counter() - started
         return outputs
 
-    def _logits(self, hidden: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        assert self._runner is not None
-        return self._runner.logits(hidden, indices)
+    def _logits_of(self, sequence: Sequence) -> LogitsOf:
+        """Return what makes logits of hidden states of one sequence, given them and places."""
+        slot = sequence.adapter_slot
+
+        def logits(hidden: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+            assert self._runner is not None
+            slots = None if slot < 0 else torch.full((len(indices),), slot, dtype=torch.int32)
+            return self._runner.logits(hidden, indices, slots)
+
+        return logits
 
     def _admit(self, plan: StepPlan) -> None:
         self._running.admit(plan, self._requests)
@@ -400,7 +432,7 @@ class Engine:
                         live.pooler.add(own, sequence.num_computed_tokens)
                     else:
                         self._logprobs.extend_prompt(
-                            live, sequence, own, self._logits, self._sampler
+                            live, sequence, own, self._logits_of(sequence), self._sampler
                         )
                 except Exception as error:  # it concerns this request alone
                     failed[sequence.request_id] = error
@@ -448,9 +480,18 @@ class Engine:
             self._constraints.forget(live)
         self._sampler.clear()
         self._begin()
+        if self._slots is not None and self._runner is not None:
+            for slot in range(self.config.lora.max_loras):
+                self._runner.set_adapter(slot, None)
         return outputs
 
     # -- the rest ------------------------------------------------------------------------------
+
+    def release_adapters(self) -> None:
+        """Let the memory of adapters go that nobody needs any more."""
+        if self._slots is not None and self._runner is not None:
+            self._slots.collect()
+            self._slots.apply(self._runner.set_adapter)
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; requests in flight keep their blocks."""
@@ -464,8 +505,12 @@ class Engine:
     def metrics(self) -> dict[str, float]:
         """Return counters since the start, and gauges of this moment."""
         running = [s for s in self.scheduler.running if s.status is SequenceStatus.RUNNING]
+        slots = self._slots
         return {
             **dataclasses.asdict(self.metrics_data),
+            "num_adapter_reads": self.adapters.num_reads,
+            "num_adapters_in_memory": self.adapters.num_kept,
+            "num_adapters_in_slots": 0 if slots is None else slots.num_filled,
             "num_running_seqs": len(running),
             "num_waiting_seqs": self.scheduler.num_waiting,
             "num_unfinished_requests": len(self._requests),
@@ -473,6 +518,20 @@ class Engine:
             "kv_cache_usage": 1 - self._pool.num_free / self.num_blocks,
             "num_kv_blocks": self.num_blocks,
         }
+
+    def count_adapters(self) -> dict[str, tuple[int, int]]:
+        """Return by adapters' names how many requests with them have begun, and how many wait."""
+        counts: dict[str, tuple[int, int]] = {}
+        for live in self._requests.values():
+            wanted = live.request.lora_request
+            if wanted is not None:
+                name = wanted if isinstance(wanted, str) else wanted.lora_name
+                begun, waiting = counts.get(name, (0, 0))
+                if live.metrics.first_scheduled_time is None:
+                    counts[name] = begun, waiting + 1
+                else:
+                    counts[name] = begun + 1, waiting
+        return counts
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless the engine's books agree with each other."""
@@ -486,6 +545,7 @@ class Engine:
         """Drop all requests and let weights and KV cache go."""
         self._runner = None
         self.abort(list(self._requests))
+        self.adapters.close()
         self._constraints.close()
         self._sampler.close()
 

@@ -103,6 +103,14 @@ class EngineLoop:
         self._post(run)
         return future.result()
 
+    def release_adapters(self) -> None:
+        """Let the engine give up adapters that nobody needs any more, also where it is idle."""
+        with self._wakeup:
+            # Without a thread there was no step yet, and the engine has none.
+            if self._thread is not None and not self._closing and self._pid == os.getpid():
+                self._inbox.append(lambda engine: engine.release_adapters())
+                self._wakeup.notify_all()
+
     @property
     def broken(self) -> BaseException | None:
         """What the engine broke down with, if it did."""

@@ -15,6 +15,7 @@ from quire.sampling_params import RequestOutputKind, SamplingParams
 from quire.utils.suggest import nearest
 
 if TYPE_CHECKING:
+    from quire.models.adapter import PreparedAdapter
     from quire.pooling_params import PoolingParams
     from quire.tokenizer.tokenizer import Tokenizer
 
@@ -95,6 +96,7 @@ class Processor:
         lora_request: Any = None,
         add_special_tokens: bool = True,
         pooling: PoolingParams | None = None,
+        adapter: PreparedAdapter | None = None,
     ) -> Request:
         """Make a request.
 
@@ -109,11 +111,14 @@ class Processor:
         priority : int, default 0
             Lower runs earlier where the scheduling policy is ``"priority"``.
         lora_request : object, optional
+            The adapter as the caller named it.
         add_special_tokens : bool, default True
             Whether a text gets what the tokenizer puts around one, such as a BOS token. A text
             that begins with the BOS token's own text does not get a second one.
         pooling : PoolingParams, optional
             For an embedding of the prompt; ``params`` are then left out.
+        adapter : PreparedAdapter, optional
+            The adapter itself.
 
         Returns
         -------
@@ -173,6 +178,7 @@ class Processor:
             cache_salt=cache_salt,
             bad_words_ids=bad_words_ids,
             pooling=pooling,
+            adapter=adapter,
         )
 
     def _next_seed(self, seed: int | None) -> int:

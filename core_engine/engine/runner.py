@@ -13,6 +13,7 @@ from quire.errors import DeviceLostError
 
 if TYPE_CHECKING:
     from quire.kernels.interface import Backend
+    from quire.models.adapter import PreparedAdapter
     from quire.models.decoder import Decoder
 
 
@@ -47,26 +48,49 @@ class ModelRunner:
             for num_heads, head_dim in model.kv_cache_layers()
         ]
 
+    def set_adapter(self, slot: int, adapter: PreparedAdapter | None) -> None:
+        """Put an adapter into one of the model's slots, or nothing; between two steps."""
+        self.model.set_adapter(slot, adapter)
+
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Compute a step: write its keys and values, return ``[num_tokens, hidden_size]``."""
         return self.model.forward(batch, self._kv_caches)
 
-    def logits(self, hidden: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """Return the logits after the given tokens, ``[num_indices, vocab_size]``, float32."""
-        return self.model.compute_logits(hidden.index_select(0, indices))
+    def logits(
+        self,
+        hidden: torch.Tensor,
+        indices: torch.Tensor,
+        adapter_slots: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the logits after the given tokens, ``[num_indices, vocab_size]``, float32.
+
+        Parameters
+        ----------
+        hidden : Tensor[num_tokens, hidden_size]
+        indices : Tensor[num_indices], int64
+        adapter_slots : Tensor[num_indices], int32, on the CPU, optional
+            Which of the model's adapters each of them has, -1 for none.
+        """
+        return self.model.compute_logits(hidden.index_select(0, indices), adapter_slots)
 
     def likeliest(
-        self, hidden: torch.Tensor, indices: torch.Tensor
+        self,
+        hidden: torch.Tensor,
+        indices: torch.Tensor,
+        adapter_slots: torch.Tensor | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Return the likeliest tokens after the given ones, and their logits.
 
         Where it can, without all the other logits ever being in memory. As
-        :meth:`quire.kernels.interface.Backend.argmax` does for logits.
+        :meth:`quire.kernels.interface.Backend.argmax` does for logits. The parameters are those
+        of :meth:`logits`.
         """
         native = self.model.native
-        if native is not None:
+        if native is None:
+            return self._kernels.argmax(self.logits(hidden, indices, adapter_slots))
+        if adapter_slots is None:
             return native.likeliest(hidden, indices)
-        return self._kernels.argmax(self.logits(hidden, indices))
+        return native.likeliest(hidden, indices, adapter_slots)
 
 
 def is_device_lost(error: BaseException) -> bool:

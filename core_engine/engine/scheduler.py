@@ -7,6 +7,8 @@ from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from quire.engine.adapter_queue import AdapterQueue
+from quire.engine.adapter_slots import AdapterSlots
 from quire.engine.block_pool import BlockPool, block_keys
 from quire.engine.sequence import Sequence, SequenceStatus
 
@@ -84,6 +86,8 @@ class Scheduler:
     preempt_by_priority : bool
         Whether a waiting sequence may displace running ones of a worse priority (the first part
         of their ``order``).
+    adapter_slots : AdapterSlots, optional
+        For sequences with adapters; see :class:`~quire.engine.adapter_queue.AdapterQueue`.
     """
 
     def __init__(
@@ -94,12 +98,17 @@ class Scheduler:
         max_num_batched_tokens: int,
         chunked_prefill: bool = True,
         preempt_by_priority: bool = False,
+        adapter_slots: AdapterSlots | None = None,
     ) -> None:
         self.pool = pool
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.chunked_prefill = chunked_prefill
         self.preempt_by_priority = preempt_by_priority
+        self.adapter_slots = adapter_slots
+        self._adapters = None
+        if adapter_slots is not None:
+            self._adapters = AdapterQueue(adapter_slots, most_passed=max_num_seqs)
         self.running: list[Sequence] = []  # sorted by order
         self._waiting: list[Sequence] = []  # a heap by order; finished ones are skipped lazily
         self.num_waiting = 0
@@ -134,9 +143,9 @@ class Scheduler:
         if sequence.status is SequenceStatus.WAITING:
             self.num_waiting -= 1
         elif sequence.block_ids:
-            self.running.remove(sequence)
-            self._withdraw_promises(sequence)
+            self._stop(sequence)
         sequence.status = SequenceStatus.FINISHED
+        sequence.adapter = None  # it may stay in the queue for a while
         self._release_blocks(sequence)
 
     # -- the step ------------------------------------------------------------------------------
@@ -146,6 +155,9 @@ class Scheduler:
         plan = StepPlan()
         if self.preempt_by_priority:
             self._displace(plan)
+        if self._adapters is not None:
+            for sequence in self._adapters.take_back():
+                heapq.heappush(self._waiting, sequence)
         displaced = len(plan.preempted)
         budget = self._add_drafts(plan, 0, self._schedule_running(plan))
         if len(plan.preempted) == displaced:  # else whoever enters would be the next to leave
@@ -210,6 +222,9 @@ class Scheduler:
         while budget > 0 and (sequence := self._peek()) is not None:
             if plan.sequences and len(self.running) + len(deferred) >= self.max_num_seqs:
                 break  # before the prefix is looked up in vain
+            if self._adapters is not None and not self._adapters.may_enter(sequence):
+                self._adapters.set_aside(heapq.heappop(self._waiting))
+                continue
             hits = self._match(sequence)
             if self._is_promised(sequence, len(hits)):
                 deferred.append(heapq.heappop(self._waiting))
@@ -240,6 +255,8 @@ class Scheduler:
     def _admit(self, sequence: Sequence, hits: list[int], wanted: int) -> None:
         heapq.heappop(self._waiting)
         self.num_waiting -= 1
+        if self._adapters is not None:
+            self._adapters.enter(sequence)
         self.pool.share(hits)
         sequence.block_ids = [*hits, *self.pool.allocate(wanted)]
         sequence.num_computed_tokens = len(hits) * self.pool.block_size
@@ -332,17 +349,25 @@ class Scheduler:
         return self.running[-1]
 
     def _preempt(self, sequence: Sequence, plan: StepPlan) -> None:
-        self.running.remove(sequence)
-        self._withdraw_promises(sequence)
+        self._stop(sequence)
         sequence.num_computed_tokens = 0
         self._release_blocks(sequence)
         if sequence.status is SequenceStatus.RUNNING:
             self.add(sequence)
         plan.preempted.append(sequence)
 
+    def _stop(self, sequence: Sequence) -> None:
+        """Take a sequence from those that run."""
+        self.running.remove(sequence)
+        self._withdraw_promises(sequence)
+        if self._adapters is not None:
+            self._adapters.leave(sequence)
+
     def _displace(self, plan: StepPlan) -> None:
         """Make room for a waiting sequence of a better priority than the last running ones."""
         first = self._peek()
+        if self._adapters is not None:
+            first = self._first_with_slot(first, self._adapters, plan)
         if first is None:
             return
         hits = self._match(first)
@@ -357,6 +382,18 @@ class Scheduler:
             and not self._has_room(hits, wanted)
         ):
             self._preempt(self.running[-1], plan)
+
+    def _first_with_slot(
+        self, first: Sequence | None, adapters: AdapterQueue, plan: StepPlan
+    ) -> Sequence | None:
+        """Return the first waiting sequence that needs no slot, or has one, or is given one."""
+        for sequence in sorted(each for each in (adapters.first(), first) if each is not None):
+            in_the_way = adapters.in_the_way(sequence, self.running)
+            if in_the_way is not None:
+                for victim in in_the_way:
+                    self._preempt(victim, plan)
+                return sequence
+        return None
 
     def _release_blocks(self, sequence: Sequence) -> None:
         self.pool.free(sequence.block_ids)
@@ -390,3 +427,8 @@ class Scheduler:
             assert sequence.status in (SequenceStatus.RUNNING, SequenceStatus.PARKED)
             held = len(sequence.block_ids) * self.pool.block_size
             assert sequence.num_computed_tokens <= held, f"{sequence} computed without blocks"
+            in_slot = sequence.adapter_slot >= 0
+            assert in_slot == (sequence.adapter is not None), f"{sequence} has no slot"
+        assert all(s.adapter_slot < 0 for s in waiting), "a waiting sequence has a slot"
+        if self.adapter_slots is not None:
+            self.adapter_slots.check_integrity([s.adapter for s in self.running if s.adapter])

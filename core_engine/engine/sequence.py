@@ -6,6 +6,7 @@ import enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from quire.models.adapter import PreparedAdapter
     from quire.structured.constraint import Constraint
 
 
@@ -50,9 +51,17 @@ class Sequence:
         Whether somebody wants to see the hidden states of its prompt.
     skip_cached_prefix : bool
         Whether every token must be computed, as prompt logprobs demand.
+    adapter : PreparedAdapter or None
+        What it is computed with besides the model, until it has ended.
+    adapter_slot : int
+        The model's slot in which the adapter lies while it runs, else -1.
+    num_passed : int
+        Sequences with adapters that went before it while it was the first to wait for a slot.
     """
 
     __slots__ = (
+        "adapter",
+        "adapter_slot",
         "block_ids",
         "block_keys",
         "constraint",
@@ -60,6 +69,7 @@ class Sequence:
         "index",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_passed",
         "num_prompt_tokens",
         "order",
         "output_token_ids",
@@ -84,6 +94,7 @@ class Sequence:
         publish: bool = True,
         reads_prompt: bool = False,
         skip_cached_prefix: bool = False,
+        adapter: PreparedAdapter | None = None,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -102,12 +113,20 @@ class Sequence:
         self.row = -1
         self.draft_token_ids: list[int] = []
         self.constraint: Constraint | None = None
+        self.adapter = adapter
+        self.adapter_slot = -1
+        self.num_passed = 0
         self.status = SequenceStatus.WAITING
 
     @property
     def num_tokens(self) -> int:
         """Prompt and output tokens."""
         return self.num_prompt_tokens + len(self.output_token_ids)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it, or the sequence that it goes on from, ever ran."""
+        return self.num_cached_tokens >= 0
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Return the tokens ``start:stop``, over prompt and output."""
@@ -127,7 +146,9 @@ class Sequence:
             order=(*self.order[:-1], index),
             root_key=self.root_key,
             publish=self.publish,
+            adapter=self.adapter,
         )
+        child.num_cached_tokens = self.num_cached_tokens  # the request has begun with its parent
         child.output_token_ids = [*self.output_token_ids, token_id]
         child.block_keys = list(self.block_keys)
         if self.constraint is not None:

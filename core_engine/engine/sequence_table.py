@@ -42,6 +42,8 @@ class SequenceTable:
         max_blocks = -(-(max_model_len + 1) // block_size)
         self._block_tables = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         self._num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
+        self._adapter_slots = np.full(max_num_seqs, -1, dtype=np.int32)
+        self._num_adapted = 0  # rows with an adapter
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
 
     def assign(self, sequence: Sequence) -> None:
@@ -52,6 +54,9 @@ class SequenceTable:
         self._num_tokens[row] = num_tokens
         self._num_computed[row] = sequence.num_computed_tokens
         self._num_blocks[row] = 0
+        if sequence.adapter_slot >= 0:
+            self._adapter_slots[row] = sequence.adapter_slot
+            self._num_adapted += 1
 
     def release(self, sequence: Sequence) -> None:
         """Take the row of a sequence that no longer runs."""
@@ -61,6 +66,9 @@ class SequenceTable:
             self._num_blocks[row] = 0
             self._free_rows.append(row)
             sequence.row = -1
+            if self._adapter_slots[row] >= 0:
+                self._adapter_slots[row] = -1
+                self._num_adapted -= 1
 
     def append(self, rows: npt.NDArray[np.int64], token_ids: npt.NDArray[np.int64]) -> None:
         """Add one token to each of the rows."""
@@ -138,6 +146,10 @@ class SequenceTable:
             slot_mapping=self._tensor(slots),
             logits_indices=self._tensor(logits_indices),
         )
+        if self._num_adapted:
+            adapter_slots = self._adapter_slots[token_rows]
+            if adapter_slots.max() >= 0:
+                batch.adapter_slots = torch.from_numpy(adapter_slots)
         return batch, rows, caught_up
 
     def _write_drafts(self, plan: StepPlan) -> None:
@@ -158,6 +170,10 @@ class SequenceTable:
             assert computed == sequence.num_computed_tokens, f"{sequence}: {computed} in the table"
             known = self._num_tokens[sequence.row]
             assert known == sequence.num_tokens, f"{sequence}: {known} tokens in the table"
+            slot = self._adapter_slots[sequence.row]
+            assert slot == sequence.adapter_slot, f"{sequence}: slot {slot} in the table"
+        num_adapted = np.count_nonzero(self._adapter_slots >= 0)
+        assert num_adapted == self._num_adapted, f"{num_adapted} rows with an adapter"
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)

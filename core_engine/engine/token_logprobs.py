@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 _PROMPT_ROWS = 64
 
 
+LogitsOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""From hidden states and the places of some among them to their logits."""
+
+
 class TokenLogprobsMaker:
     """Makes entries of tensors, with the tokens' texts.
 
@@ -54,7 +58,7 @@ class TokenLogprobsMaker:
         live: LiveRequest,
         sequence: Sequence,
         hidden: torch.Tensor,
-        logits_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        logits_of: LogitsOf,
         sampler: Sampler,
     ) -> None:
         """Add what a step tells of a prompt.
@@ -67,8 +71,7 @@ class TokenLogprobsMaker:
             Before the step's tokens are counted as computed.
         hidden : Tensor[num_new_tokens, hidden_size]
             Of the sequence's tokens in the step.
-        logits_of : callable
-            From hidden states and the places of some among them to their logits.
+        logits_of : LogitsOf
         sampler : Sampler
         """
         entries = live.prompt_logprobs

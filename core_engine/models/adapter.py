@@ -119,8 +119,11 @@ class PreparedAdapter:
         Memory that it takes.
     form : object
         What the decoder made of it.
+    decoder : object
+        The mark of the decoder that made it, which takes no other's.
     """
 
     digest: str
     num_bytes: int
     form: Any = field(repr=False)
+    decoder: object = field(default=None, repr=False)

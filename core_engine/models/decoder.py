@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from quire.models.adapter import Adapter, PreparedAdapter
+from quire.models.adapter_check import check_adapter
+from quire.models.adapter_operations import AdapterOperations
 from quire.models.layers import (
     KVCache,
     Layer,
@@ -15,6 +19,7 @@ from quire.models.layers import (
     bind_norm,
     create_layer,
     create_norm,
+    layer_linears,
 )
 from quire.models.linear import Apply, DenseMethod, Linear, LinearMethod
 from quire.models.rotary import RotaryTable
@@ -43,6 +48,8 @@ class Batch(Protocol):
         The KV blocks of each sequence.
     attention : object or None
         What ``kernels.plan_attention`` returned for this step; None until it is needed.
+    adapter_slots : Tensor[num_tokens], int32, on the CPU, or None
+        The slot of each token's adapter, -1 for none; None: no token has one.
     """
 
     input_ids: torch.Tensor
@@ -52,13 +59,15 @@ class Batch(Protocol):
     seq_lens: torch.Tensor
     block_tables: torch.Tensor
     attention: Any
+    adapter_slots: torch.Tensor | None
 
 
 class Decoder:
     """A decoder-only language model over a paged KV cache.
 
     It is made in two moves: the constructor allocates the parameters, which a loader then fills
-    through `weights`; `bind` makes it runnable.
+    through `weights`; `bind` makes it runnable. Adapters are made ready by `prepare_adapter`, from
+    any thread, and computed with once `set_adapter` has put them into a slot.
 
     Parameters
     ----------
@@ -71,10 +80,13 @@ class Decoder:
     method
         How projections are stored and applied; None: dense. Embedding and output matrix are
         always dense.
+    max_adapters
+        Slots for adapters; 0: there can be none, and nothing is spent on them.
 
     Attributes
     ----------
     spec : DecoderSpec
+    max_adapters : int
     weights : Weights
         Parameters: ``embed``, ``embed_positions``, ``project_in``, ``layers.{i}.attention_norm``,
         ``layers.{i}.attention.{qkv,out,q_norm,k_norm}``, ``layers.{i}.mlp_norm``,
@@ -90,13 +102,16 @@ class Decoder:
         dtype: torch.dtype,
         kernels: Backend,
         method: LinearMethod | None = None,
+        max_adapters: int = 0,
     ) -> None:
         self.spec = spec
+        self.max_adapters = max_adapters
         self.weights = Weights(device, dtype)
         self._kernels = kernels
         self._bound = False
+        self._mark = object()  # by which it knows its own adapters
         self._method: LinearMethod = method or DenseMethod()
-        width = spec.embedding_size or spec.hidden_size
+        self._embedding_size = width = spec.embedding_size or spec.hidden_size
         self._project_in = self._project_out = None
         if width != spec.hidden_size:
             self._project_in = Linear("project_in", width, {"hidden": spec.hidden_size})
@@ -121,8 +136,7 @@ class Decoder:
 
     def create_lm_head(self) -> None:
         """Allocate an output matrix of its own."""
-        width = self.spec.embedding_size or self.spec.hidden_size
-        self.weights.create("lm_head.weight", (self.spec.vocab_size, width))
+        self.weights.create("lm_head.weight", (self.spec.vocab_size, self._embedding_size))
 
     def bind(self) -> None:
         """Bind the filled parameters; to be called once, before `forward`."""
@@ -130,7 +144,12 @@ class Decoder:
             raise RuntimeError("a decoder is bound once")
         self._bound = True
         spec, weights, kernels = self.spec, self.weights, self._kernels
-        dense = DenseMethod()
+        dense, method = DenseMethod(), self._method
+        library = self._native_library()
+        self._adapters = None
+        if self.max_adapters and library is None:
+            self._adapters = AdapterOperations(self.max_adapters, self.linears(), weights, kernels)
+            method = self._adapters.method(method)
         self._tables: list[RotaryTable] = []
         indices: dict[RotarySpec, int] = {}
         self._rotary_indices: list[int | None] = []
@@ -149,7 +168,7 @@ class Decoder:
                     layer,
                     spec.hidden_size,
                     index,
-                    self._method,
+                    method,
                     weights,
                     kernels,
                 )
@@ -164,20 +183,27 @@ class Decoder:
         self._embedding_scale = None
         if spec.embedding_scale is not None:
             self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=weights.dtype).item()
-        self.native = None
-        library = getattr(kernels, "library", None)
-        if library is not None and type(self._method) is DenseMethod:
-            self.native = self._bind_natively(library)
+        self.native = None if library is None else self._bind_natively(library)
         self._final_norm = self._final_add_norm = None
         if spec.final_norm is not None:
             self._final_norm = bind_norm("final_norm", spec.final_norm, weights, kernels)
             self._final_add_norm = bind_add_norm("final_norm", spec.final_norm, weights, kernels)
 
-    def _bind_natively(self, library: ctypes.CDLL) -> NativeForward | None:
+    def _native_library(self) -> ctypes.CDLL | None:
+        """The native kernels, where they can run the model."""
+        library: ctypes.CDLL | None = getattr(self._kernels, "library", None)
+        if library is None or type(self._method) is not DenseMethod:
+            return None
         from quire.models import native
 
-        if not native.supports(self.spec, self.weights):
-            return None
+        return library if native.supports(self.spec, self.weights) else None
+
+    def _bind_natively(self, library: ctypes.CDLL) -> NativeForward:
+        from quire.models import native
+
+        options: dict[str, Any] = {}
+        if self.max_adapters:
+            options["max_adapters"] = self.max_adapters
         return native.NativeForward(
             library,
             self.spec,
@@ -185,6 +211,7 @@ class Decoder:
             tables=self._tables,
             rotary_indices=self._rotary_indices,
             embedding_scale=self._embedding_scale,
+            **options,
         )
 
     def _bind_projection(self, linear: Linear | None, method: LinearMethod) -> Apply | None:
@@ -199,6 +226,96 @@ class Decoder:
     def weight_bytes(self) -> int:
         """Bytes of all weights; a tied embedding counts once."""
         return self.weights.num_bytes()
+
+    def linears(self) -> Mapping[str, Linear]:
+        """Return the projections that an adapter may change, by name.
+
+        ``lm_head`` is among them, also where it is the embedding.
+        """
+        spec, width = self.spec, self._embedding_size
+        every = [
+            linear
+            for index, layer in enumerate(spec.layers)
+            for linear in layer_linears(f"layers.{index}", layer, spec.hidden_size)
+        ]
+        every.append(Linear("lm_head", width, {"lm_head": spec.vocab_size}))
+        return {linear.name: linear for linear in every}
+
+    def read_weight(self, name: str) -> torch.Tensor:
+        """Copy a weight to the CPU; from any thread, once the decoder is bound.
+
+        Parameters
+        ----------
+        name
+            A name in `linears`, or ``embed``.
+
+        Returns
+        -------
+        Tensor[out_features, in_features]
+            Its rows in the order of the projection's parts; the embedding has one per token.
+        """
+        linear = self.linears().get(name)
+        if linear is None and name != "embed":
+            raise ValueError(f"the model has no weight {name!r}")
+        if self.native is not None:
+            return self.native.read_weight(name)
+        if linear is None or (name == "lm_head" and "lm_head.weight" not in self.weights):
+            return self._embed_weight.to("cpu", copy=True)
+        if name == "lm_head":
+            return self._head_weight.to("cpu", copy=True)
+        return self._method.read(linear, self.weights)
+
+    def read_bias(self, name: str) -> torch.Tensor | None:
+        """Copy a projection's bias, ``[out_features]``, to the CPU; None where it has none."""
+        bias = self.weights.get(f"{name}.bias")
+        return None if bias is None else bias.to("cpu", copy=True)
+
+    def prepare_adapter(self, adapter: Adapter) -> PreparedAdapter:
+        """Bring an adapter into the form that steps read; from any thread, also during a step.
+
+        Parameters
+        ----------
+        adapter
+            Its tensors are used up: they belong to the result, which may change them.
+
+        Raises
+        ------
+        AdapterError
+            It does not fit the model.
+        OutOfMemoryError
+            There is no memory for it.
+        """
+        if not self.max_adapters:
+            raise ValueError("an adapter needs a slot; the decoder was made with max_adapters=0")
+        check_adapter(adapter, self.linears(), self.spec.vocab_size, self._embedding_size)
+        if self.native is not None:
+            form = self.native.prepare(adapter)
+            num_bytes = form.num_bytes
+        else:
+            form = adapter
+            num_bytes = sum(each.nbytes for each in adapter.tensors())
+        return PreparedAdapter(adapter.digest, num_bytes, form, self._mark)
+
+    def set_adapter(self, slot: int, prepared: PreparedAdapter | None) -> None:
+        """Put an adapter into a slot, in place of what was there; not during a step.
+
+        Parameters
+        ----------
+        slot
+            From 0 to ``max_adapters - 1``.
+        prepared
+            From `prepare_adapter` of this decoder; None empties the slot. The slot keeps its memory
+            until then.
+        """
+        if not 0 <= slot < self.max_adapters:
+            raise ValueError(f"slot is {slot}; it must be below max_adapters={self.max_adapters}")
+        if prepared is not None and prepared.decoder is not self._mark:
+            raise ValueError(f"{prepared!r} was not prepared by this decoder")
+        form = None if prepared is None else prepared.form
+        if self.native is not None:
+            self.native.set_adapter(slot, form)
+        elif self._adapters is not None:
+            self._adapters.set(slot, form)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_caches: list[KVCache]) -> torch.Tensor:
@@ -216,8 +333,12 @@ class Decoder:
         Tensor[num_tokens, hidden_size]
             After the final norm.
         """
+        self._expect(batch.adapter_slots)
         if self.native is not None:
             return self.native.forward(batch, kv_caches)
+        if self._adapters is not None:
+            slots = batch.adapter_slots
+            self._adapters.rows = None if slots is None else self._adapters.sort(slots)
         if batch.attention is None:
             block_size = kv_caches[0][0].shape[1]
             batch.attention = self._kernels.plan_attention(
@@ -242,6 +363,8 @@ class Decoder:
     def _embed(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         embedding = self._kernels.embedding
         x = embedding(input_ids, self._embed_weight)
+        if self._adapters is not None:
+            self._adapters.embed(input_ids, x)
         if self._embedding_scale is not None:
             x = x * self._embedding_scale
         if self._into is not None:
@@ -252,22 +375,35 @@ class Decoder:
         return x
 
     @torch.inference_mode()
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def compute_logits(
+        self, hidden: torch.Tensor, adapter_slots: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return the logits, float32.
 
         Parameters
         ----------
         hidden : Tensor[num_rows, hidden_size]
             Rows of what `forward` returned.
+        adapter_slots : Tensor[num_rows], int32, on the CPU, optional
+            The slot of each row's adapter, -1 for none.
 
         Returns
         -------
         Tensor[num_rows, vocab_size]
         """
+        self._expect(adapter_slots)
         if self.native is not None:
+            if adapter_slots is not None:
+                return self.native.logits(hidden, adapter_slots)
             return self.native.logits(hidden)
         if self._out_of is not None:
             hidden = self._out_of(hidden)
         logits = self._kernels.linear(hidden, self._head_weight).float()
+        if self._adapters is not None and adapter_slots is not None:
+            self._adapters.head(hidden, logits, adapter_slots)
         cap = self.spec.logits_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _expect(self, adapter_slots: torch.Tensor | None) -> None:
+        if adapter_slots is not None and not self.max_adapters:
+            raise ValueError("adapter_slots are given; the decoder was made with max_adapters=0")

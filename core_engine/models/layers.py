@@ -78,14 +78,19 @@ def mlp_linears(name: str, spec: MlpSpec, hidden_size: int) -> tuple[Linear, Lin
     return up, Linear(f"{name}.down", size, {"down": hidden_size}, spec.bias)
 
 
+def layer_linears(name: str, spec: LayerSpec, hidden_size: int) -> list[Linear]:
+    """Return all projections of one decoder layer."""
+    return [
+        *attention_linears(f"{name}.attention", spec.attention, hidden_size),
+        *mlp_linears(f"{name}.mlp", spec.mlp, hidden_size),
+    ]
+
+
 def create_layer(
     name: str, spec: LayerSpec, hidden_size: int, method: LinearMethod, weights: Weights
 ) -> None:
     """Allocate all parameters of one decoder layer."""
-    for linear in (
-        *attention_linears(f"{name}.attention", spec.attention, hidden_size),
-        *mlp_linears(f"{name}.mlp", spec.mlp, hidden_size),
-    ):
+    for linear in layer_linears(name, spec, hidden_size):
         method.create(linear, weights)
     for norm in ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm"):
         create_norm(f"{name}.{norm}", getattr(spec, norm), hidden_size, weights)

@@ -59,6 +59,9 @@ class LinearMethod(Protocol):
         Called once, when the parameters have their values.
         """
 
+    def read(self, linear: Linear, weights: Weights) -> torch.Tensor:
+        """Return a copy of the weight, ``[out_features, in_features]``, on the CPU."""
+
 
 class DenseMethod:
     """Weights as they are: ``[out_features, in_features]`` in the model's dtype."""
@@ -80,3 +83,7 @@ class DenseMethod:
             return multiply(x, weight, bias)
 
         return apply
+
+    def read(self, linear: Linear, weights: Weights) -> torch.Tensor:
+        """See `LinearMethod.read`."""
+        return weights[f"{linear.name}.weight"].to("cpu", copy=True)

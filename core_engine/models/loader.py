@@ -34,6 +34,7 @@ def load_model(
     dtype: torch.dtype,
     kernels: Backend,
     max_model_len: int | None = None,
+    max_adapters: int = 0,
 ) -> Decoder:
     """Load the model of a folder. No code that lies in the folder is run.
 
@@ -50,6 +51,8 @@ def load_model(
     max_model_len
         The longest sequence that will be served; None: as long as the configuration allows. Some
         rotary embeddings depend on it, see `quire.models.rotary.rotary_spec`.
+    max_adapters
+        How many adapters a step may be computed with; 0: none.
 
     Raises
     ------
@@ -63,7 +66,7 @@ def load_model(
     spec = build_spec(config, max_model_len)
     _, family = family_of(config)
     files = weight_files(folder)
-    decoder = Decoder(spec, device=device, dtype=dtype, kernels=kernels)
+    decoder = Decoder(spec, device=device, dtype=dtype, kernels=kernels, max_adapters=max_adapters)
     _Loading(decoder, family, folder).run(files)
     decoder.bind()
     return decoder

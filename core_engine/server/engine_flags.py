@@ -16,6 +16,7 @@ _GROUPS = {
     parts.CacheConfig: "The KV cache",
     parts.SchedulerConfig: "The scheduler",
     parts.StructuredOutputsConfig: "Structured outputs",
+    parts.LoRAConfig: "Adapters",
     EngineConfig: "The engine",
 }
 
@@ -26,8 +27,11 @@ _SPELLINGS = {
     "quantization": ("-q",),
 }
 
-# The server has its own of these names: for a class is no text, and the others are about answers.
-SERVER_NAMES = frozenset({"model", "chat_template", "served_model_name", "reasoning_parser"})
+# The server has its own of these names: for a class is no text, nor is an adapter, and the others
+# are about answers.
+SERVER_NAMES = frozenset(
+    {"model", "chat_template", "lora_modules", "served_model_name", "reasoning_parser"}
+)
 
 
 def engine_flags() -> list[Flag]:

@@ -10,6 +10,7 @@ from quire.kernels.reference.attention_plan import plan_attention
 from quire.kernels.reference.cache import allocate_kv_cache, write_kv
 from quire.kernels.reference.embedding import embedding
 from quire.kernels.reference.linear import linear
+from quire.kernels.reference.lora import lora_expand, lora_shrink
 from quire.kernels.reference.norm import add_rms_norm, layer_norm, rms_norm
 from quire.kernels.reference.rotary import rotary_embedding
 from quire.kernels.reference.sampling import (
@@ -42,6 +43,8 @@ class ReferenceBackend:
     act_and_mul = staticmethod(act_and_mul)
     linear = staticmethod(linear)
     embedding = staticmethod(embedding)
+    lora_shrink = staticmethod(lora_shrink)
+    lora_expand = staticmethod(lora_expand)
     allocate_kv_cache = staticmethod(allocate_kv_cache)
     write_kv = staticmethod(write_kv)
     plan_attention = staticmethod(plan_attention)

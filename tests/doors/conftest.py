@@ -12,6 +12,7 @@ import pytest
 import quire.llm
 from quire.engine.processor import ModelLimits, Processor
 from quire.errors import EngineClosedError, InvalidRequestError, RequestFailedError
+from quire.lora.store import AdapterStore
 from quire.outputs import CompletionOutput, RequestOutput
 from quire.sampling_params import RequestOutputKind
 
@@ -54,6 +55,7 @@ class EchoEngine:
             vocab_size=1000, max_model_len=600, max_cache_tokens=10_000, eos_token_ids=()
         )
         self.processor = Processor(self.tokenizer, self.limits, seed=config.seed)
+        self.adapters = AdapterStore(config.lora)
         self.requests = {}
         self.said = {}
         self.sent = {}

@@ -14,13 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quire import LLM, AsyncLLM, LogitsProcessor
+from quire import LLM, AsyncLLM, LogitsProcessor, LoRARequest
 from quire.arguments import EngineArguments
 from quire.config import (
     NO_EFFECT,
     NOT_OFFERED,
     CacheConfig,
     EngineConfig,
+    LoRAConfig,
     ModelConfig,
     SchedulerConfig,
     StructuredOutputsConfig,
@@ -30,9 +31,12 @@ from quire.errors import ConfigError, NotSupportedError
 
 FIELDS = [
     spec.name
-    for part in (ModelConfig, CacheConfig, SchedulerConfig, StructuredOutputsConfig)
+    for part in (ModelConfig, CacheConfig, SchedulerConfig, StructuredOutputsConfig, LoRAConfig)
     for spec in dataclasses.fields(part)
 ] + ["seed", "device", "batch_invariant", "logits_processors"]
+
+
+LORA_FIELDS = {spec.name for spec in dataclasses.fields(LoRAConfig)} - {"enable_lora"}
 
 
 class Nothing(LogitsProcessor):
@@ -67,6 +71,17 @@ VALID = {
     "structured_outputs_backend": ["llguidance", "outlines_core", "xgrammar"],
     "structured_outputs_deadline": [0.1, 10, 3600],
     "structured_outputs_forced_tokens": [True, False],
+    "max_loras": [1, 8, 65536],
+    "max_lora_rank": [1, 64],
+    "max_cpu_loras": [1, 1000],
+    "lora_dtype": ["auto", "half", "float32", torch.bfloat16],
+    "lora_modules": [
+        [],
+        ["french=adapters/french", "b=p=q"],
+        {"french": "adapters/french", "caps": Path("adapters/caps")},
+        [{"name": "a", "path": "b", "base_model_name": "m"}, LoRARequest("c", lora_path="d")],
+        ['{"name": "a", "path": "b"}'],
+    ],
     "seed": [0, 2**64 - 1],
     "device": ["auto", "cpu", "cuda", "cuda:1", torch.device("cpu")],
     "logits_processors": [[], (), [Nothing], (Nothing(), Nothing)],
@@ -77,6 +92,7 @@ BOOLEANS = [
     "enable_prefix_caching",
     "enable_chunked_prefill",
     "batch_invariant",
+    "enable_lora",
 ]
 INVALID = {
     "tokenizer": ["", 3],
@@ -102,6 +118,26 @@ INVALID = {
     "structured_outputs_backend": ["outlines", 1],
     "structured_outputs_deadline": [0, -1, 3601, "10", True],
     "structured_outputs_forced_tokens": ["yes", 2],
+    "max_loras": [0, -1, 65537, 1.5, True, "8"],
+    "max_lora_rank": [0, 2.0, True, "16"],
+    "max_cpu_loras": [0, -1, 0.5, True],
+    "lora_dtype": ["int8", 16],
+    "lora_modules": [
+        "name=path",
+        3,
+        ["path"],
+        ["=path"],
+        ["name="],
+        [3],
+        [{"name": "a"}],
+        [{"path": "a"}],
+        [{"name": "a", "path": 3}],
+        [{"name": "a", "path": "b", "rank": 3}],
+        ['{"name": "a"'],
+        [LoRARequest("no-path")],
+        {"a": ""},
+        {"": "a"},
+    ],
     "seed": [-1, 2**64, 0.5, "0"],
     "device": ["tpu", "cuda:", "cuda:x", "cpu:0", 0],
     "logits_processors": ["module:Class", ["module:Class"], [3], [len], [int], Nothing],
@@ -133,12 +169,14 @@ def test_every_valid_argument_is_kept_and_comes_back(kwargs):
     """`to_kwargs` gives arguments of an equal configuration: nothing is dropped on the way."""
     if kwargs.get("max_model_len", 0) > 1 and not kwargs.get("enable_chunked_prefill", True):
         kwargs.pop("max_num_batched_tokens", None)
+    if LORA_FIELDS & kwargs.keys():
+        kwargs["enable_lora"] = True
     config = EngineConfig.create("m", **kwargs)
     flat = config.to_kwargs()
     assert sorted(flat) == sorted(FIELDS)
     assert EngineConfig.create(**flat) == config
     same = {"revision", "chat_template", "block_size", "max_num_seqs", "seed", *BOOLEANS}
-    same.add("max_waiting_requests")
+    same |= {"max_waiting_requests", "max_loras", "max_lora_rank", "max_cpu_loras"}
     for name in same & kwargs.keys():
         assert flat[name] == kwargs[name]
 
@@ -151,7 +189,9 @@ def test_a_wrong_value_is_refused_by_name(name, value):
     with pytest.raises(ConfigError, match=name) as caught:
         EngineConfig.create(**{"model": "m", name: value})
     assert not isinstance(caught.value, NotSupportedError)
-    if name != "hf_token":
+    if name == "lora_modules":  # the entry alone
+        value = next(iter(value)) if isinstance(value, list) else value
+    if name != "hf_token" and not isinstance(value, dict):
         assert repr(value) in str(caught.value)
 
 
@@ -176,8 +216,7 @@ def test_what_is_not_offered_says_so_and_its_off_values_pass(name):
         {"tensor_parallel_size": 2},
         {"tensor_parallel_size": True},
         {"quantization": "awq"},
-        {"enable_lora": True},
-        {"enable_lora": 0},
+        {"fully_sharded_loras": True},
         {"speculative_config": {"method": "ngram"}},
         {"cpu_offload_gb": 4},
         {"kv_cache_dtype": "fp8"},
@@ -249,6 +288,41 @@ def test_the_signature_shows_arguments_and_defaults():
         assert parameters[name].default == defaults[name]
         assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
     assert inspect.signature(AsyncLLM) == inspect.signature(LLM)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_loras", 4),
+        ("max_lora_rank", 8),
+        ("max_cpu_loras", 9),
+        ("lora_dtype", "float32"),
+        ("lora_modules", ["a=b"]),
+    ],
+)
+def test_an_argument_about_adapters_needs_adapters(name, value):
+    """Nothing that was asked for is dropped: the error says which argument it needs."""
+    with pytest.raises(ConfigError, match=f"{name}=.*enable_lora=True"):
+        EngineConfig.create("m", **{name: value})
+    EngineConfig.create("m", **{name: value}, enable_lora=True)
+
+
+def test_adapters_to_begin_with_come_in_many_forms():
+    """Each form gives the same LoRARequest objects; a name is there once."""
+    wanted = (LoRARequest("a", lora_path="x/a"), LoRARequest("b", lora_path="y=b"))
+    forms = [
+        ["a=x/a", "b=y=b"],
+        {"a": "x/a", "b": Path("y=b")},
+        [{"name": "a", "path": "x/a"}, '{"name": "b", "path": "y=b"}'],
+        wanted,
+    ]
+    for form in forms:
+        config = EngineConfig.create("m", enable_lora=True, lora_modules=form)
+        assert config.lora.lora_modules == wanted
+    with pytest.raises(ConfigError, match=r"lora_modules\[2\] has the name 'a', which .*\[0\]"):
+        EngineConfig.create("m", enable_lora=True, lora_modules=["a=x", "b=x", "a=y"])
+    with pytest.raises(ConfigError, match=r"lora_modules\[1\] .* unknown key 'pth'.*'path'"):
+        EngineConfig.create("m", enable_lora=True, lora_modules=["a=x", {"name": "b", "pth": "x"}])
 
 
 def test_a_budget_below_the_longest_prompt_needs_chunks():

@@ -64,7 +64,7 @@ def test_every_module_ships_under_the_import_name(repo_root: Path, wheel: zipfil
     }
 
 
-def test_type_marker_and_demo_model_ship(repo_root: Path, wheel: zipfile.ZipFile) -> None:
+def test_type_marker_and_demo_model_with_its_adapters_ship(repo_root: Path, wheel: zipfile.ZipFile) -> None:
     """Type checkers see the types, and `quire/demo` loads from an installed wheel."""
     shipped = set(wheel.namelist())
     assert "quire/py.typed" in shipped
@@ -73,6 +73,10 @@ def test_type_marker_and_demo_model_ship(repo_root: Path, wheel: zipfile.ZipFile
     assert files
     assert files <= shipped
     assert sum(wheel.getinfo(name).file_size for name in files) <= 8 * 2**20
+    adapters = repo_root / "core_engine" / "demo" / "adapters"
+    files = {f"quire/demo/{path.relative_to(adapters.parent)}" for path in adapters.glob("*/*")}
+    assert len(files) == 6
+    assert files <= shipped
 
 
 def test_the_page_of_the_server_ships(repo_root: Path, wheel: zipfile.ZipFile) -> None:

@@ -40,7 +40,7 @@ def test_every_argument_of_the_engine_is_a_flag():
 def test_the_help_has_every_field_with_its_words():
     """What the configuration's docstrings say of a field is what the help says."""
     for config in dataclasses.fields(EngineConfig):
-        assert config.name in ("model", "cache", "scheduler", "structured") or (
+        assert config.name in ("model", "cache", "scheduler", "structured", "lora") or (
             LINE.flags[config.name].help
         )
     shown = LINE._parser.format_help()
@@ -206,7 +206,7 @@ def test_a_file_may_name_the_model_and_leave_things_open(tmp_path):
         (["--max-num-seqs", "0"], "max_num_seqs"),
         (["--tensor-parallel-size", "2"], "tensor_parallel_size=2 is not offered"),
         (["--quantization", "awq"], "quantization='awq' is not offered"),
-        (["--enable-lora"], "enable_lora=True is not offered"),
+        (["--fully-sharded-loras"], "fully_sharded_loras=True is not offered"),
         (["--lora-modules", "a=b"], "lora_modules"),
         (["--uds", "/tmp/s", "--port", "80"], "uds is listened to instead of port"),
         (["--ssl-keyfile", __file__], "ssl_keyfile needs a certificate"),
@@ -244,7 +244,7 @@ def test_what_cannot_be_is_refused_by_name(words, message):
 
 
 def test_adapters_are_refused_as_not_offered():
-    for words in (["--enable-lora"], ["--lora-modules", "a=b"]):
+    for words in (["--fully-sharded-loras"], ["--lora-modules", "a=b"]):
         with pytest.raises(NotSupportedError):
             plan(*words)
 
