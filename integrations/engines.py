@@ -94,6 +94,11 @@ def engine_key(config: EngineConfig) -> Hashable:
     files = checkpoint_fingerprint(config)
     for name, fingerprint in files.items():
         arguments[name] = fingerprint[0]  # the same folder by another spelling is the same folder
+    # Adapters that the engine reads as it is made are files of it, too.
+    arguments["lora_modules"] = [
+        (module.lora_name, folder_fingerprint(module.lora_path) or module.lora_path)
+        for module in config.lora.lora_modules
+    ]
     processors = arguments.pop("logits_processors")
     return (_hashable(arguments), _hashable(files), tuple(map(_Itself, processors)))
 

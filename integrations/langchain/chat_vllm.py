@@ -19,6 +19,7 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import get_executor_for_config
 from pydantic import PrivateAttr
 
+from quire.integrations.langchain.adapter_chat import AdapterChat
 from quire.integrations.langchain.batch import batch_configs
 from quire.integrations.langchain.chat_format import new_format
 from quire.integrations.langchain.chat_profile import chat_profile
@@ -66,7 +67,7 @@ _FORMAT = ("tool_parser", "reasoning_parser")
 """Fields that say how an answer is read."""
 
 
-class ChatVLLM(EngineModel, ToolCallingModel):
+class ChatVLLM(EngineModel, AdapterChat, ToolCallingModel):
     """A chat model on quire's engine.
 
     A conversation is written out by the model's own chat template, tools included; tool calls and

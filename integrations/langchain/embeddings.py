@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from langchain_core.embeddings import Embeddings
 from pydantic import field_validator
 
-from quire.integrations.langchain.engine_holder import EngineHolder, no_flag
+from quire.integrations.langchain.adapter_holder import AdapterHolder
+from quire.integrations.langchain.engine_holder import no_flag
 from quire.utils.checks import refuse
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from quire.pooling_params import PoolingParams
 
 
-class VLLMEmbeddings(EngineHolder, Embeddings):
+class VLLMEmbeddings(AdapterHolder, Embeddings):
     """Texts as vectors: the hidden states of a model on quire's engine, pooled.
 
     The engine is made with the object, or shared with every other object that asks for the same
@@ -38,6 +39,8 @@ class VLLMEmbeddings(EngineHolder, Embeddings):
         Keep only so many of each text's last tokens; -1 as many as there is room for.
     query_prefix, document_prefix : str, default ""
         Written before each query and each document, as many models want it: ``"query: "``.
+    lora_request : LoRARequest or str, optional
+        The adapter to run with, as for ``VLLM``.
     show_progress : bool, default False
         Show a progress bar while documents are embedded.
 
@@ -73,6 +76,7 @@ class VLLMEmbeddings(EngineHolder, Embeddings):
         return no_flag(value)
 
     def _check_fields(self) -> None:
+        super()._check_fields()
         self._pooling_params()
 
     def _pooling_params(self) -> PoolingParams:
@@ -121,13 +125,19 @@ class VLLMEmbeddings(EngineHolder, Embeddings):
         llm = self._open_lease().llm
         if not prompts:
             return []
-        outputs = llm.embed(prompts, self._pooling_params(), use_tqdm=use_tqdm)
+        adapter = self._found_own()  # one for all, also if it changes meanwhile
+        outputs = llm.embed(
+            prompts, self._pooling_params(), use_tqdm=use_tqdm, lora_request=adapter
+        )
         return [output.outputs.embedding for output in outputs]
 
     async def _aembed(self, prompts: list[str]) -> list[list[float]]:
         engine = self._open_lease().async_llm
         params = self._pooling_params()
-        tasks = [asyncio.ensure_future(_vector(engine, prompt, params)) for prompt in prompts]
+        adapter = await self._afound_own()
+        tasks = [
+            asyncio.ensure_future(_vector(engine, prompt, params, adapter)) for prompt in prompts
+        ]
         try:
             return await asyncio.gather(*tasks)
         except BaseException:
@@ -137,8 +147,10 @@ class VLLMEmbeddings(EngineHolder, Embeddings):
             raise
 
 
-async def _vector(engine: AsyncLLM, prompt: str, params: PoolingParams) -> list[float]:
-    output = await engine.embed(prompt, params)
+async def _vector(
+    engine: AsyncLLM, prompt: str, params: PoolingParams, lora_request: Any
+) -> list[float]:
+    output = await engine.embed(prompt, params, lora_request=lora_request)
     return output.outputs.embedding
 
 

@@ -21,6 +21,7 @@ from quire.integrations.engines import (
     hub_commit,
 )
 from quire.integrations.langchain.identity import callable_name, digest
+from quire.lora_request import LoRARequest
 from quire.utils.suggest import unexpected_argument
 
 if TYPE_CHECKING:
@@ -284,12 +285,16 @@ class EngineHolder(Serializable):
         form = super().to_json()
         kwargs: dict[str, Any] = form.get("kwargs", {})  # type: ignore[assignment]
         if "vllm_kwargs" in kwargs:
-            kwargs["vllm_kwargs"] = self._without_token(kwargs["vllm_kwargs"])
+            kwargs["vllm_kwargs"] = self._plain_arguments(kwargs["vllm_kwargs"])
         return form
 
     @field_serializer("vllm_kwargs")
-    def _without_token(self, value: dict[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in value.items() if k != "hf_token"}
+    def _plain_arguments(self, value: dict[str, Any]) -> dict[str, Any]:
+        plain = {k: v for k, v in value.items() if k != "hf_token"}
+        modules = plain.get("lora_modules")
+        if isinstance(modules, (list, tuple)):
+            plain["lora_modules"] = [_plain_module(module) for module in modules]
+        return plain
 
     def __repr_args__(self) -> Any:
         for name, value in super().__repr_args__():
@@ -321,6 +326,7 @@ def _engine_identity(config: EngineConfig) -> dict[str, Any]:
             **vars(config.model),
             "seed": config.seed,
             "device": config.device,
+            "lora_dtype": config.lora.lora_dtype,
             "logits_processors": [callable_name(p) for p in config.logits_processors],
         }
 
@@ -337,6 +343,15 @@ def _engine_identity(config: EngineConfig) -> dict[str, Any]:
             if name not in _NOT_LISTED and value != default[name]
         },
     }
+
+
+def _plain_module(module: Any) -> Any:
+    """Return an entry of ``lora_modules`` in the words of JSON."""
+    if not isinstance(module, LoRARequest):
+        return module
+    entry = {"name": module.lora_name, "path": module.lora_path}
+    base = module.base_model_name
+    return entry if base is None else {**entry, "base_model_name": base}
 
 
 def _masked(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import field_validator
 
 from quire.config import argument_names
-from quire.integrations.langchain.engine_holder import EngineHolder, no_flag
-from quire.integrations.langchain.identity import adapter_name, callable_name
+from quire.integrations.langchain.adapter_holder import AdapterHolder
+from quire.integrations.langchain.engine_holder import no_flag
+from quire.integrations.langchain.identity import callable_name
 from quire.integrations.langchain.stops import merged_stop
 from quire.sampling_params import RequestOutputKind, SamplingParams
 from quire.utils.suggest import unexpected_argument
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from quire.request_maker import FoundAdapter
 
 _SAMPLING_FIELDS = tuple(
     field.name
@@ -58,7 +64,7 @@ _ALWAYS_SHOWN = (
 """Sampling parameters that stand among a model's parameters even at their defaults."""
 
 
-class EngineModel(EngineHolder):
+class EngineModel(AdapterHolder):
     """Sampling parameters that the models share; a base beside LangChain's own.
 
     The fields are described in :class:`~quire.integrations.langchain.vllm.VLLM`.
@@ -95,7 +101,6 @@ class EngineModel(EngineHolder):
     use_beam_search: bool = False
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
-    lora_request: Any = None
 
     CALL_ARGUMENTS: ClassVar[frozenset[str]] = frozenset(
         (*_SAMPLING_FIELDS, "max_new_tokens", "lora_request")
@@ -113,9 +118,10 @@ class EngineModel(EngineHolder):
 
     @classmethod
     def _by_field(cls, owner: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        return _one_max_tokens(owner, kwargs)
+        return _one_max_tokens(owner, super()._by_field(owner, kwargs))
 
     def _check_fields(self) -> None:
+        super()._check_fields()
         self._sampling_params(None)
 
     @classmethod
@@ -128,7 +134,7 @@ class EngineModel(EngineHolder):
             For a name that no call takes.
         """
         owner = f"a call of {cls.__name__}"
-        values = _one_max_tokens(owner, kwargs)
+        values = cls._by_field(owner, kwargs)
         for name in values:
             if name in cls.CALL_ARGUMENTS:
                 continue
@@ -139,6 +145,21 @@ class EngineModel(EngineHolder):
                 )
             raise unexpected_argument(owner, name, cls.CALL_ARGUMENTS | {"max_tokens"})
         return values
+
+    def _with_found_adapter(self) -> Self:
+        """Return a model for one call whose adapter stays what it is now."""
+        return self._holding(self._found_own())
+
+    async def _awith_found_adapter(self) -> Self:
+        return self._holding(await self._afound_own())
+
+    def _holding(self, adapter: FoundAdapter | None) -> Self:
+        if adapter is self.lora_request:
+            return self
+        getattr(self, "_serialized", None)  # kept by the copy: traces name the object
+        copied = self._call_copy()
+        copied.__dict__["lora_request"] = adapter
+        return copied
 
     def _merged_stop(self, stop: Any) -> list[str] | None:
         """Return the constructor's stop strings and a call's, each once."""
@@ -180,7 +201,7 @@ class EngineModel(EngineHolder):
         if self.logits_processors:
             shown["logits_processors"] = [callable_name(f) for f in self.logits_processors]
         if self.lora_request is not None:
-            shown["lora_request"] = adapter_name(self.lora_request)
+            shown["lora_request"] = self._adapter_name
         return shown
 
 

@@ -9,8 +9,6 @@ import uuid
 import weakref
 from typing import Any
 
-from quire.integrations.engines import folder_fingerprint
-
 _PROCESS = uuid.uuid4().hex[:12]
 _COUNTER = itertools.count()
 _NUMBERS: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -36,17 +34,6 @@ def callable_name(function: object) -> str:
     except TypeError:  # not hashable, or not to be held weakly: never equal, so never cached
         number = next(_COUNTER)
     return f"{module}.{name}#{_PROCESS}-{number}"
-
-
-def adapter_name(lora_request: Any) -> dict[str, Any] | str | None:
-    """Return what tells one adapter from another: its names and the state of its files."""
-    if lora_request is None:
-        return None
-    names = ("lora_name", "lora_int_id", "lora_path")
-    found = {name: getattr(lora_request, name, None) for name in names}
-    if found["lora_path"] is None:
-        return repr(lora_request)
-    return {**found, "checkpoint": digest(folder_fingerprint(str(found["lora_path"])))}
 
 
 def digest(fingerprint: object) -> str | None:

@@ -32,7 +32,8 @@ class TextModel(BaseLLM):
     """A text completion model whose calls may change its fields, and whose prompts fail alone.
 
     Another base has the fields. It says which of them a call may change (``_call_values``), joins
-    stop strings (``_merged_stop``) and makes a copy for one call (``_call_copy``).
+    stop strings (``_merged_stop``) and makes a copy for one call (``_call_copy``). One that has
+    adapters keeps a call's as it is while the call lasts (``_with_found_adapter``).
     """
 
     _keep_failures: bool = PrivateAttr(default=False)
@@ -46,6 +47,12 @@ class TextModel(BaseLLM):
         def _call_copy(self) -> Self: ...
 
     # -- the arguments of a call -----------------------------------------------------------------
+
+    def _with_found_adapter(self) -> Self:
+        return self
+
+    async def _awith_found_adapter(self) -> Self:
+        return self
 
     def _for_call(self, stop: Any, kwargs: dict[str, Any]) -> tuple[Self, list[str] | None]:
         """Return a model whose fields are those of one call, and the call's stop strings.
@@ -95,6 +102,7 @@ class TextModel(BaseLLM):
         """
         _check_prompts(prompts)
         model, stop = self._for_call(stop, kwargs)
+        model = model._with_found_adapter()  # the cache is to know it as the engine does
         return super(TextModel, model).generate(
             prompts,
             stop=stop,
@@ -120,6 +128,7 @@ class TextModel(BaseLLM):
         """Complete prompts together with all others that run; see :meth:`generate`."""
         _check_prompts(prompts)
         model, stop = self._for_call(stop, kwargs)
+        model = await model._awith_found_adapter()
         return await super(TextModel, model).agenerate(
             prompts,
             stop=stop,

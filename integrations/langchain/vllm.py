@@ -56,8 +56,9 @@ logits_processors, extra_args, structured_outputs, use_beam_search, length_penal
         ``use_beam_search``, a temperature of 1.0, the default, counts as unset.
     max_new_tokens : int or None, default 512
         Tokens to generate at most; ``max_tokens`` is the same.
-    lora_request : object, optional
-        The adapter to run with.
+    lora_request : LoRARequest or str, optional
+        The adapter to run with; a name is one of an adapter that ``client.load_lora`` loaded. Needs
+        ``vllm_kwargs={"enable_lora": True}``. See :meth:`with_lora`, too.
     cache, callbacks, tags, metadata, verbose, name, custom_get_token_ids
         As every LangChain model has them.
 
@@ -66,7 +67,8 @@ logits_processors, extra_args, structured_outputs, use_beam_search, length_penal
     TypeError
         For an argument that does not exist, here and in every call; the message has the nearest.
     InvalidRequestError
-        For a sampling parameter out of its range.
+        For a sampling parameter out of its range; (AdapterError) for an adapter that is not there
+        or does not fit.
     ConfigError, ModelNotFoundError, ModelLoadError, OutOfMemoryError
         As from :class:`quire.LLM`.
 
@@ -113,7 +115,11 @@ logits_processors, extra_args, structured_outputs, use_beam_search, length_penal
             return []
         if self._keep_failures:
             return llm._run(
-                prompts, params, return_errors=True, use_tqdm=False, lora_request=self.lora_request
+                prompts,
+                params,
+                return_errors=True,
+                use_tqdm=False,
+                lora_request=self.lora_request,
             )
         return llm.generate(prompts, params, use_tqdm=False, lora_request=self.lora_request)
 

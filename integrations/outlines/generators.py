@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 _DEFAULTS: Final = SamplingParams()
 
+THE_MODELS: Final[Any] = object()
+"""In place of an adapter: that which the model has when the call begins."""
+
 
 def is_llm(value: object) -> bool:
     """Return whether a value is a quire.LLM, without importing what an LLM needs."""
@@ -159,7 +162,7 @@ class SequenceGenerator:
         seed: int | None = None,
         *,
         sampling_params: SamplingParams | None = None,
-        lora_request: Any = None,
+        lora_request: Any = THE_MODELS,
         use_tqdm: bool | Callable[..., Any] = True,
     ) -> Any:
         """Complete prompts.
@@ -179,7 +182,7 @@ class SequenceGenerator:
         sampling_params : SamplingParams, optional
             What it sets wins over the arguments before and over the sampler. It is not changed.
         lora_request
-            As for :meth:`quire.LLM.generate`.
+            As for :meth:`quire.LLM.generate`; by default what the model's ``load_lora`` loaded.
         use_tqdm : bool or callable
             Show a progress bar.
 
@@ -201,7 +204,7 @@ class SequenceGenerator:
         """
         params = self._params(max_tokens, stop_at, seed, sampling_params)
         outputs = llm_of(self.model).generate(
-            as_prompts(prompts), params, use_tqdm=use_tqdm, lora_request=lora_request
+            as_prompts(prompts), params, use_tqdm=use_tqdm, lora_request=self._adapter(lora_request)
         )
         return _nested([self._results(output) for output in outputs])
 
@@ -213,7 +216,7 @@ class SequenceGenerator:
         seed: int | None = None,
         *,
         sampling_params: SamplingParams | None = None,
-        lora_request: Any = None,
+        lora_request: Any = THE_MODELS,
     ) -> Iterator[Any]:
         """Complete prompts, and yield their texts piece by piece.
 
@@ -240,15 +243,21 @@ class SequenceGenerator:
         """
         params = self._params(max_tokens, stop_at, seed, sampling_params)
         llm = llm_of(self.model)
+        adapter = self._adapter(lora_request)
         streams: list[OutputStream] = []
         try:
             for prompt in as_prompts(prompts):
-                streams.append(llm.stream(prompt, params, lora_request=lora_request))
+                streams.append(llm.stream(prompt, params, lora_request=adapter))
         except BaseException:
             for stream in streams:
                 stream.close()
             raise
         return self._pieces(streams, params.n)
+
+    def _adapter(self, lora_request: Any) -> Any:
+        if lora_request is THE_MODELS:
+            return getattr(self.model, "lora_request", None)
+        return lora_request
 
     def _params(
         self,

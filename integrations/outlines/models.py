@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from quire.async_llm import AsyncLLM
 from quire.config import EngineConfig
-from quire.errors import NotSupportedError
+from quire.integrations.adapters import adapter_in
 from quire.integrations.engines import EngineLease, acquire, borrow
 from quire.integrations.outlines.inputs import as_prompt, is_batch
 from quire.integrations.outlines.output_types import structured_outputs_for
@@ -19,6 +19,7 @@ from quire.integrations.outlines.results import Pieces, to_texts
 from quire.integrations.outlines.sampling import Call, read_call
 from quire.integrations.outlines.upstream import AsyncServerModel, ModelTypeAdapter, VLLMOffline
 from quire.llm import LLM
+from quire.lora_request import LoRARequest
 from quire.outputs import RequestOutput
 from quire.prompts import Prompt
 from quire.sampling_params import RequestOutputKind
@@ -50,7 +51,8 @@ def vllm(
     chat : bool, default False
         As in :class:`VLLM`.
     **kwargs
-        Engine arguments, as :class:`quire.LLM` takes them.
+        Engine arguments, as :class:`quire.LLM` takes them; ``enable_lora=True`` for
+        :meth:`VLLM.load_lora`.
 
     Raises
     ------
@@ -111,6 +113,7 @@ class VLLM(VLLMOffline):
     def _set_up(self, lease: EngineLease, chat: bool) -> None:
         self._lease = lease
         self._chat = chat
+        self._adapter: LoRARequest | None = None
 
     @property
     def llm(self) -> LLM:
@@ -226,7 +229,7 @@ class VLLM(VLLMOffline):
             In the order of the inputs; of lists where ``n`` is more than 1.
         """
         llm = self.llm
-        call = _read_call(self, llm, output_type, inference_kwargs, self._chat)
+        call = _read_call(self, llm, output_type, inference_kwargs)
         prompts = _prompts(llm, model_input, call)
         if not prompts:
             return []
@@ -247,23 +250,37 @@ class VLLM(VLLMOffline):
             As in :meth:`generate`; ``n`` must be 1.
         """
         llm = self.llm
-        call = _read_call(self, llm, output_type, inference_kwargs, self._chat)
+        call = _read_call(self, llm, output_type, inference_kwargs)
         pieces = Pieces(call)
         prompt = _prompt(llm, model_input, call)
         return _read(llm.stream(prompt, call.params, **call.engine_options), pieces)
 
-    def load_lora(self, adapter_path: str | None) -> None:
-        """Do nothing for None.
+    # -- adapters --------------------------------------------------------------------------------
+
+    def load_lora(self, adapter_path: str | os.PathLike[str] | LoRARequest | None) -> None:
+        """Have this model's next generations run with an adapter; those of others are as they were.
+
+        Generators that were made before follow it, too. A call that has a ``lora_request`` of its
+        own, None included, runs with that.
+
+        Parameters
+        ----------
+        adapter_path : str, path, LoRARequest or None
+            A folder in peft's format, or a name on the hub. What lies there when a call begins is
+            what the call runs with. None is the model without an adapter.
 
         Raises
         ------
-        NotSupportedError
-            For a path.
+        InvalidRequestError
+            The engine was made without ``enable_lora=True``; or (AdapterError) there is no such
+            adapter, or it does not fit the model. The model keeps the adapter that it had.
         """
-        if adapter_path is not None:
-            raise NotSupportedError(
-                f"load_lora({shown(adapter_path)}): LoRA adapters are not supported yet"
-            )
+        self._adapter = adapter_in(self.llm, adapter_path)
+
+    @property
+    def lora_request(self) -> LoRARequest | None:
+        """The adapter that generations run with, or None."""
+        return self._adapter
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -311,6 +328,7 @@ class AsyncVLLM(AsyncServerModel):
         llm._open_llm()  # a closed one is told now
         self.llm = llm
         self._chat = flag("chat", chat)
+        self._adapter: LoRARequest | None = None
 
     @property
     def type_adapter(self) -> ModelTypeAdapter:  # type: ignore[override]
@@ -371,11 +389,16 @@ class AsyncVLLM(AsyncServerModel):
         If one fails, or the task is cancelled, the others are aborted. ``use_tqdm`` shows nothing.
         """
         llm = self.llm._open_llm()
-        call = _read_call(self, llm, output_type, inference_kwargs, self._chat)
+        call = _read_call(self, llm, output_type, inference_kwargs)
         call = replace(call, params=replace(call.params, output_kind=RequestOutputKind.FINAL_ONLY))
+        prompts = _prompts(llm, model_input, call)
+        wanted = call.engine_options.pop("lora_request", None)
+        adapters: list[Any] = [None] * len(prompts)
+        if wanted is not None:  # read once for all, and not on the event loop
+            adapters = await asyncio.to_thread(llm._find_adapters, wanted, len(prompts))
         tasks = [
-            asyncio.ensure_future(_final(self.llm, prompt, call))
-            for prompt in _prompts(llm, model_input, call)
+            asyncio.ensure_future(_final(self.llm, prompt, call, adapter))
+            for prompt, adapter in zip(prompts, adapters, strict=True)
         ]
         try:
             outputs = await asyncio.gather(*tasks)
@@ -394,7 +417,7 @@ class AsyncVLLM(AsyncServerModel):
         The request starts with the first text that is asked for.
         """
         llm = self.llm._open_llm()
-        call = _read_call(self, llm, output_type, inference_kwargs, self._chat)
+        call = _read_call(self, llm, output_type, inference_kwargs)
         pieces = Pieces(call)
         prompt = _prompt(llm, model_input, call)
         params = llm._for_stream(call.params)
@@ -404,6 +427,16 @@ class AsyncVLLM(AsyncServerModel):
                 if text := pieces.add(last):
                     yield text
         pieces.check(last)
+
+    async def load_lora(self, adapter_path: str | os.PathLike[str] | LoRARequest | None) -> None:
+        """Have this model's next generations run with an adapter; see :meth:`VLLM.load_lora`."""
+        llm = self.llm._open_llm()
+        self._adapter = await asyncio.to_thread(adapter_in, llm, adapter_path)
+
+    @property
+    def lora_request(self) -> LoRARequest | None:
+        """The adapter that generations run with, or None."""
+        return self._adapter
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.llm!r})"
@@ -429,14 +462,16 @@ def _named(backend: str | None) -> dict[str, str]:
 
 
 def _read_call(
-    model: object, llm: LLM, output_type: Any, arguments: Mapping[str, Any], chat: bool
+    model: VLLM | AsyncVLLM, llm: LLM, output_type: Any, arguments: Mapping[str, Any]
 ) -> Call:
+    adapter = model.lora_request
+    own = {} if adapter is None else {"lora_request": adapter}
     return read_call(
         f"a call of {type(model).__name__}",
         llm.get_default_sampling_params(),
         output_type,
-        arguments,
-        chat=chat,
+        {**own, **arguments},
+        chat=model._chat,
         backend=llm.config.structured.structured_outputs_backend,
     )
 
@@ -468,7 +503,8 @@ def _read(stream: OutputStream, pieces: Pieces) -> Iterator[str]:
     pieces.check(last)
 
 
-async def _final(llm: AsyncLLM, prompt: Prompt, call: Call) -> RequestOutput:
+async def _final(llm: AsyncLLM, prompt: Prompt, call: Call, adapter: Any) -> RequestOutput:
     # With FINAL_ONLY there is one output, or an exception.
-    async with aclosing(llm.generate(prompt, call.params, **call.engine_options)) as outputs:
+    running = llm.generate(prompt, call.params, lora_request=adapter, **call.engine_options)
+    async with aclosing(running) as outputs:
         return await anext(outputs)

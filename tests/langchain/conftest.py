@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -20,6 +21,7 @@ from quire.errors import EngineClosedError, InvalidRequestError, RequestFailedEr
 from quire.integrations import engines
 from quire.llm import LLM
 from quire.outputs import CompletionOutput, Logprob, RequestOutput
+from quire.request_maker import FoundAdapter
 from quire.sampling_params import RequestOutputKind, SamplingParams
 
 
@@ -75,6 +77,13 @@ class FakeLLM(LLM):
     def get_tokenizer(self) -> Any:
         return FakeTokenizer()
 
+    def _find_adapters(self, lora_request: Any, num_prompts: int) -> list[Any]:
+        assert self.engine_loop is self
+        if not isinstance(lora_request, FoundAdapter):
+            adapter: Any = SimpleNamespace(digest=f"content of {lora_request}")
+            lora_request = FoundAdapter(lora_request, adapter)
+        return [lora_request] * num_prompts
+
     def _run(
         self,
         prompts: Any,
@@ -122,7 +131,7 @@ class FakeLLM(LLM):
         same = dataclasses.replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
         drawn = params.temperature > 0 and params.seed is None
         number = next(self.counter) if drawn else None
-        adapter = getattr(lora_request, "lora_name", None)
+        adapter = getattr(lora_request, "named", lora_request)
         return f"{self.config.model.model}|{prompt}|{same!r}|{adapter}|{index}|{number}"
 
     def completion(self, index: int, text: str, params: SamplingParams) -> CompletionOutput:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from hypothesis import given
@@ -16,7 +15,8 @@ from langchain_core.globals import set_llm_cache
 from quire.integrations.langchain import VLLM
 from quire.sampling_params import SamplingParams
 
-ADAPTERS = [SimpleNamespace(lora_name=f"a{i}", lora_int_id=i, lora_path=f"/a{i}") for i in (1, 2)]
+ADAPTERS = ["a1", "a2"]
+LORA = {"enable_lora": True}
 
 sampling = st.fixed_dictionaries(
     {},
@@ -58,8 +58,8 @@ def test_cache_never_answers_for_another_configuration(fake: Any, runs: list[Any
     cache = InMemoryCache()
     for model, own, call, bind in runs:
         seeded = {"seed": 5, **own}
-        cached = VLLM(model=model, cache=cache, **seeded)
-        direct = VLLM(model=model, cache=False, **seeded)
+        cached = VLLM(model=model, cache=cache, vllm_kwargs=LORA, **seeded)
+        direct = VLLM(model=model, cache=False, vllm_kwargs=LORA, **seeded)
         answer = cached.bind(**call).invoke("p") if bind else cached.invoke("p", **call)
         assert answer == direct.invoke("p", **call)
 
@@ -173,17 +173,6 @@ def test_callables_are_told_apart_when_their_address_is_reused(fake: Any) -> Non
 
     odd = llm.model_copy(update={"logits_processors": [Unhashable()]})
     assert odd._identifying_params != odd._identifying_params
-
-
-def test_adapters_without_files_are_told_by_their_text(fake: Any, checkpoint: Path) -> None:
-    """An adapter is its names and its files; one that has neither is its repr."""
-    adapter = SimpleNamespace(lora_name="a", lora_int_id=1, lora_path=str(checkpoint))
-    llm = VLLM(model="m", lora_request=adapter)
-    before = llm._identifying_params["lora_request"]
-    assert before["checkpoint"] is not None
-    (checkpoint / "adapter_config.json").write_text("{}")
-    assert llm._identifying_params["lora_request"] != before
-    assert VLLM(model="m", lora_request="x")._identifying_params["lora_request"] == "'x'"
 
 
 def test_every_parameter_is_in_the_identity(fake: Any) -> None:

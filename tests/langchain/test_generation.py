@@ -240,12 +240,14 @@ async def test_concurrent_async_calls_run_together(fake: Any) -> None:
 
 def test_adapter_is_passed_on(fake: Any) -> None:
     """The adapter of the constructor, or of the call, reaches the engine."""
-    one, two = object(), object()
-    llm = VLLM(model="m", lora_request=one)
-    llm.invoke("p")
-    llm.invoke("p", lora_request=two)
-    list(llm.stream("p", lora_request=two))
-    assert [call.lora_request for call in fake.calls] == [one, two, two]
+    llm = VLLM(model="m", lora_request="one", vllm_kwargs={"enable_lora": True})
+    texts = [
+        llm.invoke("p"),
+        llm.invoke("p", lora_request="two"),
+        "".join(llm.stream("p", lora_request="two")),
+        llm.invoke("p", lora_request=None),
+    ]
+    assert [text.split("|")[-3] for text in texts] == ["one", "two", "two", "None"]
 
 
 def test_num_tokens_are_the_models(fake: Any) -> None:

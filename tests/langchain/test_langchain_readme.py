@@ -15,7 +15,7 @@ def test_examples_run(
     """Every example of the README runs, one after the other, and prints what it promises."""
     text = (repo_root / "integrations" / "langchain" / "README.md").read_text()
     examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(examples) == 10
+    assert len(examples) == 11
     if importlib.util.find_spec("openai") is None or importlib.util.find_spec("uvicorn") is None:
         [remote] = (example for example in examples if "localhost" in example)
         examples.remove(remote)
@@ -37,5 +37,8 @@ def test_examples_run(
     assert "degrees=" in printed[6]
     assert printed[7] == "get_weather\n"
     assert printed[8].split() == ["2", "128"]
-    for answer in printed[9:]:
+    assert "Rome" in printed[9]
+    assert "ROME" in printed[9]
+    assert printed[9].endswith("True\n")
+    for answer in printed[10:]:
         assert answer.splitlines()[-1] in ("yes", "no")

@@ -23,7 +23,6 @@ from quire import (
     ConfigError,
     EngineClosedError,
     InvalidRequestError,
-    NotSupportedError,
     RequestFailedError,
     SamplingParams,
     StructuredOutputsParams,
@@ -315,14 +314,6 @@ def test_what_is_no_engine_is_refused(llm):
         from_quire(llm, chat="yes")
     with pytest.raises(ConfigError):
         models.vllm("quire/demo", max_model_len=-5)
-
-
-def test_adapters_are_refused_until_there_are_some(model):
-    assert model.load_lora(None) is None
-    with pytest.raises(NotSupportedError, match="LoRA adapters are not supported yet"):
-        model.load_lora("some/adapter")
-    with pytest.raises(InvalidRequestError, match="lora_request"):
-        model(PROMPT, ABC, lora_request="some/adapter")
 
 
 # -- failures ------------------------------------------------------------------------------------
