@@ -175,18 +175,15 @@ def _make_store(
     settings = config.lora
     if not settings.enable_lora:
         return AdapterStore(settings)
-    from quire.lora.content import CONFIG_FILE, TENSORS_FILE, fingerprint
+    from quire.lora.content import fingerprint
     from quire.lora.peft_adapter import read_adapter
+    from quire.lora.place import folder_of
 
     if settings.lora_dtype != "auto":
         dtype = getattr(torch, settings.lora_dtype)
     tools = AdapterTools(
         find=partial(
-            hub.resolve,
-            download_dir=config.model.download_dir,
-            token=config.model.hf_token,
-            allow_patterns=(CONFIG_FILE, TENSORS_FILE),
-            field="lora_path",
+            folder_of, download_dir=config.model.download_dir, token=config.model.hf_token
         ),
         look=fingerprint,
         read=partial(

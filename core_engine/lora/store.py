@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from quire.errors import AdapterError, EngineClosedError, InvalidRequestError, QuireError
+from quire.errors import AdapterError, EngineClosedError, InvalidRequestError
 from quire.lora_request import LoRARequest
 from quire.utils.checks import flag, refuse, shown
 
@@ -33,6 +33,7 @@ _ATTEMPTS = 5
 
 # Of these names within a class that has a method `list`.
 _Requests = list[LoRARequest]
+_Places = list["_Name | _Known"]
 _Leaving = list["PreparedAdapter | None"]
 
 
@@ -266,13 +267,7 @@ class AdapterStore:
             return local
         folder = None if again else self._downloads.get(path)
         if folder is None:
-            try:
-                folder = self._open(path).find(path)
-            except AdapterError:
-                raise
-            except QuireError as error:
-                raise AdapterError(str(error)) from error
-            self._downloads[path] = folder
+            folder = self._downloads[path] = self._open(path).find(path)
         return folder
 
     def _named(self, name: str) -> PreparedAdapter:
@@ -371,7 +366,7 @@ class AdapterStore:
 
     def _release_unused(self, digest: str) -> PreparedAdapter | None:
         """Stop keeping an adapter if neither a name nor a folder is known to stand for it."""
-        places = [*self._names.values(), *self._known.values()]
+        places: _Places = [*self._names.values(), *self._known.values()]
         if any(place.digest == digest for place in places):
             return None
         return self._release(digest)

@@ -261,8 +261,8 @@ def _from_cache(
     raise ModelNotFoundError(
         f"there is no folder {name!r} here, no complete download of {place} in the cache, and "
         f"{why}. Run `hf download {name}` where there is a connection and copy the cache "
-        "(HF_HOME, or download_dir), or pass the folder with the model's files; "
-        f"{DEMO_MODEL!r} works offline"
+        "(HF_HOME, or download_dir), or pass the folder with the files"
+        + (f"; {DEMO_MODEL!r} works offline" if allow_patterns is None else "")
     ) from (reason or failure)
 
 

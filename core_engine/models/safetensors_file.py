@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -37,11 +38,82 @@ _DTYPES = {
 _MAX_HEADER = 100_000_000
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
+    """A tensor of a file: what it is, and the offsets of its bytes from the file's beginning."""
+
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int
     end: int
+
+
+def read_header(path: Path, read: Callable[[int], bytes], size: int) -> dict[str, Entry]:
+    """Read what tensors a file has, by their names and in the order of their bytes.
+
+    Parameters
+    ----------
+    path
+        For messages.
+    read
+        Returns the file's next bytes; it stands at the file's beginning.
+    size
+        Bytes of the file.
+
+    Raises
+    ------
+    ModelLoadError
+        The file is truncated or damaged.
+    """
+    prefix = read(8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or 8 + length > size:
+        raise ModelLoadError(
+            f"{path} is truncated, or no safetensors file: it has {size} bytes, fewer "
+            f"than the {8 + length if len(prefix) == 8 else 8} that its header takes"
+        )
+    if length > _MAX_HEADER:
+        raise ModelLoadError(f"{path} is damaged: its header would take {length} bytes")
+    try:
+        header = json.loads(read(length))
+        entries = {
+            name: _entry(path, name, value, 8 + length)
+            for name, value in header.items()
+            if name != "__metadata__"
+        }
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ModelLoadError(f"{path} is damaged: its header is no valid JSON") from error
+    end = max((each.end for each in entries.values()), default=8 + length)
+    if end > size:
+        raise ModelLoadError(
+            f"{path} is truncated: it has {size} bytes, its header promises {end}; "
+            "download it again"
+        )
+    ordered = sorted(entries.items(), key=lambda item: item[1][2:])
+    for (name, entry), (other, following) in pairwise(ordered):
+        if following.begin < entry.end:
+            raise ModelLoadError(f"{path} is damaged: {name!r} and {other!r} lie on the same bytes")
+    return dict(ordered)
+
+
+def _entry(path: Path, name: str, value: Any, offset: int) -> Entry:
+    try:
+        dtype, shape = _DTYPES.get(value["dtype"]), tuple(value["shape"])
+        begin, end = value["data_offsets"]
+        if dtype is None:
+            raise ModelLoadError(
+                f"{path}: {name!r} has the dtype {value['dtype']!r}, which is unknown"
+            )
+        if not {*map(type, (begin, end, *shape))} <= {int}:
+            raise ValueError("sizes and offsets must be integers")
+        if max((0, *shape)) >= 2**63:
+            raise ValueError("it has too many rows")
+        if min((begin, *shape)) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError("the sizes contradict each other")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelLoadError(
+            f"{path} is damaged: the entry of {name!r} makes no sense ({error})"
+        ) from error
+    return Entry(dtype, shape, offset + begin, offset + end)
 
 
 class SafetensorsFile:
@@ -63,62 +135,10 @@ class SafetensorsFile:
         try:
             with path.open("rb") as file:
                 size = path.stat().st_size
-                self._entries = self._read_header(file.read(8), file.read, size)
+                self._entries = read_header(path, file.read, size)
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except OSError as error:
             raise ModelLoadError(f"{path} cannot be read: {error}") from error
-
-    def _read_header(self, prefix: bytes, read: Any, size: int) -> dict[str, _Entry]:
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or 8 + length > size:
-            raise ModelLoadError(
-                f"{self.path} is truncated, or no safetensors file: it has {size} bytes, fewer "
-                f"than the {8 + length if len(prefix) == 8 else 8} that its header takes"
-            )
-        if length > _MAX_HEADER:
-            raise ModelLoadError(f"{self.path} is damaged: its header would take {length} bytes")
-        try:
-            header = json.loads(read(length))
-            entries = {
-                name: self._entry(name, value, 8 + length)
-                for name, value in header.items()
-                if name != "__metadata__"
-            }
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise ModelLoadError(f"{self.path} is damaged: its header is no valid JSON") from error
-        end = max((each.end for each in entries.values()), default=8 + length)
-        if end > size:
-            raise ModelLoadError(
-                f"{self.path} is truncated: it has {size} bytes, its header promises {end}; "
-                "download it again"
-            )
-        ordered = sorted(entries.items(), key=lambda item: item[1][2:])
-        for (name, entry), (other, following) in pairwise(ordered):
-            if following.begin < entry.end:
-                raise ModelLoadError(
-                    f"{self.path} is damaged: {name!r} and {other!r} lie on the same bytes"
-                )
-        return dict(ordered)
-
-    def _entry(self, name: str, value: Any, offset: int) -> _Entry:
-        try:
-            dtype, shape = _DTYPES.get(value["dtype"]), tuple(value["shape"])
-            begin, end = value["data_offsets"]
-            if dtype is None:
-                raise ModelLoadError(
-                    f"{self.path}: {name!r} has the dtype {value['dtype']!r}, which is unknown"
-                )
-            if not {*map(type, (begin, end, *shape))} <= {int}:
-                raise ValueError("sizes and offsets must be integers")
-            if max((0, *shape)) >= 2**63:
-                raise ValueError("it has too many rows")
-            if min((begin, *shape)) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-                raise ValueError("the sizes contradict each other")
-        except (KeyError, TypeError, ValueError) as error:
-            raise ModelLoadError(
-                f"{self.path} is damaged: the entry of {name!r} makes no sense ({error})"
-            ) from error
-        return _Entry(dtype, shape, offset + begin, offset + end)
 
     def __enter__(self) -> SafetensorsFile:
         return self

@@ -9,6 +9,7 @@ from typing import Any
 
 from quire.config import NO_EFFECT, NOT_OFFERED, EngineConfig, argument_names, checks
 from quire.config import engine_config as parts
+from quire.config.lora_config import LoRAConfig
 from quire.server.flag import Flag, Kind
 
 _GROUPS = {
@@ -16,7 +17,7 @@ _GROUPS = {
     parts.CacheConfig: "The KV cache",
     parts.SchedulerConfig: "The scheduler",
     parts.StructuredOutputsConfig: "Structured outputs",
-    parts.LoRAConfig: "Adapters",
+    LoRAConfig: "Adapters",
     EngineConfig: "The engine",
 }
 

@@ -1,0 +1,93 @@
+"""Patterns: the regular expressions of a configuration, as far as they are safe to match.
+
+A configuration comes from outside, and Python's matcher takes exponential time for an expression
+such as ``(a+)+$``. What can do so, a repetition of something that itself repeats or chooses, is
+refused, and so are more repetitions than a name of a module has use for.
+"""
+
+from __future__ import annotations
+
+import re
+
+from quire.errors import AdapterError
+
+_MOST_REPEATS = 6
+_MOST_CHARACTERS = 4096
+_PLAIN = re.compile(r"[\w.\-]*", re.ASCII)
+
+
+def compiled(around: str, pattern: str, where: str) -> re.Pattern[str]:
+    """Compile a configuration's expression.
+
+    Parameters
+    ----------
+    around
+        The expression to be, with ``{}`` where `pattern` goes.
+    pattern
+        What the configuration has.
+    where
+        The field and the file, for messages.
+
+    Raises
+    ------
+    AdapterError
+        It is no regular expression, or one that is not safe to match.
+    """
+    if not _PLAIN.fullmatch(pattern) and (why := _unsafe(pattern)):
+        raise AdapterError(
+            f"{where} has the pattern {pattern!r:.200}, which {why} and so may take forever to "
+            "match; write a plainer one, or a list of names"
+        )
+    try:
+        return re.compile(around.replace("{}", pattern))
+    except (re.error, RecursionError, OverflowError) as error:
+        raise AdapterError(
+            f"{where} has {pattern!r:.200}, which is no regular expression: {error}"
+        ) from error
+
+
+def _unsafe(pattern: str) -> str | None:
+    """Why the expression is not safe; None: it is."""
+    if len(pattern) > _MOST_CHARACTERS:
+        return f"has {len(pattern)} characters"
+    if re.search(r"\(\?\(|\(\?P?[=<!]|\\[1-9]|\(\?P=", pattern.replace("(?P<", "(?P_")):
+        return "looks around or back"
+    groups = [False]  # of each open group: whether something in it repeats or chooses
+    closed = False  # what the group that was just closed said
+    repeats, index = 0, 0
+    while index < len(pattern):
+        character = pattern[index]
+        index += 1
+        just_closed, closed = closed, False
+        if character == "\\":
+            index += 1
+        elif character == "[":
+            index = _after_class(pattern, index)
+        elif character == "(":
+            groups.append(False)
+            if pattern.startswith("?", index):  # (?: and (?P<name>: no repetition
+                index += 1
+        elif character == ")":
+            closed = groups.pop() if len(groups) > 1 else groups[-1]
+            groups[-1] |= closed
+        elif character == "|":
+            groups[-1] = True
+        elif character in "*+{":
+            repeats += 1
+            if just_closed:
+                return "repeats what repeats or chooses itself"
+            groups[-1] = True
+            while pattern.startswith(("?", "+", "}"), index):
+                index += 1
+    return f"repeats {repeats} times" if repeats > _MOST_REPEATS else None
+
+
+def _after_class(pattern: str, index: int) -> int:
+    """Return the index after a character class that begins before `index`."""
+    if pattern.startswith("^", index):
+        index += 1
+    if pattern.startswith("]", index):
+        index += 1
+    while index < len(pattern) and pattern[index] != "]":
+        index += 2 if pattern[index] == "\\" else 1
+    return index + 1
