@@ -575,4 +575,4 @@ LLM.__init__.__signature__ = init_signature()  # type: ignore[attr-defined]
 
 
 def _at_index(what: str, i: int, total: int, error: InvalidRequestError) -> InvalidRequestError:
-    return InvalidRequestError(f"{what} {i} of {total}: {error}" if total > 1 else str(error))
+    return type(error)(f"{what} {i} of {total}: {error}" if total > 1 else str(error))

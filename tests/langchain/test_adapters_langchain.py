@@ -171,7 +171,7 @@ steps = st.one_of(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(script=st.lists(steps, min_size=3, max_size=10), is_chain=st.booleans())
 def test_cache_never_answers_with_another_adapters_text(
     llm: VLLM,
