@@ -117,7 +117,8 @@ sanitize: $(VENV)/.dev
 	ASAN_OPTIONS=detect_leaks=0 HYPOTHESIS_PROFILE=fast \
 	QUIRE_NATIVE_LIBRARY="$$(ls $(SANITIZED)/quire/kernels/cpu/_native.*)" \
 		$(BIN)/pytest tests/kernels/test_native_product.py tests/kernels/test_native_attention.py \
-			tests/models/test_native_forward.py tests/sampling/test_draws.py $(ARGS)
+			tests/kernels/test_native_lora.py tests/models/test_native_forward.py \
+			tests/models/test_native_adapters.py tests/sampling/test_draws.py $(ARGS)
 
 CHECK := build/native-check
 .PHONY: native-check

@@ -77,31 +77,6 @@ class AdapterOperations:
 
         return adapted
 
-    def sort(self, slots: torch.Tensor) -> LoraRows | None:
-        """Work out the rows of each adapter.
-
-        Parameters
-        ----------
-        slots : Tensor[num_rows], int32, on the CPU
-            -1 is a row without an adapter.
-
-        Returns
-        -------
-        LoraRows or None
-            None where no row has one.
-
-        Raises
-        ------
-        ValueError
-            A slot does not exist, or is empty.
-        """
-        rows = LoraRows.of(slots, self._weights.device)
-        if rows is not None:
-            for slot, _ in rows.groups:
-                if slot >= len(self._placed) or self._placed[slot] is None:
-                    raise ValueError(f"adapter_slots has {slot}; no adapter is in that slot")
-        return rows
-
     def embed(self, ids: torch.Tensor, x: torch.Tensor) -> None:
         """Turn the embeddings of the step's tokens, in place, into the adapted ones."""
         if self.rows is None:
@@ -132,7 +107,7 @@ class AdapterOperations:
             Changed.
         slots : Tensor[num_rows], int32, on the CPU
         """
-        rows = self.sort(slots)
+        rows = LoraRows.of(slots, self._weights.device)
         if rows is None:
             return
         for slot, where in rows.groups:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 
+from quire.kernels.lora import LoraRows
 from quire.models.adapter import Adapter, PreparedAdapter
 from quire.models.adapter_check import check_adapter
 from quire.models.adapter_operations import AdapterOperations
@@ -110,6 +112,7 @@ class Decoder:
         self._kernels = kernels
         self._bound = False
         self._mark = object()  # by which it knows its own adapters
+        self._filled_slots: set[int] = set()
         self._method: LinearMethod = method or DenseMethod()
         self._embedding_size = width = spec.embedding_size or spec.hidden_size
         self._project_in = self._project_out = None
@@ -201,9 +204,6 @@ class Decoder:
     def _bind_natively(self, library: ctypes.CDLL) -> NativeForward:
         from quire.models import native
 
-        options: dict[str, Any] = {}
-        if self.max_adapters:
-            options["max_adapters"] = self.max_adapters
         return native.NativeForward(
             library,
             self.spec,
@@ -211,7 +211,7 @@ class Decoder:
             tables=self._tables,
             rotary_indices=self._rotary_indices,
             embedding_scale=self._embedding_scale,
-            **options,
+            max_adapters=self.max_adapters,
         )
 
     def _bind_projection(self, linear: Linear | None, method: LinearMethod) -> Apply | None:
@@ -289,12 +289,10 @@ class Decoder:
             raise ValueError("an adapter needs a slot; the decoder was made with max_adapters=0")
         check_adapter(adapter, self.linears(), self.spec.vocab_size, self._embedding_size)
         if self.native is not None:
-            form = self.native.prepare(adapter)
-            num_bytes = form.num_bytes
-        else:
-            form = adapter
-            num_bytes = sum(each.nbytes for each in adapter.tensors())
-        return PreparedAdapter(adapter.digest, num_bytes, form, self._mark)
+            packed = self.native.prepare(adapter)
+            return PreparedAdapter(adapter.digest, packed.num_bytes, packed, self._mark)
+        num_bytes = sum(each.nbytes for each in adapter.tensors())
+        return PreparedAdapter(adapter.digest, num_bytes, adapter, self._mark)
 
     def set_adapter(self, slot: int, prepared: PreparedAdapter | None) -> None:
         """Put an adapter into a slot, in place of what was there; not during a step.
@@ -316,6 +314,10 @@ class Decoder:
             self.native.set_adapter(slot, form)
         elif self._adapters is not None:
             self._adapters.set(slot, form)
+        if prepared is None:
+            self._filled_slots.discard(slot)
+        else:
+            self._filled_slots.add(slot)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_caches: list[KVCache]) -> torch.Tensor:
@@ -333,12 +335,12 @@ class Decoder:
         Tensor[num_tokens, hidden_size]
             After the final norm.
         """
-        self._expect(batch.adapter_slots)
+        self._check_slots(batch.adapter_slots, len(batch.input_ids))
         if self.native is not None:
             return self.native.forward(batch, kv_caches)
         if self._adapters is not None:
             slots = batch.adapter_slots
-            self._adapters.rows = None if slots is None else self._adapters.sort(slots)
+            self._adapters.rows = None if slots is None else LoraRows.of(slots, self.weights.device)
         if batch.attention is None:
             block_size = kv_caches[0][0].shape[1]
             batch.attention = self._kernels.plan_attention(
@@ -391,11 +393,9 @@ class Decoder:
         -------
         Tensor[num_rows, vocab_size]
         """
-        self._expect(adapter_slots)
+        self._check_slots(adapter_slots, len(hidden))
         if self.native is not None:
-            if adapter_slots is not None:
-                return self.native.logits(hidden, adapter_slots)
-            return self.native.logits(hidden)
+            return self.native.logits(hidden, adapter_slots)
         if self._out_of is not None:
             hidden = self._out_of(hidden)
         logits = self._kernels.linear(hidden, self._head_weight).float()
@@ -404,6 +404,15 @@ class Decoder:
         cap = self.spec.logits_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def _expect(self, adapter_slots: torch.Tensor | None) -> None:
-        if adapter_slots is not None and not self.max_adapters:
-            raise ValueError("adapter_slots are given; the decoder was made with max_adapters=0")
+    def _check_slots(self, adapter_slots: torch.Tensor | None, num_rows: int) -> None:
+        """See that every row's adapter is there: nobody's text is another's, or the base's."""
+        if adapter_slots is None:
+            return
+        if adapter_slots.shape != (num_rows,):
+            raise ValueError(
+                f"adapter_slots has the shape {list(adapter_slots.shape)}; there are {num_rows} "
+                "rows"
+            )
+        for slot in np.unique(adapter_slots.numpy()).tolist():
+            if slot >= 0 and slot not in self._filled_slots:
+                raise ValueError(f"adapter_slots has {slot}; no adapter is in that slot")

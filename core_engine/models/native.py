@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import weakref
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,8 +14,12 @@ import torch
 
 from quire.errors import OutOfMemoryError, QuireError
 from quire.kernels.cpu import structs
+from quire.kernels.cpu.blocks import dtype_of, unpack
+from quire.kernels.cpu.packed_adapter import PackedAdapter, PlacedDelta
+from quire.models.adapter import Adapter
 from quire.models.spec import AttentionSpec, DecoderSpec, LayerSpec, NormSpec
 from quire.models.weights import Weights
+from quire.utils import huge_pages
 
 if TYPE_CHECKING:
     from quire.models.decoder import Batch
@@ -41,7 +46,7 @@ class NativeForward:
     """Runs steps of one decoder by the native library.
 
     Weights of projections are brought into another order, in place, when it is made: from then on
-    nobody else can read them.
+    :meth:`read_weight` is the way to read them.
 
     Parameters
     ----------
@@ -53,6 +58,8 @@ class NativeForward:
     rotary_indices : list of (int or None)
         For each layer, which of the tables it rotates by.
     embedding_scale : float or None
+    max_adapters : int
+        Slots for adapters.
     """
 
     def __init__(
@@ -64,6 +71,7 @@ class NativeForward:
         tables: list[RotaryTable],
         rotary_indices: list[int | None],
         embedding_scale: float | None,
+        max_adapters: int = 0,
     ) -> None:
         self._library = library
         self._weights = weights
@@ -80,8 +88,102 @@ class NativeForward:
         self._layers = (structs.Layer * len(spec.layers))()
         for number, layer in enumerate(spec.layers):
             self._fill_layer(self._layers[number], f"layers.{number}", layer)
+        self._adapters = (structs.Adapter * max_adapters)()
+        self._in_slot: list[PackedAdapter | None] = [None] * max_adapters
         self._model = self._make_model(embedding_scale)
+        self._with_own_head: dict[int, structs.Model] = {}  # by slot
         self._table_rows = 0
+
+    # -- adapters --------------------------------------------------------------------------------
+
+    def prepare(self, adapter: Adapter) -> PackedAdapter:
+        """Bring an adapter into the form that the kernels read, beside whatever runs."""
+        return PackedAdapter(
+            self._library,
+            len(self._spec.layers) * len(structs.PROJECTIONS) + 1,
+            self._place(adapter),
+            embed=adapter.embed_weight,
+            embedding=adapter.embedding,
+            head=adapter.lm_head_weight,
+            allocate=lambda num_bytes: huge_pages.allocate((num_bytes,), torch.uint8),
+        )
+
+    def _place(self, adapter: Adapter) -> Iterator[PlacedDelta]:
+        """Say which of the library's products each delta belongs to."""
+        numbers = {name: number for number, name in enumerate(structs.PROJECTIONS)}
+        for name, delta in adapter.linears.items():
+            if name == "lm_head":
+                last = len(self._spec.layers) * len(numbers)
+                yield PlacedDelta(last, delta, 0, self._spec.vocab_size)
+                continue
+            _, layer, _, projection = name.split(".")
+            first = int(layer) * len(numbers)
+            if projection == "gate_up":
+                size = self._spec.layers[int(layer)].mlp.intermediate_size
+                yield PlacedDelta(first + numbers["gate"], delta, 0, size)
+                yield PlacedDelta(first + numbers["up"], delta, size, size, shrinks=False)
+            else:
+                num_rows = self._weights[f"{name}.weight"].shape[0]
+                yield PlacedDelta(first + numbers[projection], delta, 0, num_rows)
+
+    def set_adapter(self, slot: int, form: PackedAdapter | None) -> None:
+        """Put an adapter into a slot, or nothing; between steps."""
+        self._adapters[slot] = structs.Adapter() if form is None else form.struct
+        self._in_slot[slot] = form
+        self._with_own_head.pop(slot, None)
+        if form is not None and form.head is not None:
+            model = structs.Model.from_buffer_copy(self._model)
+            model.head = form.head
+            self._with_own_head[slot] = model
+
+    def _slots(self, adapter_slots: torch.Tensor | None, num_rows: int) -> torch.Tensor | None:
+        """Check which adapters rows have: the kernels take it as it is."""
+        if adapter_slots is None:
+            return None
+        highest = int(adapter_slots.numpy().max(initial=-1))
+        if highest >= len(self._in_slot) or adapter_slots.shape != (num_rows,):
+            raise ValueError(
+                f"adapter_slots has the shape {list(adapter_slots.shape)} and {highest} as its "
+                f"highest; there are {num_rows} rows, and slots below {len(self._in_slot)}"
+            )
+        return adapter_slots.to(torch.int32).contiguous()
+
+    def _by_head(
+        self, adapter_slots: torch.Tensor | None
+    ) -> list[tuple[structs.Model, npt.NDArray[np.intp] | None]]:
+        """Return each output matrix that rows are multiplied with, and which; None: all."""
+        if adapter_slots is None or not self._with_own_head:
+            return [(self._model, None)]
+        slots = adapter_slots.numpy()
+        own = [slot for slot in np.unique(slots).tolist() if slot in self._with_own_head]
+        if not own:
+            return [(self._model, None)]
+        found = [(self._with_own_head[slot], np.flatnonzero(slots == slot)) for slot in own]
+        others = np.flatnonzero(~np.isin(slots, own))
+        if len(others):
+            found.append((self._model, others))
+        return list(found)
+
+    def read_weight(self, name: str) -> torch.Tensor:
+        """Return a copy of a weight, ``[out, in]``, in plain order.
+
+        Parameters
+        ----------
+        name : str
+            ``embed``, ``lm_head`` (also where it is tied), or a projection's, such as
+            ``layers.0.mlp.gate_up``.
+        """
+        tied = "lm_head.weight" not in self._weights
+        if name == "lm_head" and tied:
+            name = "embed"
+        weight = self._weights[f"{name}.weight"]
+        if name == "embed" and not tied:
+            return weight.clone()
+        if name.endswith(".gate_up"):
+            return torch.cat([unpack(half) for half in weight.chunk(2)])
+        return unpack(weight)
+
+    # -- steps -----------------------------------------------------------------------------------
 
     def forward(self, batch: Batch, kv_caches: list[KVCache]) -> torch.Tensor:
         """Compute a step; see :meth:`quire.models.decoder.Decoder.forward`.
@@ -106,6 +208,7 @@ class NativeForward:
         tables = batch.block_tables
         if tables.stride(1) != 1:
             tables = tables.contiguous()
+        slots = self._slots(getattr(batch, "adapter_slots", None), num_tokens)
         call = structs.Batch(
             *(each.data_ptr() for each in held),
             tables.data_ptr(),
@@ -114,19 +217,44 @@ class NativeForward:
             batch.seq_lens.shape[0],
             num_tokens,
             hidden.data_ptr(),
+            None if slots is None else slots.data_ptr(),
         )
         self._check(
             self._library.quire_forward(self._context, self._model, call, torch.get_num_threads())
         )
         return hidden
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(
+        self, hidden: torch.Tensor, adapter_slots: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return the logits of rows of what :meth:`forward` returned.
+
+        Parameters
+        ----------
+        hidden : Tensor[num_rows, hidden_size], float32
+        adapter_slots : Tensor[num_rows], int32, optional
+            As in a batch.
 
         Returns
         -------
         Tensor[num_rows, vocab_size], float32
         """
+        slots = self._slots(adapter_slots, hidden.shape[0])
+        parts = self._by_head(slots)
+        if parts[0][1] is None:
+            return self._logits(parts[0][0], hidden, slots)
+        assert slots is not None
+        logits = torch.empty(
+            hidden.shape[0], self._spec.vocab_size, dtype=torch.float32, device="cpu"
+        )
+        for model, rows in parts:
+            some = torch.from_numpy(rows)
+            logits[some] = self._logits(model, hidden[some], slots[some])
+        return logits
+
+    def _logits(
+        self, model: structs.Model, hidden: torch.Tensor, slots: torch.Tensor | None
+    ) -> torch.Tensor:
         hidden = hidden.contiguous()
         logits = torch.empty(
             hidden.shape[0], self._spec.vocab_size, dtype=torch.float32, device="cpu"
@@ -134,9 +262,10 @@ class NativeForward:
         self._check(
             self._library.quire_logits(
                 self._context,
-                self._model,
+                model,
                 hidden.data_ptr(),
                 hidden.shape[0],
+                None if slots is None else slots.data_ptr(),
                 logits.data_ptr(),
                 torch.get_num_threads(),
             )
@@ -144,7 +273,10 @@ class NativeForward:
         return logits
 
     def likeliest(
-        self, hidden: torch.Tensor, indices: torch.Tensor
+        self,
+        hidden: torch.Tensor,
+        indices: torch.Tensor,
+        adapter_slots: torch.Tensor | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Return the likeliest token after some rows of what :meth:`forward` returned.
 
@@ -152,6 +284,8 @@ class NativeForward:
         ----------
         hidden : Tensor[num_tokens, hidden_size], float32
         indices : Tensor[num_rows], int64
+        adapter_slots : Tensor[num_rows], int32, optional
+            Of these rows, as in a batch.
 
         Returns
         -------
@@ -160,15 +294,38 @@ class NativeForward:
             Their logits; NaN where any of the row's is.
         """
         num_rows = indices.shape[0]
+        slots = self._slots(adapter_slots, num_rows)
+        parts = self._by_head(slots)
+        if parts[0][1] is None:
+            return self._likeliest(parts[0][0], hidden, indices, slots)
+        assert slots is not None
+        token_ids = np.empty(num_rows, dtype=np.int64)
+        highest = np.empty(num_rows, dtype=np.float32)
+        for model, rows in parts:
+            some = torch.from_numpy(rows)
+            token_ids[rows], highest[rows] = self._likeliest(
+                model, hidden, indices[some], slots[some]
+            )
+        return token_ids, highest
+
+    def _likeliest(
+        self,
+        model: structs.Model,
+        hidden: torch.Tensor,
+        indices: torch.Tensor,
+        slots: torch.Tensor | None,
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        num_rows = indices.shape[0]
         token_ids = np.empty(num_rows, dtype=np.int64)
         highest = np.empty(num_rows, dtype=np.float32)
         self._check(
             self._library.quire_likeliest(
                 self._context,
-                self._model,
+                model,
                 hidden.data_ptr(),
                 indices.data_ptr(),
                 num_rows,
+                None if slots is None else slots.data_ptr(),
                 token_ids.ctypes.data,
                 highest.ctypes.data,
                 torch.get_num_threads(),
@@ -193,7 +350,7 @@ class NativeForward:
     def _attach(self, caches: list[KVCache]) -> None:
         for layer, (key, value) in zip(self._layers, caches, strict=True):
             layer.key_cache, layer.value_cache = key.data_ptr(), value.data_ptr()
-            layer.cache_dtype = _dtype(key.dtype)
+            layer.cache_dtype = dtype_of(key)
         self._caches = caches
 
     def _extend_tables(self, max_length: int) -> None:
@@ -219,7 +376,7 @@ class NativeForward:
         if not tied:
             table = weights["embed.weight"]
             embed = structs.Matrix(
-                table.data_ptr(), None, None, width, spec.vocab_size, _dtype(weights.dtype)
+                table.data_ptr(), None, None, width, spec.vocab_size, dtype_of(table)
             )
         positions = None
         if spec.learned_positions is not None:
@@ -230,7 +387,7 @@ class NativeForward:
         return structs.Model(
             self._layers,
             len(spec.layers),
-            _dtype(weights.dtype),
+            dtype_of(weights["embed.weight"]),
             spec.hidden_size,
             width,
             tied,
@@ -242,6 +399,7 @@ class NativeForward:
             head,
             self._norm("final_norm", spec.final_norm),
             spec.logits_softcap or 0.0,
+            ctypes.addressof(self._adapters),
         )
 
     def _fill_layer(self, out: structs.Layer, name: str, spec: LayerSpec) -> None:
@@ -302,7 +460,7 @@ class NativeForward:
             weight.data_ptr(),
             out_features,
             in_features,
-            _dtype(weight.dtype),
+            dtype_of(weight),
             None if tail is None else self._keep(tail),
             torch.get_num_threads(),
         )
@@ -314,16 +472,12 @@ class NativeForward:
             None if bias is None else self._keep(_padded(bias[rows].float())),
             in_features,
             out_features,
-            _dtype(weight.dtype),
+            dtype_of(weight),
         )
 
     def _keep(self, tensor: torch.Tensor) -> int:
         self._kept.append(tensor)
         return tensor.data_ptr()
-
-
-def _dtype(dtype: torch.dtype) -> int:
-    return structs.DTYPES[str(dtype).removeprefix("torch.")]
 
 
 def _padded(bias: torch.Tensor) -> torch.Tensor:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
 from quire.kernels.cpu import structs
+from quire.kernels.cpu.blocks import dtype_of
 from quire.kernels.cpu.library import load_library
+from quire.kernels.cpu.packed_adapter import Delta, PackedAdapter, PlacedDelta
 
 
 class PackedLinear:
@@ -20,6 +23,8 @@ class PackedLinear:
     weight : Tensor[out_features, in_features], float32 or bfloat16
         Copied; of an even number of inputs where it is bfloat16.
     bias : Tensor[out_features], float32, optional
+    deltas : sequence of Delta, optional
+        What rows that have an adapter get besides, by slot.
 
     Raises
     ------
@@ -29,11 +34,16 @@ class PackedLinear:
         There is not enough memory.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        deltas: Sequence[Delta] = (),
+    ) -> None:
         self._library = load_library()
         self._weight = weight.contiguous().clone()
         out_features, in_features = weight.shape
-        dtype = structs.DTYPES[str(weight.dtype).removeprefix("torch.")]
+        dtype = dtype_of(weight)
         if dtype == structs.DTYPES["bfloat16"] and in_features % 2:
             raise ValueError(f"a bfloat16 weight has {in_features} inputs; it must be even")
         self._tail = torch.zeros(structs.BLOCK * in_features, dtype=weight.dtype, device="cpu")
@@ -64,9 +74,27 @@ class PackedLinear:
             out_features,
             dtype,
         )
+        self._adapters = [
+            PackedAdapter(self._library, 1, [PlacedDelta(0, delta, 0, out_features)])
+            for delta in deltas
+        ]
+        table = (structs.Adapter * len(deltas))(*(each.struct for each in self._adapters))
+        self._model.adapters = ctypes.addressof(table)
+        self._table = table
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply rows, ``[num_rows, in_features]``; return ``[num_rows, out_features]``."""
+    def __call__(self, x: torch.Tensor, adapter_slots: torch.Tensor | None = None) -> torch.Tensor:
+        """Multiply rows.
+
+        Parameters
+        ----------
+        x : Tensor[num_rows, in_features]
+        adapter_slots : Tensor[num_rows], int32, optional
+            Which delta each row gets; -1: none.
+
+        Returns
+        -------
+        Tensor[num_rows, out_features], float32
+        """
         x = x.to(torch.float32).contiguous()
         result = torch.empty(
             x.shape[0], self._model.head.out_features, dtype=torch.float32, device="cpu"
@@ -76,6 +104,7 @@ class PackedLinear:
             ctypes.byref(self._model),
             x.data_ptr(),
             x.shape[0],
+            None if adapter_slots is None else adapter_slots.data_ptr(),
             result.data_ptr(),
             torch.get_num_threads(),
         )

@@ -41,6 +41,59 @@ class Matrix(ctypes.Structure):
     )
 
 
+class DeltaSlice(ctypes.Structure):
+    """Some outputs of a projection that gain by an adapter."""
+
+    _fields_ = (
+        ("b", Matrix),
+        ("first_output", c_int64),
+        ("first_rank", c_int64),
+        ("rank", c_int64),
+    )
+
+
+class Delta(ctypes.Structure):
+    """What an adapter does to a projection; all zeros: nothing."""
+
+    _fields_ = (
+        ("a", Matrix),
+        ("scales", c_void_p),
+        ("slices", c_void_p),
+        ("num_slices", c_int64),
+        ("bias", c_void_p),
+        ("factor", c_void_p),
+    )
+
+
+PROJECTIONS = ("qkv", "out", "gate", "up", "down")
+"""A layer's deltas, in order."""
+
+
+class Adapter(ctypes.Structure):
+    """An adapter; all zeros: none."""
+
+    _fields_ = (
+        ("deltas", c_void_p),
+        ("width", c_int64),
+        ("embed", Matrix),
+        ("embed_a", Matrix),
+        ("embed_b", Matrix),
+        ("embed_scale", c_float),
+    )
+
+
+class Packing(ctypes.Structure):
+    """Rows that are to be brought into blocks."""
+
+    _fields_ = (
+        ("rows", c_void_p),
+        ("blocks", c_void_p),
+        ("in_features", c_int64),
+        ("out_features", c_int64),
+        ("dtype", c_int32),
+    )
+
+
 class Layer(ctypes.Structure):
     """A decoder layer, with its KV cache."""
 
@@ -95,6 +148,7 @@ class Model(ctypes.Structure):
         ("head", Matrix),
         ("final_norm", Norm),
         ("logits_softcap", c_float),
+        ("adapters", c_void_p),
     )
 
 
@@ -113,6 +167,7 @@ class Batch(ctypes.Structure):
         ("num_seqs", c_int32),
         ("num_tokens", c_int64),
         ("hidden", c_void_p),
+        ("adapter_slots", c_void_p),
     )
 
 

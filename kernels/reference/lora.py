@@ -42,7 +42,7 @@ def lora_expand(
             ranks = slice(each.first_rank, each.first_rank + rank)
             gain = F.linear(shrunk[where, ranks], each.b.float())
             if whole is None:
-                y[where, columns] = gain.add_(y[where, columns])
+                y[where, columns] = gain.add_(y[where, columns]).to(y.dtype)
             else:
                 whole[:, columns] += gain
         if whole is not None:
@@ -50,4 +50,4 @@ def lora_expand(
                 whole *= part.factor
             if part.offset is not None:
                 whole += part.offset
-            y[where] = whole
+            y[where] = whole.to(y.dtype)

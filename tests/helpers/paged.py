@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 class PagedRunner:
-    """Sequences over one paged KV cache; their blocks are scattered and interleaved."""
+    """Sequences over one paged KV cache; their blocks are scattered and interleaved.
+
+    `adapters` is the slot of each sequence's adapter, -1 for none.
+    """
 
     def __init__(
         self,
@@ -27,8 +30,10 @@ class PagedRunner:
         max_len: int,
         block_size: int = 8,
         seed: int = 0,
+        adapters: Sequence[int] | None = None,
     ) -> None:
         self.decoder = decoder
+        self.adapters = adapters
         self.lengths = [0] * num_seqs
         self._kernels = kernels
         self._block_size = block_size
@@ -62,6 +67,10 @@ class PagedRunner:
         tables = torch.zeros(len(work), max(used), dtype=torch.int32)
         for row, (seq, _) in enumerate(work):
             tables[row, : used[row]] = self.tables[seq, : used[row]]
+        adapter_slots = None
+        if self.adapters is not None:
+            owners = [self.adapters[seq] for seq, tokens in work for _ in tokens]
+            adapter_slots = torch.tensor(owners, dtype=torch.int32)
         query_start_loc = torch.tensor(starts, dtype=torch.int32)
         seq_lens = torch.tensor(lengths, dtype=torch.int32)
         batch = ForwardBatch(
@@ -72,8 +81,10 @@ class PagedRunner:
             block_tables=tables,
             slot_mapping=torch.tensor(slots),
             logits_indices=torch.arange(len(input_ids)),
+            adapter_slots=adapter_slots,
         )
-        logits = self.decoder.compute_logits(self.decoder.forward(batch, self._caches))
+        hidden = self.decoder.forward(batch, self._caches)
+        logits = self.decoder.compute_logits(hidden, adapter_slots)
         return list(logits.split([len(tokens) for _, tokens in work]))
 
     def prefill(self, prompts: Sequence[Sequence[int]], *, seed: int) -> list[torch.Tensor]:

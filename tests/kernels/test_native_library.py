@@ -72,7 +72,7 @@ def test_structs_are_those_of_the_header(repo_root: Path) -> None:
     for struct, body in declared:
         fields = []
         for kind, pointer, name in re.findall(r"(?:const )?(\w+)(\*?) (\w+);", body):
-            name = renamed.get(name, name) if struct == "Matrix" else name
+            name = renamed.get(name, name) if struct in ("Matrix", "Packing") else name
             fields.append((name, "pointer" if pointer else C_TYPES[kind].__name__))
         mirrored = [
             (name, "pointer" if kind in (ctypes.c_void_p, POINTER_TO_LAYER) else kind.__name__)

@@ -38,6 +38,49 @@ struct Matrix {
   int32_t dtype;
 };
 
+// Some outputs of a projection that gain by an adapter, and what makes their share.
+struct DeltaSlice {
+  Matrix b;              // [its outputs, rank]; of bfloat16, an odd rank has one more input
+  int64_t first_output;  // a multiple of 16; no two slices have a block of outputs in common
+  int64_t first_rank;
+  int64_t rank;
+};
+
+// What an adapter does to a projection: y = factor * (x @ weight^T + gain) + bias, before the
+// weight's own bias, where the gain of a slice is (scales * (x @ a^T))[its ranks] @ b^T. All zeros:
+// nothing. An up projection that has a gate has no `a`: the gate's stands for both.
+struct Delta {
+  Matrix a;             // [all ranks, in]
+  const float* scales;  // [round_up(all ranks, 16)]
+  const DeltaSlice* slices;
+  int64_t num_slices;
+  const float* bias;    // [round_up(out, 16)]
+  const float* factor;  // [round_up(out, 16)]
+};
+
+// Places of deltas among those of their layer.
+enum Projection : int32_t { kQkv, kOut, kGate, kUp, kDown, kNumProjections };
+
+// An adapter; all zeros: none.
+struct Adapter {
+  const Delta* deltas;  // [num_layers * kNumProjections + 1], the last being the output matrix's
+  int64_t width;        // [round_up(all ranks, 16)] of the delta that has the most
+  Matrix embed;         // stands in for the model's if it has any: blocks is [vocab][embedding_size]
+  Matrix embed_a;       // blocks is [vocab][rank]
+  Matrix embed_b;       // blocks is [rank][embedding_size]
+  float embed_scale;    // of what these two add to a token's embedding
+};
+
+// Rows that are to be brought into blocks, and where these go: the last block filled up with zeros,
+// and likewise the last pair of inputs.
+struct Packing {
+  const void* rows;  // [out][in]
+  void* blocks;
+  int64_t in;
+  int64_t out;
+  int32_t dtype;
+};
+
 struct Layer {
   Norm attention_norm;
   Norm mlp_norm;
@@ -85,6 +128,7 @@ struct Model {
   Matrix head;
   Norm final_norm;
   float logits_softcap;  // 0: none
+  const Adapter* adapters;  // by slot
 };
 
 struct Batch {
@@ -99,6 +143,7 @@ struct Batch {
   int32_t num_seqs;
   int64_t num_tokens;
   float* hidden;  // out: [num_tokens][hidden_size]
+  const int32_t* adapter_slots;  // [num_tokens], -1: none; null: nobody has one
 };
 
 // Rows of logits, `stride` numbers apart.

@@ -42,12 +42,18 @@ struct BlockPair {
 constexpr int64_t kPairWidth = 2 * kBlock;
 
 // Sums [rows][32] of a pair, to their places.
-inline void finish_pair(const Product& p, const BlockPair& pair, const float* sums, int64_t row,
+inline void finish_pair(const Product& p, const BlockPair& pair, float* sums, int64_t row,
                         int64_t rows) {
+  const bool is_gated = p.factor != nullptr;
+  adapt(p, false, pair.first, row, rows, sums, kPairWidth);
+  if (pair.count() == 2) {
+    adapt(p, is_gated, is_gated ? pair.first : pair.first + kBlock, row, rows, sums + kBlock,
+          kPairWidth);
+  }
   for (int64_t r = 0; r < rows; ++r, sums += kPairWidth) {
     float* y = p.y + (row + r) * p.ldy + pair.first;
     finish_row(p, sums, sums + kBlock, pair.first, y);
-    if (p.factor == nullptr && pair.count() == 2) {
+    if (!is_gated && pair.count() == 2) {
       finish_row(p, sums + kBlock, nullptr, pair.first + kBlock, y + kBlock);
     }
   }
@@ -169,16 +175,17 @@ inline void multiply_rounded(Thread& thread, const Product& p, uint16_t* halves)
         second = block_of<uint16_t>(*p.factor, first / kBlock);
       } else if (b < end) {
         second = block_of<uint16_t>(*p.weight, b++);
+        prefetch_gains(p, first + kBlock);
       }
+      prefetch_gains(p, first);
       multiply_pair(p, {{block, second}, first}, halves);
     }
   });
 }
 #endif
 
-// To be called by all threads of the team, which all leave it when the product is complete.
-// `halves` is memory for the rounded rows: see Buffers.
-inline void multiply(Thread& thread, const Product& p, [[maybe_unused]] uint16_t* halves) {
+// A product whose inputs were shrunk for what adapters add to it, if there are any.
+inline void multiply_shrunk(Thread& thread, const Product& p, [[maybe_unused]] uint16_t* halves) {
   if (p.weight->dtype == kFloat32) {
     multiply_blocks<float>(thread, p);
     return;
@@ -188,6 +195,13 @@ inline void multiply(Thread& thread, const Product& p, [[maybe_unused]] uint16_t
 #else
   multiply_blocks<uint16_t>(thread, p);
 #endif
+}
+
+// To be called by all threads of the team, which all leave it when the product is complete.
+// `halves` is memory for the rounded rows: see Buffers.
+inline void multiply(Thread& thread, const Product& p, uint16_t* halves) {
+  if (p.adapters != nullptr) shrink(thread, *p.adapters, p.delta, p.x, p.ldx);
+  multiply_shrunk(thread, p, halves);
 }
 
 }  // namespace QUIRE_ISA

@@ -8,27 +8,22 @@
 namespace quire {
 namespace QUIRE_ISA {
 
-inline void embed(Thread& thread, const Model& model, const Batch& batch, float* x, float* narrow,
-                  uint16_t* halves) {
+inline void embed(Thread& thread, const Model& model, const Batch& batch, const Buffers& buffers) {
   const int64_t hidden = model.hidden_size, width = model.embedding_size;
   const bool projects = model.project_in.blocks != nullptr || model.project_in.tail != nullptr;
-  float* rows = projects ? narrow : x;
+  float* x = buffers.x;
+  float* rows = projects ? buffers.inner : x;
   thread.share(batch.num_tokens, [&](int64_t t) {
-    const int64_t id = batch.input_ids[t];
     float* row = rows + t * width;
-    if (model.embed_is_packed) {
-      unpack_row(model.embed, id, row);
-    } else if (model.embed.dtype == kBFloat16) {
-      copy_row(static_cast<const uint16_t*>(model.embed.blocks) + id * width, width, row);
-    } else {
-      copy_row(static_cast<const float*>(model.embed.blocks) + id * width, width, row);
-    }
+    const Adapter* adapter = buffers.adapters == nullptr ? nullptr : buffers.adapters->of_row[t];
+    embed_token(model, adapter, batch.input_ids[t], row);
     if (model.embedding_scale != 0.0f) {
       for (int64_t i = 0; i < width; ++i) row[i] *= model.embedding_scale;
     }
   });
   if (projects) {
-    multiply(thread, {rows, width, batch.num_tokens, x, hidden, &model.project_in}, halves);
+    multiply(thread, {rows, width, batch.num_tokens, x, hidden, &model.project_in},
+             buffers.halves);
   }
   if (model.positions == nullptr) return;
   thread.share(batch.num_tokens, [&](int64_t t) {
@@ -46,15 +41,27 @@ inline void normalize_all(Thread& thread, const Norm& norm, const float* x, int6
   thread.share(num_tokens, [&](int64_t t) { normalize(norm, x + t * size, size, out + t * size); });
 }
 
+// A layer, and where its deltas begin among all.
+struct Place {
+  const Layer& layer;
+  int64_t first_delta;
+};
+
 // The product of `count` rows with a weight, and what a norm makes of it, added to `x`.
 inline void add_product(Thread& thread, const float* input, int64_t size, int64_t count,
-                        const Matrix& weight, const Norm& norm, const Buffers& rows) {
+                        const Matrix& weight, int64_t delta, const Norm& norm,
+                        const Buffers& rows) {
   const int64_t hidden = weight.out;
+  Product p{input, size, count, rows.x, hidden, &weight, Then::kAdd};
+  p.adapters = rows.adapters;
+  p.delta = delta;
   if (norm.kind == kNoNorm) {
-    multiply(thread, {input, size, count, rows.x, hidden, &weight, Then::kAdd}, rows.halves);
+    multiply(thread, p, rows.halves);
     return;
   }
-  multiply(thread, {input, size, count, rows.normed, hidden, &weight}, rows.halves);
+  p.y = rows.normed;
+  p.then = Then::kStore;
+  multiply(thread, p, rows.halves);
   thread.share(count, [&](int64_t t) {
     float* row = rows.normed + t * hidden;
     normalize(norm, row, hidden, row);
@@ -63,14 +70,17 @@ inline void add_product(Thread& thread, const float* input, int64_t size, int64_
 }
 
 // The attention of one layer, added to `x`.
-inline void run_attention(Thread& thread, const Model& model, const Layer& layer, const Batch& batch,
-                          const AttentionPlan& plan, const Buffers& rows,
+inline void run_attention(Thread& thread, const Model& model, const Place& place,
+                          const Batch& batch, const AttentionPlan& plan, const Buffers& rows,
                           AttentionScratch& scratch) {
+  const Layer& layer = place.layer;
   const int64_t hidden = model.hidden_size, count = batch.num_tokens;
   const int64_t width = layer.qkv.out, heads = static_cast<int64_t>(layer.num_heads) * layer.head_dim;
   const float* input = layer.residual == kPost ? rows.x : rows.normed;
-  multiply(thread, {input, hidden, count, rows.qkv, width, &layer.qkv},
-             rows.halves);
+  Product p{input, hidden, count, rows.qkv, width, &layer.qkv};
+  p.adapters = rows.adapters;
+  p.delta = place.first_delta + kQkv;
+  multiply(thread, p, rows.halves);
   thread.share(count, [&](int64_t t) {
     float* qkv = rows.qkv + t * width;
     if (layer.cache_dtype == kBFloat16) {
@@ -82,21 +92,27 @@ inline void run_attention(Thread& thread, const Model& model, const Layer& layer
   attend(thread,
          {&layer, &batch, rows.qkv, width, rows.attended, &plan, rows.partial, rows.partial_width},
          scratch);
-  add_product(thread, rows.attended, heads, count, layer.out, layer.attention_post_norm, rows);
+  add_product(thread, rows.attended, heads, count, layer.out, place.first_delta + kOut,
+              layer.attention_post_norm, rows);
 }
 
 // The MLP of one layer on `input`, added to `x`.
-inline void run_mlp(Thread& thread, const Model& model, const Layer& layer, const Batch& batch,
+inline void run_mlp(Thread& thread, const Model& model, const Place& place, const Batch& batch,
                     const float* input, const Buffers& rows) {
+  const Layer& layer = place.layer;
   const int64_t hidden = model.hidden_size, count = batch.num_tokens, size = layer.up.out;
   Product up{input, hidden, count, rows.inner, size, &layer.up, Then::kActivate, layer.activation};
+  up.adapters = rows.adapters;
+  up.delta = up.factor_delta = place.first_delta + kUp;
   if (layer.gated) {
     up.weight = &layer.gate;
     up.factor = &layer.up;
     up.then = Then::kActivateAndMultiply;
+    up.delta = place.first_delta + kGate;
   }
   multiply(thread, up, rows.halves);
-  add_product(thread, rows.inner, size, count, layer.down, layer.mlp_post_norm, rows);
+  add_product(thread, rows.inner, size, count, layer.down, place.first_delta + kDown,
+              layer.mlp_post_norm, rows);
 }
 
 inline void forward(Thread& thread, const Model& model, const Batch& batch, const AttentionPlan& plan,
@@ -105,9 +121,10 @@ inline void forward(Thread& thread, const Model& model, const Batch& batch, cons
   const int64_t hidden = model.hidden_size, count = batch.num_tokens;
   AttentionScratch scratch;
   scratch.memory = thread.scratch();
-  embed(thread, model, batch, rows.x, rows.inner, rows.halves);
+  embed(thread, model, batch, rows);
   for (int32_t i = 0; i < model.num_layers; ++i) {
     const Layer& layer = model.layers[i];
+    const Place place{layer, int64_t{i} * kNumProjections};
     if (layer.residual != kPost) {
       normalize_all(thread, layer.attention_norm, rows.x, count, hidden, rows.normed);
     }
@@ -116,14 +133,14 @@ inline void forward(Thread& thread, const Model& model, const Batch& batch, cons
       normalize_all(thread, layer.mlp_norm, rows.x, count, hidden, rows.second);
       mlp_input = rows.second;
     }
-    run_attention(thread, model, layer, batch, plan, rows, scratch);
+    run_attention(thread, model, place, batch, plan, rows, scratch);
     if (layer.residual == kSequential) {
       normalize_all(thread, layer.mlp_norm, rows.x, count, hidden, rows.normed);
     } else if (layer.residual == kPost) {
       normalize_all(thread, layer.attention_norm, rows.x, count, hidden, rows.x);
       mlp_input = rows.x;
     }
-    run_mlp(thread, model, layer, batch, mlp_input, rows);
+    run_mlp(thread, model, place, batch, mlp_input, rows);
     if (layer.residual == kPost) {
       normalize_all(thread, layer.mlp_norm, rows.x, count, hidden, rows.x);
     }
@@ -140,10 +157,14 @@ inline void soften(const Model& model, float* row, int64_t count) {
   for (; i < count; ++i) row[i] = tanh(all(row[i] / model.logits_softcap))[0] * model.logits_softcap;
 }
 
-// What the head is multiplied with: `hidden`, or what is projected from it to `narrow`.
+// What the head is multiplied with: `hidden`, or what is projected from it to `narrow`. It is shrunk
+// already for what adapters add.
 inline Product head_product(Thread& thread, const Model& model, const float* hidden,
-                            int64_t num_rows, float* narrow, uint16_t* halves) {
+                            int64_t num_rows, const AdapterPlan* adapters, float* narrow,
+                            uint16_t* halves) {
   Product p{hidden, model.hidden_size, num_rows, nullptr, model.head.out, &model.head};
+  p.adapters = adapters;
+  p.delta = int64_t{model.num_layers} * kNumProjections;
   if (model.project_out.blocks != nullptr || model.project_out.tail != nullptr) {
     const int64_t size = model.project_out.out;
     multiply(thread, {hidden, model.hidden_size, num_rows, narrow, size, &model.project_out},
@@ -151,16 +172,17 @@ inline Product head_product(Thread& thread, const Model& model, const float* hid
     p.x = narrow;
     p.ldx = size;
   }
+  if (adapters != nullptr) shrink(thread, *adapters, p.delta, p.x, p.ldx);
   return p;
 }
 
 // Logits of some rows of hidden states, [num_rows][vocab_size].
 inline void logits(Thread& thread, const Model& model, const float* hidden, int64_t num_rows,
-                   float* narrow, uint16_t* halves, float* out) {
+                   const AdapterPlan* adapters, float* narrow, uint16_t* halves, float* out) {
   const TileSession session;
-  Product p = head_product(thread, model, hidden, num_rows, narrow, halves);
+  Product p = head_product(thread, model, hidden, num_rows, adapters, narrow, halves);
   p.y = out;
-  multiply(thread, p, halves);
+  multiply_shrunk(thread, p, halves);
   const int64_t vocab = model.head.out;
   thread.share(num_rows, [&](int64_t r) { soften(model, out + r * vocab, vocab); });
 }
@@ -176,7 +198,8 @@ inline void likeliest(Thread& thread, const Model& model, const Likeliest& what)
     what.ids[r] = 0;
     what.highest[r] = -std::numeric_limits<float>::infinity();
   });
-  Product p = head_product(thread, model, what.rows, what.num_rows, what.narrow, what.halves);
+  Product p = head_product(thread, model, what.rows, what.num_rows, what.adapters, what.narrow,
+                           what.halves);
   p.y = what.logits;
   p.ldy = what.width;
   const Matrix& head = model.head;
@@ -187,7 +210,8 @@ inline void likeliest(Thread& thread, const Model& model, const Likeliest& what)
     part.blocks = static_cast<const char*>(head.blocks) + first * head.in * width;
     if (head.bias != nullptr) part.bias = head.bias + first;
     p.weight = &part;
-    multiply(thread, p, what.halves);
+    p.skipped = first;
+    multiply_shrunk(thread, p, what.halves);
     thread.share(what.num_rows, [&](int64_t r) {
       float* logits = what.logits + r * what.width;
       soften(model, logits, part.out);

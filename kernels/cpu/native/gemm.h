@@ -5,15 +5,10 @@
 #pragma once
 #include <algorithm>
 
-#include "abi.h"
-#include "simd.h"
-#include "team.h"
+#include "lora.h"
 
 namespace quire {
 namespace QUIRE_ISA {
-
-constexpr int kBlock = 16;  // output features per block of a packed weight
-constexpr int kVectors = kBlock / kLanes;
 
 // Rows computed at once: as many as there are registers for.
 #if defined(__AVX512F__) || defined(QUIRE_WIDE)
@@ -165,12 +160,6 @@ inline void tile(int rows, const float* x, int64_t ldx, int64_t depth, const W* 
   tile_of_rows<Rows, Accumulate>(x, ldx, depth, block, out, ldo);
 }
 
-template <typename W>
-inline const W* block_of(const Matrix& a, int64_t index) {
-  return index < a.out / kBlock ? static_cast<const W*>(a.blocks) + index * kBlock * a.in
-                                : static_cast<const W*>(a.tail);
-}
-
 inline vf activate(vf x, int kind) {
   switch (kind) {
     case kSilu:
@@ -222,7 +211,25 @@ struct Product {
   Then then = Then::kStore;
   int activation = 0;
   const Matrix* factor = nullptr;  // of kActivateAndMultiply: act(x @ weight) * (x @ factor)
+  const AdapterPlan* adapters = nullptr;
+  int64_t delta = 0;         // number of what adapters do to the product with the weight
+  int64_t factor_delta = 0;  // and with the factor
+  int64_t skipped = 0;       // outputs of that delta that lie before the weight's
 };
+
+// What adapters make of the sums of some rows, `ld` apart: of the weight's outputs, or the factor's.
+inline void adapt(const Product& p, bool is_factor, int64_t first, int64_t row, int64_t rows,
+                  float* values, int64_t ld) {
+  if (p.adapters == nullptr) return;
+  adapt(*p.adapters, is_factor ? p.factor_delta : p.delta, p.skipped + first, row, rows, values, ld);
+}
+
+// Said before the sums of a block are computed.
+inline void prefetch_gains(const Product& p, int64_t first) {
+  if (p.adapters == nullptr) return;
+  prefetch_gains(*p.adapters, p.delta, p.skipped + first);
+  if (p.factor != nullptr) prefetch_gains(*p.adapters, p.factor_delta, p.skipped + first);
+}
 
 inline void finish_row(const Product& p, const float* values, const float* factors, int64_t first,
                        float* y) {
@@ -254,17 +261,6 @@ constexpr int64_t kBlocksAtOnce = 2;
 // From so many rows on, a block is widened once and not anew for every few of them.
 constexpr int64_t kWidenFrom = 2 * kMostRows + 1;
 
-inline const float* widen_block(const uint16_t* block, int64_t depth, float* out) {
-  for (int64_t k = 0; k < depth; k += 2) {
-    for (int v = 0; v < kBlock; v += kLanes) {
-      const vu pairs = load_as<vu>(block + k * kBlock + 2 * v);
-      store(out + k * kBlock + v, widen_low(pairs));
-      store(out + (k + 1) * kBlock + v, widen_high(pairs));
-    }
-  }
-  return out;
-}
-
 // What `block` and `other`, if there is one, make of all rows: outputs `first` to first + 15.
 template <typename W>
 inline void multiply_block(const Product& p, const W* block, const W* other, int64_t first) {
@@ -272,11 +268,16 @@ inline void multiply_block(const Product& p, const W* block, const W* other, int
   const int64_t passes = (p.rows + kMostRows - 1) / kMostRows;
   const int64_t step = (p.rows + passes - 1) / passes;
   float values[kMostRows * kBlock], factors[kMostRows * kBlock];
+  prefetch_gains(p, first);
   for (int64_t row = 0; row < p.rows; row += step) {
     const int rows = static_cast<int>(std::min(step, p.rows - row));
     const float* x = p.x + row * p.ldx;
     tile<false>(rows, x, p.ldx, depth, block, values, kBlock);
-    if (other != nullptr) tile<false>(rows, x, p.ldx, depth, other, factors, kBlock);
+    adapt(p, false, first, row, rows, values, kBlock);
+    if (other != nullptr) {
+      tile<false>(rows, x, p.ldx, depth, other, factors, kBlock);
+      adapt(p, true, first, row, rows, factors, kBlock);
+    }
     for (int r = 0; r < rows; ++r) {
       finish_row(p, values + r * kBlock, factors + r * kBlock, first,
                  p.y + (row + r) * p.ldy + first);
@@ -292,11 +293,16 @@ inline int64_t multiply_two(const Product& p, int64_t b) {
   const uint16_t* other =
       is_gated ? block_of<uint16_t>(*p.factor, b) : block_of<uint16_t>(*p.weight, b + 1);
   float values[kFewRows * kBlock], others[kFewRows * kBlock];
+  const int64_t first = b * kBlock, second = is_gated ? first : first + kBlock;
+  prefetch_gains(p, first);
+  if (!is_gated) prefetch_gains(p, second);
   few_rows(static_cast<int>(p.rows), p.x, p.ldx, p.weight->in, block, other, values, others);
+  adapt(p, false, first, 0, p.rows, values, kBlock);
+  adapt(p, is_gated, second, 0, p.rows, others, kBlock);
   for (int64_t r = 0; r < p.rows; ++r) {
-    float* y = p.y + r * p.ldy + b * kBlock;
-    finish_row(p, values + r * kBlock, others + r * kBlock, b * kBlock, y);
-    if (!is_gated) finish_row(p, others + r * kBlock, nullptr, (b + 1) * kBlock, y + kBlock);
+    float* y = p.y + r * p.ldy + first;
+    finish_row(p, values + r * kBlock, others + r * kBlock, first, y);
+    if (!is_gated) finish_row(p, others + r * kBlock, nullptr, second, y + kBlock);
   }
   return is_gated ? b + 1 : b + 2;
 }

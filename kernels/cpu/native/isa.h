@@ -9,8 +9,8 @@ namespace quire {
 // All are called by every thread of a team at once.
 struct Functions {
   void (*forward)(Thread&, const Model&, const Batch&, const AttentionPlan&, const Buffers&);
-  void (*logits)(Thread&, const Model&, const float* hidden, int64_t num_rows, float* narrow,
-                 uint16_t* halves, float* out);
+  void (*logits)(Thread&, const Model&, const float* hidden, int64_t num_rows,
+                 const AdapterPlan* adapters, float* narrow, uint16_t* halves, float* out);
   void (*likeliest)(Thread&, const Model&, const Likeliest&);
   void (*argmax)(Thread&, const Logits&, int64_t* ids, float* highest);
   void (*draw)(Thread&, const Logits&, const Draw&, int64_t* ids);

@@ -65,17 +65,24 @@ void mask_word(float* logits, uint32_t word) {
 }
 
 // At least as many as a program has: of each layer, and before and after them all.
-constexpr size_t kLoopsPerLayer = 24;
+constexpr size_t kLoopsPerLayer = 28;
 constexpr size_t kLoopsBeside = 16;
 constexpr size_t kLoopsPerStretch = 4;
 
 // Memory for the steps of one model; one step at a time.
 struct Context {
   std::mutex in_use;
-  Memory x, normed, second, inner, partial, scratch, narrow, halves, rows, logits;
+  Memory x, normed, second, inner, partial, scratch, narrow, halves, rows, logits, shrunk;
 
   uint16_t* reserve_halves(const Model& model, int64_t num_rows) {
     return reinterpret_cast<uint16_t*>(halves.reserve(halves_size(model, num_rows)));
+  }
+
+  // Null where no row has an adapter.
+  const AdapterPlan* reserve_shrunk(AdapterPlan& plan) {
+    if (plan.groups.empty()) return nullptr;
+    plan.shrunk = shrunk.reserve(static_cast<int64_t>(plan.of_row.size()) * plan.width);
+    return &plan;
   }
 };
 
@@ -112,14 +119,35 @@ int choose(void* context, const Logits& logits, int num_threads,
 }
 
 
-// 16 rows of a weight, one after the other, into one block.
+// 16 rows of a weight, one after the other, into one block. A line of memory of each row at a time:
+// more would not stay near where rows lie a power of two apart.
 template <typename T>
 void pack_block(const T* rows, int64_t num_rows, int64_t in, T* block) {
   constexpr int64_t pair = sizeof(T) == 2 ? 2 : 1;
-  for (int64_t r = 0; r < 16; ++r) {
-    for (int64_t k = 0; k < in; ++k) {
-      block[(k / pair * 16 + r) * pair + k % pair] = r < num_rows ? rows[r * in + k] : T{0};
+  constexpr int64_t line = 64 / sizeof(T);
+  const int64_t wide = padded(in, pair);
+  for (int64_t first = 0; first < wide; first += line) {
+    const int64_t end = std::min(first + line, wide);
+    for (int64_t r = 0; r < 16; ++r) {
+      const int64_t whole = r < num_rows ? std::min(end, in / pair * pair) : first;
+      for (int64_t k = first; k < whole; k += pair) {
+        std::memcpy(block + k * 16 + r * pair, rows + r * in + k, pair * sizeof(T));
+      }
+      for (int64_t k = whole; k < end; ++k) {
+        const bool is_there = r < num_rows && k < in;
+        block[k / pair * pair * 16 + r * pair + k % pair] = is_there ? rows[r * in + k] : T{0};
+      }
     }
+  }
+}
+
+template <typename T>
+void pack_copy(const Packing& p) {
+  const T* rows = static_cast<const T*>(p.rows);
+  T* blocks = static_cast<T*>(p.blocks);
+  const int64_t wide = padded(p.in, sizeof(T) == 2 ? 2 : 1);
+  for (int64_t row = 0; row < p.out; row += 16) {
+    pack_block(rows + row * p.in, std::min<int64_t>(16, p.out - row), p.in, blocks + row * wide);
   }
 }
 
@@ -189,6 +217,12 @@ QUIRE_API int quire_pack(void* weight, int64_t out, int64_t in, int32_t dtype, v
   return 0;
 }
 
+QUIRE_API void quire_pack_copies(const Packing* packings, int64_t count) {
+  for (const Packing* p = packings; p < packings + count; ++p) {
+    p->dtype == kBFloat16 ? pack_copy<uint16_t>(*p) : pack_copy<float>(*p);
+  }
+}
+
 QUIRE_API void* quire_context_new() { return new (std::nothrow) Context; }
 
 QUIRE_API void quire_context_free(void* context) { delete static_cast<Context*>(context); }
@@ -211,6 +245,7 @@ QUIRE_API int quire_forward(void* context, const Model* model, const Batch* batc
     }
     const int64_t count = batch->num_tokens;
     const int64_t size = scratch_size(*model);
+    AdapterPlan adapters = plan_adapters(*model, batch->adapter_slots, count);
     float* shared = c.inner.reserve(
         std::max(count * inner, padded(count * qkv, 16) + count * attended));
     const Buffers buffers{c.x.reserve(count * model->hidden_size),
@@ -221,7 +256,8 @@ QUIRE_API int quire_forward(void* context, const Model* model, const Batch* batc
                           shared,
                           c.partial.reserve(plan.partial_rows * partial),
                           partial,
-                          c.reserve_halves(*model, count)};
+                          c.reserve_halves(*model, count),
+                          c.reserve_shrunk(adapters)};
     const Functions& use = isa().functions;
     run_team(num_threads, kLoopsBeside + model->num_layers * kLoopsPerLayer,
              c.scratch.reserve(num_threads * size), size,
@@ -230,26 +266,31 @@ QUIRE_API int quire_forward(void* context, const Model* model, const Batch* batc
 }
 
 QUIRE_API int quire_logits(void* context, const Model* model, const float* hidden,
-                           int64_t num_rows, float* out, int num_threads) {
+                           int64_t num_rows, const int32_t* adapter_slots, float* out,
+                           int num_threads) {
   num_threads = std::max(num_threads, 1);
   return guarded(context, [&](Context& c) {
     float* narrow = c.narrow.reserve(num_rows * model->project_out.out);
     uint16_t* halves = c.reserve_halves(*model, num_rows);
+    AdapterPlan plan = plan_adapters(*model, adapter_slots, num_rows);
+    const AdapterPlan* adapters = c.reserve_shrunk(plan);
     const Functions& use = isa().functions;
     const int64_t size = scratch_size(*model);
     run_team(num_threads, kLoopsBeside, c.scratch.reserve(num_threads * size), size,
              [&](Thread& thread) {
-               use.logits(thread, *model, hidden, num_rows, narrow, halves, out);
+               use.logits(thread, *model, hidden, num_rows, adapters, narrow, halves, out);
              });
   });
 }
 
 QUIRE_API int quire_likeliest(void* context, const Model* model, const float* hidden,
-                              const int64_t* indices, int64_t num_rows, int64_t* ids,
-                              float* highest, int num_threads) {
+                              const int64_t* indices, int64_t num_rows,
+                              const int32_t* adapter_slots, int64_t* ids, float* highest,
+                              int num_threads) {
   num_threads = std::max(num_threads, 1);
   return guarded(context, [&](Context& c) {
     const int64_t width = std::min(kStretch, padded(model->head.out, 16));
+    AdapterPlan adapters = plan_adapters(*model, adapter_slots, num_rows);
     const Likeliest what{hidden,
                          indices,
                          num_rows,
@@ -259,7 +300,8 @@ QUIRE_API int quire_likeliest(void* context, const Model* model, const float* hi
                          c.logits.reserve(num_rows * width),
                          width,
                          ids,
-                         highest};
+                         highest,
+                         c.reserve_shrunk(adapters)};
     const Functions& use = isa().functions;
     const int64_t size = scratch_size(*model);
     const size_t loops = kLoopsBeside + kLoopsPerStretch * (model->head.out / kStretch + 1);

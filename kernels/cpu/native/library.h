@@ -21,6 +21,9 @@ QUIRE_API int quire_choose_isa(const char* name);
 QUIRE_API int quire_pack(void* weight, int64_t out, int64_t in, int32_t dtype, void* tail,
                          int num_threads);
 
+// Bring copies of several weights into blocks, on this thread alone.
+QUIRE_API void quire_pack_copies(const quire::Packing* packings, int64_t count);
+
 // Memory for the steps of one model; null when there is not enough.
 QUIRE_API void* quire_context_new();
 QUIRE_API void quire_context_free(void* context);
@@ -28,14 +31,17 @@ QUIRE_API void quire_context_free(void* context);
 QUIRE_API int quire_forward(void* context, const quire::Model* model, const quire::Batch* batch,
                             int num_threads);
 
-// Logits of `hidden` [num_rows][hidden_size].
+// Logits of `hidden` [num_rows][hidden_size]. Slots of adapters are as in Batch.
 QUIRE_API int quire_logits(void* context, const quire::Model* model, const float* hidden,
-                           int64_t num_rows, float* out, int num_threads);
+                           int64_t num_rows, const int32_t* adapter_slots, float* out,
+                           int num_threads);
 
-// The likeliest token after each of some rows of `hidden`, and its logit.
+// The likeliest token after each of some rows of `hidden`, and its logit. There is a slot for each
+// of these rows.
 QUIRE_API int quire_likeliest(void* context, const quire::Model* model, const float* hidden,
-                              const int64_t* indices, int64_t num_rows, int64_t* ids,
-                              float* highest, int num_threads);
+                              const int64_t* indices, int64_t num_rows,
+                              const int32_t* adapter_slots, int64_t* ids, float* highest,
+                              int num_threads);
 
 // From here on: what Backend in quire/kernels/interface.py says of the operation of that name.
 QUIRE_API int quire_argmax(void* context, const quire::Logits* logits, int64_t* ids,

@@ -67,6 +67,34 @@ AttentionPlan plan_attention(const Model& model, const Batch& batch, int num_thr
   return plan;
 }
 
+AdapterPlan plan_adapters(const Model& model, const int32_t* slots, int64_t num_rows) {
+  // More would be shrunk by one thread while others stand idle.
+  constexpr int64_t kMostTogether = 32;
+  AdapterPlan plan;
+  if (slots == nullptr) return plan;
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const Adapter* adapter = slots[row] < 0 ? nullptr : model.adapters + slots[row];
+    if (adapter != nullptr && adapter->deltas == nullptr) adapter = nullptr;
+    plan.of_row.push_back(adapter);
+    if (adapter == nullptr) continue;
+    plan.rows.push_back(row);
+    plan.width = std::max(plan.width, adapter->width);
+  }
+  std::stable_sort(plan.rows.begin(), plan.rows.end(), [&](int64_t a, int64_t b) {
+    return plan.of_row[a] < plan.of_row[b];
+  });
+  for (size_t i = 0; i < plan.rows.size(); ++i) {
+    const Adapter* adapter = plan.of_row[plan.rows[i]];
+    AdapterGroup* last = plan.groups.empty() ? nullptr : &plan.groups.back();
+    if (last != nullptr && last->adapter == adapter && last->count < kMostTogether) {
+      ++last->count;
+    } else {
+      plan.groups.push_back({adapter, static_cast<int64_t>(i), 1});
+    }
+  }
+  return plan;
+}
+
 int64_t scratch_size(const Model& model) {
   // Of products, two blocks of 16 outputs, widened.
   int64_t size = 2 * 16 * widest_input(model);

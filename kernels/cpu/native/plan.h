@@ -40,6 +40,25 @@ struct AttentionPlan {
 
 AttentionPlan plan_attention(const Model& model, const Batch& batch, int num_threads);
 
+// Rows of one adapter, as far as they are computed together.
+struct AdapterGroup {
+  const Adapter* adapter;
+  int64_t first;  // among AdapterPlan::rows
+  int64_t count;
+};
+
+// Which rows of a batch have which adapter.
+struct AdapterPlan {
+  std::vector<const Adapter*> of_row;  // null: none
+  std::vector<int64_t> rows;           // one group's after the other's
+  std::vector<AdapterGroup> groups;    // those of one adapter follow one another
+  int64_t width = 0;                   // of a shrunk row
+  float* shrunk = nullptr;             // [num_rows][width]: of the product that is computed
+};
+
+// `slots` may be null: nobody has an adapter.
+AdapterPlan plan_adapters(const Model& model, const int32_t* slots, int64_t num_rows);
+
 // Rows of intermediate results. The MLP's lie where those of the attention lay.
 struct Buffers {
   float* x;         // [num_tokens][hidden_size]: the residual stream
@@ -51,6 +70,7 @@ struct Buffers {
   float* partial;   // [partial_rows][partial_width]: values, highest score, sum
   int64_t partial_width;
   uint16_t* halves;  // the input of a product, rounded to bfloat16, where that is done
+  const AdapterPlan* adapters;  // null: no row has one
 };
 
 constexpr int64_t kStretch = 4096;  // most logits of a row that are computed before a look at them
@@ -67,6 +87,7 @@ struct Likeliest {
   int64_t width;  // of a stretch
   int64_t* ids;
   float* highest;
+  const AdapterPlan* adapters;  // of `rows`; null: none has one
 };
 
 // Numbers that one thread needs room for, at one item of any loop.

@@ -65,6 +65,40 @@ inline void unpack_row(const Matrix& table, int64_t id, float* out) {
   }
 }
 
+// What an adapter adds to a token's embedding.
+template <typename T>
+inline void add_embedding(const Adapter& adapter, int64_t id, float* row) {
+  const int64_t rank = adapter.embed_a.in, size = adapter.embed_b.in;
+  const T* a = static_cast<const T*>(adapter.embed_a.blocks) + id * rank;
+  const T* b = static_cast<const T*>(adapter.embed_b.blocks);
+  for (int64_t k = 0; k < rank; ++k, b += size) {
+    const float input = adapter.embed_scale * load_one(a + k);
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) store(row + i, load_row(b + i) * input + load(row + i));
+    for (; i < size; ++i) row[i] += load_one(b + i) * input;
+  }
+}
+
+// A token's embedding, as it lies in the model, or in the adapter, if there is one.
+inline void embed_token(const Model& model, const Adapter* adapter, int64_t id, float* row) {
+  const int64_t width = model.embedding_size;
+  const bool is_own = adapter != nullptr && adapter->embed.blocks != nullptr;
+  const Matrix& table = is_own ? adapter->embed : model.embed;
+  if (model.embed_is_packed && !is_own) {
+    unpack_row(table, id, row);
+  } else if (table.dtype == kBFloat16) {
+    copy_row(static_cast<const uint16_t*>(table.blocks) + id * width, width, row);
+  } else {
+    copy_row(static_cast<const float*>(table.blocks) + id * width, width, row);
+  }
+  if (adapter == nullptr || adapter->embed_a.blocks == nullptr) return;
+  if (adapter->embed_a.dtype == kBFloat16) {
+    add_embedding<uint16_t>(*adapter, id, row);
+  } else {
+    add_embedding<float>(*adapter, id, row);
+  }
+}
+
 inline void rotate(const Layer& layer, int64_t position, float* head) {
   const int half = layer.rotary_dim / 2;
   const float* cos = layer.cos + position * half;
