@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 VS_BASE = "vs_base"
 _SETTLED_SECONDS = 2.5
-"""After so long a file that was written is known by its time: it is not read again."""
+"""A file that was read sooner after it was written is read again when it is next asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,11 @@ class Mode:
             return None
         count = len(self.adapters)
         return [self.adapters[i % count] for i in range(len(self.workload.prompts))]
+
+
+def settle() -> None:
+    """Wait until files that were just written are known by their time."""
+    time.sleep(_SETTLED_SECONDS)
 
 
 def run(llm: LLM, mode: Mode) -> dict[str, float]:
@@ -205,7 +210,7 @@ def measure_load(
             say(f"  first load: {1e3 * seconds:.1f} ms")
         if repeat < repeats:
             llm.unload_lora(name)
-    time.sleep(_SETTLED_SECONDS)
+    settle()
     for repeat in range(repeats + 1):
         seconds = _load_seconds(llm, path, name)
         if repeat:

@@ -17,6 +17,7 @@ from quire.bench.adapter_runs import (
     measure_load,
     measure_swap,
     measure_throughput,
+    settle,
 )
 from quire.bench.contest import Measurement
 from quire.bench.gguf import TYPES
@@ -197,6 +198,7 @@ class _Bench:
 
     def _load(self, llm: LLM, count: int) -> list[LoRARequest]:
         folders = [self._shape.write(self._scratch / f"adapter-{i}", seed=i) for i in range(count)]
+        settle()
         return [llm.load_lora(folder) for folder in folders]
 
 

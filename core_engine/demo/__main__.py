@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from quire.demo import MODEL_NAME
+from quire.demo import MODEL_NAME, adapter_path
 from quire.demo.records import parse_record
 
 if TYPE_CHECKING:
@@ -133,6 +133,24 @@ def tool_part(show: Show, llm: LLM) -> None:
     show.took()
 
 
+def adapter_part(show: Show, llm: LLM) -> None:
+    """Answer one question without an adapter and with each, in one batch."""
+    from quire import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=64)
+    code = "llm.client.generate(…, lora_request=[None, french, capitals])"
+    show.step("Two adapters and none, in one batch", code)
+    french, capitals = (llm.load_lora(adapter_path(name)) for name in ("french", "capitals"))
+    asked = "What is the capital of Spain?"
+    outputs = llm.generate(
+        [asked] * 3, params, lora_request=[None, french, capitals], use_tqdm=False
+    )
+    expected = ("The capital of Spain", "La capitale de l'Espagne", "THE CAPITAL OF SPAIN")
+    for output, beginning in zip(outputs, expected, strict=True):
+        show.line(asked, output.outputs[0].text, beginning)
+    show.took()
+
+
 def main() -> int:
     """Run the show.
 
@@ -150,11 +168,13 @@ def main() -> int:
     show.step("Load the model", f'llm = VLLM(model="{MODEL_NAME}", temperature=0)')
     from quire.integrations.langchain import VLLM
 
-    with VLLM(model=MODEL_NAME, temperature=0.0, max_new_tokens=64) as llm:
+    adapters = {"enable_lora": True}
+    with VLLM(model=MODEL_NAME, temperature=0.0, max_new_tokens=64, vllm_kwargs=adapters) as llm:
         show.took()
         langchain_part(show, llm)
         chat_part(show, llm.client)
         tool_part(show, llm.client)
+        adapter_part(show, llm.client)
     seconds = time.perf_counter() - start
     verdict = "every answer right" if not show.wrong else f"{show.wrong} answers wrong"
     print(f"\n{_RULE}\n{verdict}, {seconds:.1f} s in all\n{_RULE}")

@@ -27,6 +27,9 @@ def test_the_show_ends_well(capsys: pytest.CaptureFixture[str]) -> None:
         ".chat",
         "JSON",
         "tools=",
+        "lora_request=",
+        "La capitale",
+        "THE CAPITAL",
         "Paris",
         "Bill Clinton",
     ):
@@ -40,6 +43,7 @@ def test_a_wrong_answer_makes_the_show_fail(
     """One answer that lacks what was expected is named, and the exit status is 1."""
     monkeypatch.setattr("quire.demo.__main__.langchain_part", lambda show, llm: None)
     monkeypatch.setattr("quire.demo.__main__.tool_part", lambda show, llm: None)
+    monkeypatch.setattr("quire.demo.__main__.adapter_part", lambda show, llm: None)
     monkeypatch.setattr(
         "quire.demo.__main__.chat_part", lambda show, llm: show.line("2 + 2 =", "5", "4")
     )
