@@ -105,7 +105,7 @@ def found_adapter(llm: LLM, wanted: Wanted) -> FoundAdapter:
     return found
 
 
-def plain_form(wanted: Wanted | None) -> dict[str, Any] | str | None:
+def plain_form(wanted: Wanted | None) -> Any:
     """Return what :func:`as_wanted` makes the same of, in the words of JSON."""
     if isinstance(wanted, FoundAdapter):
         wanted = wanted.named

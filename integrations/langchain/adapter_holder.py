@@ -105,7 +105,7 @@ class AdapterHolder(EngineHolder):
         return await asyncio.to_thread(self._found, self.lora_request)
 
     @property
-    def _adapter_name(self) -> str | dict[str, Any] | None:
+    def _adapter_name(self) -> Any:
         """What tells the adapter from others: its content; where there is none, its names."""
         try:
             found = self._found_own()
