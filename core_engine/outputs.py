@@ -154,6 +154,8 @@ class RequestOutput:
         prompt = str(self.prompt_token_ids[:100]) if self.prompt is None else self.prompt
         tokens = f"{len(self.prompt_token_ids)} tokens, {self.num_cached_tokens} of them cached"
         rows: list[tuple[str, object]] = [("prompt", prompt), ("", tokens)]
+        if self.lora_request is not None:
+            rows.append(("adapter", getattr(self.lora_request, "lora_name", self.lora_request)))
         for completion in self.outputs[:_MOST_SHOWN]:
             rows += completion._rows()
         if len(self.outputs) > _MOST_SHOWN:

@@ -118,34 +118,44 @@ def test_a_cell_run_again_leaves_one_engine(tiny_llama):
     assert done.stdout.endswith("done\n")
 
 
-LANGCHAIN = """
+INTEGRATIONS = {
+    "langchain_core": """
+from langchain_core.output_parsers import StrOutputParser
+from quire.integrations.langchain import VLLM
+llm = VLLM(model=folder, vllm_kwargs={"block_size": size})
+chain = llm | StrOutputParser()
+chain
+""",
+    "outlines": """
+from quire.integrations.outlines import models
+model = models.vllm(folder, block_size=size)
+model
+""",
+}
+THREE_TIMES = """
 import gc, sys
 from IPython.core.interactiveshell import InteractiveShell
 from quire import LLM
 
 shell = InteractiveShell.instance()
 shell.user_ns["folder"] = sys.argv[1]
-shell.run_cell('''
-from langchain_core.output_parsers import StrOutputParser
-from quire.integrations.langchain import VLLM
-''').raise_error()
 for size in (4, 8, 16):
-    shell.run_cell(
-        f'''llm = VLLM(model=folder, vllm_kwargs={{"block_size": {size}}})
-chain = llm | StrOutputParser()
-chain''',
-        store_history=True,
-    ).raise_error()
+    shell.user_ns["size"] = size
+    shell.run_cell(sys.argv[2], store_history=True).raise_error()
     gc.collect()
     assert sum(type(thing) is LLM for thing in gc.get_objects()) == 1
 print("done")
 """
 
 
-def test_a_chain_that_was_shown_keeps_no_engine(tiny_llama):
-    """LangChain's model object shares an engine with its equals; changed, it has another."""
-    pytest.importorskip("langchain_core")
+@pytest.mark.parametrize("library", INTEGRATIONS)
+def test_a_model_of_a_library_keeps_no_engine_by_being_shown(tiny_llama, library):
+    """It shares an engine with its equals; with other arguments it has another, in place of it."""
+    pytest.importorskip(library)
     done = subprocess.run(
-        [sys.executable, "-c", LANGCHAIN, str(tiny_llama)], capture_output=True, text=True
+        [sys.executable, "-c", THREE_TIMES, str(tiny_llama), INTEGRATIONS[library]],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert done.stdout.endswith("done\n")
