@@ -16,6 +16,8 @@ from uuid import uuid4
 
 from quire.config import EngineConfig, init_signature
 from quire.errors import EngineClosedError, InvalidRequestError, QuireError
+from quire.html import card
+from quire.lifetime import describe
 from quire.llm import LLM
 from quire.outputs import EmbeddingRequestOutput, RequestOutput
 from quire.pooling_params import PoolingParams
@@ -487,6 +489,11 @@ class AsyncLLM:
     def __repr__(self) -> str:
         state = ", closed" if self.closed else ""
         return f"{type(self).__name__}(model={self.config.model.model!r}{state})"
+
+    def _repr_html_(self) -> str:
+        state = [("state", "closed")] if self.closed else []
+        rows = dict([*describe(self.config, self._llm._lifetime), *state])
+        return card(type(self).__name__, rows.items())
 
 
 AsyncLLM.__init__.__signature__ = init_signature()  # type: ignore[attr-defined]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from quire.errors import EngineClosedError
+from quire.utils.progress import quiet_tqdm
 
 if TYPE_CHECKING:
     from quire.config import EngineConfig
@@ -39,6 +41,7 @@ def _make_loop(config: EngineConfig) -> EngineLoop:
     from quire.assembly import build_engine
     from quire.engine.loop import EngineLoop
 
+    quiet_tqdm()  # before the hub's library
     engine = build_engine(config)
     loop = EngineLoop(engine)
     known = weakref.ref(loop)  # adapters may outlive it
@@ -49,6 +52,24 @@ def _make_loop(config: EngineConfig) -> EngineLoop:
 
     engine.lost_adapters.notify = release_adapters
     return loop
+
+
+def describe(config: EngineConfig, lifetime: Lifetime) -> list[tuple[str, object]]:
+    """Return what a notebook shows of an engine, which is neither started nor waited for."""
+    rows: list[tuple[str, object]] = [("model", config.model.model)]
+    loop = lifetime.loop
+    if loop is None:
+        return [*rows, ("state", "closed")]
+    if loop.broken is not None:
+        return [*rows, ("state", f"broke down: {type(loop.broken).__name__}: {loop.broken}")]
+    with suppress(EngineClosedError):  # closed in between
+        engine = loop.engine
+        rows += [
+            ("state", "open"),
+            ("longest request", f"{engine.limits.max_model_len:,} tokens"),
+            ("KV cache", f"{engine.num_blocks:,} blocks of {config.cache.block_size} tokens"),
+        ]
+    return rows
 
 
 class Lifetime:

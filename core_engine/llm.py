@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from quire.config import EngineConfig, init_signature
 from quire.errors import EngineClosedError, InvalidRequestError
-from quire.lifetime import Lifetime, make_loop
+from quire.html import card
+from quire.lifetime import Lifetime, describe, make_loop
 from quire.outputs import (
     BeamSearchOutput,
     EmbeddingRequestOutput,
@@ -28,12 +29,14 @@ from quire.prompts import (
 from quire.request_maker import RequestMaker, at_index
 from quire.sampling_params import BeamSearchParams, SamplingParams
 from quire.utils.checks import refuse
+from quire.utils.output_history import keep_out_of_history
 from quire.waiting import OutputStream, wait_for_all
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from quire.arguments import EngineArguments
+    from quire.engine.cache_map import KVCacheMap
     from quire.engine.engine import Engine
     from quire.engine.loop import EngineLoop
     from quire.engine.processor import Processor
@@ -102,6 +105,7 @@ class LLM:
         self._maker: RequestMaker | None = RequestMaker(config, loop.engine)
         self._lifetime = Lifetime(loop, f"LLM(model={config.model.model!r})")
         self._finalizer = weakref.finalize(self, self._lifetime.close)
+        keep_out_of_history(self)
 
     # -- generation ------------------------------------------------------------------------------
 
@@ -415,6 +419,10 @@ class LLM:
         """Return the engine's counters and gauges by name."""
         return self._call(lambda engine: engine.metrics())
 
+    def kv_cache_map(self) -> KVCacheMap:
+        """Return which block of the KV cache is free, cached, or used by which request."""
+        return self._call(lambda engine: engine.kv_cache_map())
+
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes, and return True; running requests keep what they use."""
         return self._call(lambda engine: engine.reset_prefix_cache())
@@ -456,6 +464,9 @@ class LLM:
     def __repr__(self) -> str:
         state = ", closed" if self.closed else ""
         return f"{type(self).__name__}(model={self.config.model.model!r}{state})"
+
+    def _repr_html_(self) -> str:
+        return card(type(self).__name__, describe(self.config, self._lifetime))
 
     # -- what the adapters share -----------------------------------------------------------------
 

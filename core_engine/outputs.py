@@ -10,6 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quire.errors import RequestFailedError
+from quire.html import card
+
+_MOST_SHOWN = 8
+"""Completions, or numbers of a vector, that a notebook shows."""
 
 
 @dataclass(slots=True)
@@ -70,6 +74,15 @@ class CompletionOutput:
     def finished(self) -> bool:
         """Return whether this completion has ended."""
         return self.finish_reason is not None
+
+    def _rows(self) -> list[tuple[str, object]]:
+        state = f"{len(self.token_ids)} tokens, {self.finish_reason or 'goes on'}"
+        if self.stop_reason is not None:
+            state += f": {self.stop_reason!r}"
+        return [("text", self.text), ("", state)]
+
+    def _repr_html_(self) -> str:
+        return card(f"CompletionOutput {self.index}", self._rows())
 
 
 @dataclass(slots=True)
@@ -137,6 +150,18 @@ class RequestOutput:
         self.num_cached_tokens = later.num_cached_tokens
         self.finished = later.finished
 
+    def _repr_html_(self) -> str:
+        prompt = str(self.prompt_token_ids[:100]) if self.prompt is None else self.prompt
+        tokens = f"{len(self.prompt_token_ids)} tokens, {self.num_cached_tokens} of them cached"
+        rows: list[tuple[str, object]] = [("prompt", prompt), ("", tokens)]
+        if self.lora_request is not None:
+            rows.append(("adapter", getattr(self.lora_request, "lora_name", self.lora_request)))
+        for completion in self.outputs[:_MOST_SHOWN]:
+            rows += completion._rows()
+        if len(self.outputs) > _MOST_SHOWN:
+            rows.append(("", f"and {len(self.outputs) - _MOST_SHOWN} more"))
+        return card(f"RequestOutput {self.request_id}", rows)
+
 
 @dataclass(slots=True)
 class EmbeddingOutput:
@@ -193,6 +218,16 @@ class EmbeddingRequestOutput:
             prompt_token_ids=output.prompt_token_ids,
             num_cached_tokens=output.num_cached_tokens,
         )
+
+    def _repr_html_(self) -> str:
+        vector = self.outputs.embedding
+        numbers = ", ".join(f"{number:.4f}" for number in vector[:_MOST_SHOWN])
+        more = ", …" if len(vector) > _MOST_SHOWN else ""
+        rows = [
+            ("prompt", f"{len(self.prompt_token_ids)} tokens"),
+            (f"{len(vector)} numbers", numbers + more),
+        ]
+        return card(f"EmbeddingRequestOutput {self.request_id}", rows)
 
 
 @dataclass(slots=True)

@@ -133,7 +133,7 @@ class OutputStream(Iterator[RequestOutput]):
 
     def __init__(self, loop: EngineLoop, request: Request, *, keep_alive: object) -> None:
         self.request_id = request.request_id
-        self._keep_alive = keep_alive
+        self._keep_alive: object = keep_alive
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._check_may_wait = loop.check_may_wait
         self._abort = weakref.finalize(self, loop.abort, [request.request_id])
@@ -164,6 +164,7 @@ class OutputStream(Iterator[RequestOutput]):
                     del event  # the exception has this frame, which would have the exception
             if event.finished:
                 self._abort.detach()
+                self._keep_alive = None  # a variable may keep the stream for long
             return event
         raise StopIteration
 

@@ -127,18 +127,17 @@ def _no_server(error: ImportError) -> str:
 async def _run(
     llm: LLM, settings: ServerSettings, input_file: Path, results: ResultFile, concurrency: int
 ) -> Summary:
-    from tqdm.auto import tqdm
-
     from quire.async_llm import AsyncLLM
     from quire.server.app import build_app
     from quire.server.batch.lines import count_lines, read_lines
     from quire.server.batch.run import run_batch as answer_all
     from quire.server.service import Service
+    from quire.utils.progress import auto_tqdm
 
     async_llm = AsyncLLM.from_llm(llm)
     app = build_app(Service(async_llm, settings, llm.get_tokenizer()))
     total = count_lines(input_file)
-    with tqdm(total=total, desc="Requests", unit="request", dynamic_ncols=True) as bar:
+    with auto_tqdm()(total=total, desc="Requests", unit="request", dynamic_ncols=True) as bar:
 
         def advance(summary: Summary) -> None:
             if summary.failed:

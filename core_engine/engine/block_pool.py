@@ -145,6 +145,10 @@ class BlockPool:
         """Blocks that the prefix cache can find."""
         return len(self._published)
 
+    def published(self) -> list[int]:
+        """Return the blocks that the prefix cache can find, in no order."""
+        return [block.block_id for block in self._published.values()]
+
     def allocate(self, count: int) -> list[int]:
         """Take ``count`` blocks; what they held is forgotten. The caller checks `num_free`."""
         if count > self._free.size:

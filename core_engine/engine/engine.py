@@ -14,6 +14,7 @@ import torch
 from quire.engine.adapter_slots import AdapterSlots, LostAdapters
 from quire.engine.beams import advance_beams, start_beam_search
 from quire.engine.block_pool import BlockPool, root_key
+from quire.engine.cache_map import KVCacheMap, map_blocks
 from quire.engine.constraints import RequestConstraints
 from quire.engine.generation import Generation, StepNews
 from quire.engine.live_request import LiveRequest, count_adapters
@@ -139,6 +140,11 @@ class Engine:
         )
 
     # -- requests ------------------------------------------------------------------------------
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks that requests can use."""
+        return self._num_blocks - 1
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -471,9 +477,12 @@ class Engine:
         self._pool.reset()
         return True
 
+    def kv_cache_map(self) -> KVCacheMap:
+        """Return which block of the KV cache holds what."""
+        return map_blocks(self._pool, self.scheduler.running)
+
     def metrics(self) -> dict[str, float]:
         """Return counters since the start, and gauges of this moment."""
-        usable = self._pool.num_blocks - 1
         running = [s for s in self.scheduler.running if s.status is SequenceStatus.RUNNING]
         slots = self._slots
         return {
@@ -485,8 +494,8 @@ class Engine:
             "num_waiting_seqs": self.scheduler.num_waiting,
             "num_unfinished_requests": len(self._requests),
             "num_queued_requests": self.num_queued,
-            "kv_cache_usage": 1 - self._pool.num_free / usable,
-            "num_kv_blocks": usable,
+            "kv_cache_usage": 1 - self._pool.num_free / self.num_blocks,
+            "num_kv_blocks": self.num_blocks,
         }
 
     def count_adapters(self) -> dict[str, tuple[int, int]]:

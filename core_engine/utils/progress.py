@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from quire.outputs import RequestOutput
+
+
+def auto_tqdm() -> Callable[..., Any]:
+    """Return ``tqdm.auto.tqdm``, imported without a word.
+
+    In a notebook without ipywidgets it is the bar of text, and its first import warns of that.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        from tqdm.auto import tqdm
+
+    return tqdm  # type: ignore[no-any-return]
+
+
+def quiet_tqdm() -> None:
+    """In a notebook, import tqdm before another library does so with a warning."""
+    if "ipykernel" in sys.modules:
+        auto_tqdm()
 
 
 class ProgressBar:
@@ -29,9 +49,7 @@ class ProgressBar:
         if callable(use_tqdm):
             make = use_tqdm
         else:
-            from tqdm.auto import tqdm
-
-            make = tqdm
+            make = auto_tqdm()
         self._bar = make(total=total, desc="Processed prompts", dynamic_ncols=True)
 
     def advance(self, result: RequestOutput | BaseException) -> None:

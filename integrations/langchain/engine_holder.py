@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, field_serializer, field_val
 from quire import __version__
 from quire.config import EngineConfig, argument_names
 from quire.errors import ConfigError, EngineClosedError
+from quire.html import card
 from quire.integrations.engines import (
     EngineLease,
     acquire,
@@ -304,6 +305,10 @@ class EngineHolder(Serializable):
                 yield name, value
         if self._lease is not None and self._lease.closed:
             yield "closed", True
+
+    def _repr_html_(self) -> str:
+        shown = ((name or "", value) for name, value in self.__repr_args__())
+        return card(type(self).__name__, shown)
 
 
 def no_flag(value: Any) -> Any:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from quire.utils.progress import quiet_tqdm
+
 if TYPE_CHECKING:
     from quire.integrations.outlines import generate, models, samplers
     from quire.integrations.outlines.installation import install, uninstall
@@ -44,6 +46,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    quiet_tqdm()  # before Outlines
     if name in _MODULES:
         return import_module(f"{_HERE}.{name}")
     if name in _HOMES:
