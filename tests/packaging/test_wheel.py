@@ -64,7 +64,9 @@ def test_every_module_ships_under_the_import_name(repo_root: Path, wheel: zipfil
     }
 
 
-def test_type_marker_and_demo_model_with_its_adapters_ship(repo_root: Path, wheel: zipfile.ZipFile) -> None:
+def test_type_marker_and_demo_model_with_its_adapters_ship(
+    repo_root: Path, wheel: zipfile.ZipFile
+) -> None:
     """Type checkers see the types, and `quire/demo` loads from an installed wheel."""
     shipped = set(wheel.namelist())
     assert "quire/py.typed" in shipped
