@@ -117,7 +117,8 @@ inline void shrink(Thread& thread, const AdapterPlan& plan, int64_t number, cons
                    int64_t ldx) {
   int64_t most_blocks = 0;
   for (const AdapterGroup& group : plan.groups) {
-    most_blocks = std::max(most_blocks, padded(group.adapter->deltas[number].a.out, kBlock) / kBlock);
+    const int64_t num_ranks = group.adapter->deltas[number].a.out;
+    most_blocks = std::max(most_blocks, padded(num_ranks, kBlock) / kBlock);
   }
   if (most_blocks == 0) return;
   const int64_t num_groups = static_cast<int64_t>(plan.groups.size());
@@ -168,7 +169,7 @@ inline void prefetch_gains(const AdapterPlan& plan, int64_t number, int64_t firs
   }
 }
 
-// Rows of one adapter, and their sums for 16 outputs from `first` on.
+// Some rows of one adapter: what their inputs were shrunk to, and sums of 16 outputs.
 template <int Rows>
 struct AdaptedRows {
   const float* shrunk[Rows];
