@@ -19,7 +19,6 @@ from quire.kernels.cpu.packed_adapter import PackedAdapter, PlacedDelta
 from quire.models.adapter import Adapter
 from quire.models.spec import AttentionSpec, DecoderSpec, LayerSpec, NormSpec
 from quire.models.weights import Weights
-from quire.utils import huge_pages
 
 if TYPE_CHECKING:
     from quire.models.decoder import Batch
@@ -98,15 +97,18 @@ class NativeForward:
 
     def prepare(self, adapter: Adapter) -> PackedAdapter:
         """Bring an adapter into the form that the kernels read, beside whatever runs."""
-        return PackedAdapter(
-            self._library,
-            len(self._spec.layers) * len(structs.PROJECTIONS) + 1,
-            self._place(adapter),
-            embed=adapter.embed_weight,
-            embedding=adapter.embedding,
-            head=adapter.lm_head_weight,
-            allocate=lambda num_bytes: huge_pages.allocate((num_bytes,), torch.uint8),
-        )
+        try:
+            return PackedAdapter(
+                self._library,
+                len(self._spec.layers) * len(structs.PROJECTIONS) + 1,
+                self._place(adapter),
+                embed=adapter.embed_weight,
+                embedding=adapter.embedding,
+                head=adapter.lm_head_weight,
+            )
+        except (RuntimeError, MemoryError) as error:
+            size = sum(each.nbytes for each in adapter.tensors()) / 2**20
+            raise OutOfMemoryError(f"no memory for an adapter of {size:.0f} MiB") from error
 
     def _place(self, adapter: Adapter) -> Iterator[PlacedDelta]:
         """Say which of the library's products each delta belongs to."""

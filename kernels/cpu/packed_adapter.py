@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
@@ -116,8 +116,6 @@ class PackedAdapter:
     embedding : Embedding, optional
     head : Tensor[vocab_size, embedding_size], optional
         Stands in for the model's output matrix.
-    allocate : callable, optional
-        Given a number of bytes, returns them as a tensor.
 
     Attributes
     ----------
@@ -136,7 +134,6 @@ class PackedAdapter:
         embed: torch.Tensor | None = None,
         embedding: Embedding | None = None,
         head: torch.Tensor | None = None,
-        allocate: Callable[[int], torch.Tensor] | None = None,
     ) -> None:
         parts = [_Part(each) for each in placed]
         self._kept: list[object] = []
@@ -147,7 +144,7 @@ class PackedAdapter:
             matrices.append(head)
         self._addresses: dict[int, int] = {}
         self.num_bytes = 0
-        self._pack(library, matrices, allocate or _allocate)
+        self._pack(library, matrices)
         for part in parts:
             self._deltas[part.number] = self._delta(part)
         self.head = None if head is None else self._matrix(head)
@@ -161,16 +158,14 @@ class PackedAdapter:
             0.0 if embedding is None else embedding.scale,
         )
 
-    def _pack(
-        self,
-        library: ctypes.CDLL,
-        matrices: list[torch.Tensor],
-        allocate: Callable[[int], torch.Tensor],
-    ) -> None:
-        """Bring all into blocks, one behind the other."""
+    def _pack(self, library: ctypes.CDLL, matrices: list[torch.Tensor]) -> None:
+        """Bring all into blocks, one behind the other.
+
+        Huge pages would cost more than they give: of an adapter, short pieces are read.
+        """
         sizes = [_num_bytes(each) for each in matrices]
         total = sum(sizes)
-        memory = allocate(total + _LINE)
+        memory = torch.empty(total + _LINE, dtype=torch.uint8, device="cpu")
         self._kept.append(memory)
         self.num_bytes += total
         first = memory.data_ptr() + -memory.data_ptr() % _LINE
@@ -276,10 +271,6 @@ def _native(tensor: torch.Tensor) -> torch.Tensor:
 def _column(numbers: torch.Tensor) -> torch.Tensor:
     """One number for each output: packed, a row that is filled up with zeros."""
     return numbers.float().contiguous().view(-1, 1)
-
-
-def _allocate(num_bytes: int) -> torch.Tensor:
-    return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
 
 
 def _num_bytes(matrix: torch.Tensor) -> int:

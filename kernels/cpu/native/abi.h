@@ -65,7 +65,7 @@ enum Projection : int32_t { kQkv, kOut, kGate, kUp, kDown, kNumProjections };
 struct Adapter {
   const Delta* deltas;  // [num_layers * kNumProjections + 1], the last being the output matrix's
   int64_t width;        // [round_up(all ranks, 16)] of the delta that has the most
-  Matrix embed;         // stands in for the model's if it has any: blocks is [vocab][embedding_size]
+  Matrix embed;         // [vocab][embedding_size] in blocks, in the model's stead, if it has any
   Matrix embed_a;       // blocks is [vocab][rank]
   Matrix embed_b;       // blocks is [rank][embedding_size]
   float embed_scale;    // of what these two add to a token's embedding

@@ -261,24 +261,32 @@ constexpr int64_t kBlocksAtOnce = 2;
 // From so many rows on, a block is widened once and not anew for every few of them.
 constexpr int64_t kWidenFrom = 2 * kMostRows + 1;
 
+// Rows whose sums wait for each other, so that more of them are of one adapter.
+constexpr int64_t kRowsToAdapt = 36;
+static_assert(kRowsToAdapt >= kMostRows);
+
 // What `block` and `other`, if there is one, make of all rows: outputs `first` to first + 15.
 template <typename W>
 inline void multiply_block(const Product& p, const W* block, const W* other, int64_t first) {
   const int64_t depth = p.weight->in;
   const int64_t passes = (p.rows + kMostRows - 1) / kMostRows;
   const int64_t step = (p.rows + passes - 1) / passes;
-  float values[kMostRows * kBlock], factors[kMostRows * kBlock];
+  const int64_t most = p.adapters == nullptr ? step : kRowsToAdapt / step * step;
+  float values[kRowsToAdapt * kBlock], factors[kRowsToAdapt * kBlock];
   prefetch_gains(p, first);
-  for (int64_t row = 0; row < p.rows; row += step) {
-    const int rows = static_cast<int>(std::min(step, p.rows - row));
-    const float* x = p.x + row * p.ldx;
-    tile<false>(rows, x, p.ldx, depth, block, values, kBlock);
-    adapt(p, false, first, row, rows, values, kBlock);
-    if (other != nullptr) {
-      tile<false>(rows, x, p.ldx, depth, other, factors, kBlock);
-      adapt(p, true, first, row, rows, factors, kBlock);
+  for (int64_t row = 0; row < p.rows; row += most) {
+    const int64_t rows = std::min(most, p.rows - row);
+    for (int64_t r = 0; r < rows; r += step) {
+      const int some = static_cast<int>(std::min(step, rows - r));
+      const float* x = p.x + (row + r) * p.ldx;
+      tile<false>(some, x, p.ldx, depth, block, values + r * kBlock, kBlock);
+      if (other != nullptr) {
+        tile<false>(some, x, p.ldx, depth, other, factors + r * kBlock, kBlock);
+      }
     }
-    for (int r = 0; r < rows; ++r) {
+    adapt(p, false, first, row, rows, values, kBlock);
+    if (other != nullptr) adapt(p, true, first, row, rows, factors, kBlock);
+    for (int64_t r = 0; r < rows; ++r) {
       finish_row(p, values + r * kBlock, factors + r * kBlock, first,
                  p.y + (row + r) * p.ldy + first);
     }

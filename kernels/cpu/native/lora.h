@@ -117,7 +117,8 @@ inline void shrink(Thread& thread, const AdapterPlan& plan, int64_t number, cons
                    int64_t ldx) {
   int64_t most_blocks = 0;
   for (const AdapterGroup& group : plan.groups) {
-    most_blocks = std::max(most_blocks, padded(group.adapter->deltas[number].a.out, kBlock) / kBlock);
+    const int64_t num_ranks = group.adapter->deltas[number].a.out;
+    most_blocks = std::max(most_blocks, padded(num_ranks, kBlock) / kBlock);
   }
   if (most_blocks == 0) return;
   const int64_t num_groups = static_cast<int64_t>(plan.groups.size());
@@ -168,74 +169,77 @@ inline void prefetch_gains(const AdapterPlan& plan, int64_t number, int64_t firs
   }
 }
 
-// What 16 outputs of some rows gain, added to `values`, whose rows lie `ld` apart.
+// Some rows of one adapter: what their inputs were shrunk to, and sums of 16 outputs.
+template <int Rows>
+struct AdaptedRows {
+  const float* shrunk[Rows];
+  float* values[Rows];
+};
+
 template <int Rows, typename W>
-inline void add_gains(const W* block, int64_t rank, const float* shrunk, int64_t width,
-                      float* values, int64_t ld) {
-  const float* inputs[Rows];
+inline void add_gains(const AdaptedRows<Rows>& rows, int64_t rank, const W* block) {
   vf acc[Rows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) {
-    inputs[r] = shrunk + r * width;
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = load(values + r * ld + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = load(rows.values[r] + v * kLanes);
   }
-  add_rows<Rows>(inputs, rank, block, acc);
+  add_rows<Rows>(rows.shrunk, rank, block, acc);
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(values + r * ld + v * kLanes, acc[r][v]);
+    for (int v = 0; v < kVectors; ++v) store(rows.values[r] + v * kLanes, acc[r][v]);
   }
 }
 
-// The same of any number of rows.
-template <typename W>
-inline void add_slice(const DeltaSlice& slice, const W* block, const float* shrunk, int64_t width,
-                      int64_t rows, float* values, int64_t ld) {
-  for (int64_t i = 0; i < rows; i += kMostAdapted) {
-    with_rows(std::min<int64_t>(kMostAdapted, rows - i), [&](auto count) {
-      add_gains<count()>(block, slice.rank, shrunk + i * width + slice.first_rank, width,
-                         values + i * ld, ld);
-    });
-  }
-}
-
-// The same with all else that a delta does; `first` is the first of the 16 outputs.
-inline void adapt_rows(const Delta& delta, int64_t first, const float* shrunk, int64_t width,
-                       int64_t rows, float* values, int64_t ld) {
-  if (const DeltaSlice* slice = slice_of(delta, first)) {
+// What a delta makes of sums. `slice` is the one that these outputs gain by, or null.
+template <int Rows>
+inline void adapt_rows(const Delta& delta, const DeltaSlice* slice, int64_t first,
+                       AdaptedRows<Rows>& rows) {
+  if (slice != nullptr) {
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) rows.shrunk[r] += slice->first_rank;
     const int64_t b = (first - slice->first_output) / kBlock;
     if (slice->b.dtype == kFloat32) {
-      add_slice(*slice, block_of<float>(slice->b, b), shrunk, width, rows, values, ld);
+      add_gains<Rows>(rows, slice->rank, block_of<float>(slice->b, b));
     } else {
-      add_slice(*slice, block_of<uint16_t>(slice->b, b), shrunk, width, rows, values, ld);
+      add_gains<Rows>(rows, slice->rank, block_of<uint16_t>(slice->b, b));
     }
   }
   if (delta.factor == nullptr && delta.bias == nullptr) return;
-  for (int64_t r = 0; r < rows; ++r) {
+  for (int r = 0; r < Rows; ++r) {
     for (int i = 0; i < kBlock; i += kLanes) {
-      vf v = load(values + r * ld + i);
+      vf v = load(rows.values[r] + i);
       if (delta.factor != nullptr) v = v * load(delta.factor + first + i);
       if (delta.bias != nullptr) v = v + load(delta.bias + first + i);
-      store(values + r * ld + i, v);
+      store(rows.values[r] + i, v);
     }
   }
 }
 
-// What adapters make of sums of a product, before its bias: values[r][0:16], `ld` apart, of the rows
-// from `row` on. Rows that follow one another and have one adapter are computed together.
-inline void adapt(const AdapterPlan& plan, int64_t number, int64_t first, int64_t row, int64_t rows,
-                  float* values, int64_t ld) {
-  const Adapter* const* adapters = plan.of_row.data() + row;
-  for (int64_t r = 0; r < rows;) {
-    const Adapter* adapter = adapters[r];
-    int64_t end = r + 1;
-    while (end < rows && adapters[end] == adapter) ++end;
-    if (adapter != nullptr) {
-      adapt_rows(adapter->deltas[number], first, plan.shrunk + (row + r) * plan.width, plan.width,
-                 end - r, values + r * ld, ld);
+// What adapters make of sums of a product, before its bias: values[r][0:16], `ld` apart, of `count`
+// rows from `row` on. Those of one adapter are computed together, wherever they are among these.
+inline void adapt(const AdapterPlan& plan, int64_t number, int64_t first, int64_t row,
+                  int64_t count, float* values, int64_t ld) {
+  const int64_t end = row + count;
+  for (int64_t r = row; r < end; ++r) {
+    if (plan.of_row[r] == nullptr || plan.before[r] >= row) continue;
+    const Delta& delta = plan.of_row[r]->deltas[number];
+    const DeltaSlice* slice = slice_of(delta, first);
+    for (int64_t next = r; next >= 0 && next < end;) {
+      AdaptedRows<kMostAdapted> rows;
+      int found = 0;
+      for (; found < kMostAdapted && next >= 0 && next < end; next = plan.after[next]) {
+        rows.shrunk[found] = plan.shrunk + next * plan.width;
+        rows.values[found++] = values + (next - row) * ld;
+      }
+      with_rows(found, [&](auto rows_there) {
+        AdaptedRows<rows_there()> those;
+        std::copy_n(rows.shrunk, rows_there(), those.shrunk);
+        std::copy_n(rows.values, rows_there(), those.values);
+        adapt_rows<rows_there()>(delta, slice, first, those);
+      });
     }
-    r = end;
   }
 }
 

@@ -83,9 +83,15 @@ AdapterPlan plan_adapters(const Model& model, const int32_t* slots, int64_t num_
   std::stable_sort(plan.rows.begin(), plan.rows.end(), [&](int64_t a, int64_t b) {
     return plan.of_row[a] < plan.of_row[b];
   });
+  plan.before.assign(num_rows, -1);
+  plan.after.assign(num_rows, -1);
   for (size_t i = 0; i < plan.rows.size(); ++i) {
     const Adapter* adapter = plan.of_row[plan.rows[i]];
     AdapterGroup* last = plan.groups.empty() ? nullptr : &plan.groups.back();
+    if (last != nullptr && last->adapter == adapter) {
+      plan.before[plan.rows[i]] = plan.rows[i - 1];
+      plan.after[plan.rows[i - 1]] = plan.rows[i];
+    }
     if (last != nullptr && last->adapter == adapter && last->count < kMostTogether) {
       ++last->count;
     } else {

@@ -49,11 +49,12 @@ struct AdapterGroup {
 
 // Which rows of a batch have which adapter.
 struct AdapterPlan {
-  std::vector<const Adapter*> of_row;  // null: none
-  std::vector<int64_t> rows;           // one group's after the other's
-  std::vector<AdapterGroup> groups;    // those of one adapter follow one another
-  int64_t width = 0;                   // of a shrunk row
-  float* shrunk = nullptr;             // [num_rows][width]: of the product that is computed
+  std::vector<const Adapter*> of_row;    // null: none
+  std::vector<int64_t> before, after;    // each row's neighbours among its adapter's; -1: none
+  std::vector<int64_t> rows;             // one group's after the other's
+  std::vector<AdapterGroup> groups;      // those of one adapter follow one another
+  int64_t width = 0;                     // of a shrunk row
+  float* shrunk = nullptr;               // [num_rows][width]: of the product that is computed
 };
 
 // `slots` may be null: nobody has an adapter.

@@ -42,6 +42,7 @@ void must(int status);
 bool same_bits(const float* a, const float* b, int64_t count);
 
 void check_products(Random& random, int count, const Rounding& rounding, Findings& found);
+void check_adapters(Random& random, int count, const Rounding& rounding, Findings& found);
 void check_activations(Findings& found);
 void check_sampling(Random& random, int count, Findings& found);
 void check_models(Random& random, int count, const Rounding& rounding, Findings& found);

@@ -47,6 +47,7 @@ static bool check_isa(const std::string& isa, bool is_quick) {
   Findings found(isa);
   Random random(20240229);
   check_products(random, is_quick ? 60 : 300, rounding, found);
+  check_adapters(random, is_quick ? 60 : 300, rounding, found);
   check_activations(found);
   check_sampling(random, is_quick ? 30 : 200, found);
   check_models(random, is_quick ? 12 : 40, rounding, found);

@@ -58,7 +58,7 @@ class Runner {
     const Batch batch{ids.data(),     positions.data(), slots.data(),
                       starts.data(),  lengths.data(),   tables.data(),
                       stride_,        block_size_,      static_cast<int32_t>(lengths.size()),
-                      static_cast<int64_t>(ids.size()), hidden.data()};
+                      static_cast<int64_t>(ids.size()), hidden.data(),  nullptr};
     must(quire_forward(context_.get(), &model_.model, &batch, num_threads_));
     const float* next = hidden.data();
     for (size_t i = 0; i < counts.size(); ++i) {
@@ -132,8 +132,8 @@ void compare_logits(TinyModel& model, const std::vector<float>& hidden, const Ro
   const int64_t vocab = model.shape.vocab;
   Context context;
   std::vector<float> one(rows * vocab, NAN), two(rows * vocab, NAN);
-  must(quire_logits(context.get(), &model.model, hidden.data(), rows, one.data(), 1));
-  must(quire_logits(context.get(), &model.model, hidden.data(), rows, two.data(), 2));
+  must(quire_logits(context.get(), &model.model, hidden.data(), rows, nullptr, one.data(), 1));
+  must(quire_logits(context.get(), &model.model, hidden.data(), rows, nullptr, two.data(), 2));
   if (!same_bits(one.data(), two.data(), rows * vocab)) {
     found.fail(name + ": logits differ with two threads");
   }

@@ -13,8 +13,8 @@ struct Case {
 
   std::vector<float> run(int64_t first, int64_t count, int num_threads) {
     std::vector<float> y(count * weight.matrix.out, NAN);
-    must(quire_logits(context.get(), &model, x.data() + first * weight.matrix.in, count, y.data(),
-                      num_threads));
+    must(quire_logits(context.get(), &model, x.data() + first * weight.matrix.in, count, nullptr,
+                      y.data(), num_threads));
     return y;
   }
 };
