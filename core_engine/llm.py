@@ -26,7 +26,7 @@ from quire.prompts import (
     as_prompts,
     as_single_prompt,
 )
-from quire.request_maker import RequestMaker, at_index
+from quire.request_maker import FoundAdapter, RequestMaker, at_index
 from quire.sampling_params import BeamSearchParams, SamplingParams
 from quire.utils.checks import refuse
 from quire.utils.output_history import keep_out_of_history
@@ -517,6 +517,10 @@ class LLM:
     ) -> Request:
         """Check and tokenize one prompt whose vector is wanted."""
         return self._open_maker().embedding(prompt, pooling, lora_request)
+
+    def _find_adapters(self, lora_request: Any, num_prompts: int) -> list[FoundAdapter]:
+        """Return what requests take for `lora_request`, whatever is loaded meanwhile."""
+        return self._open_maker().find_adapters(lora_request, num_prompts)
 
     def _is_at_hand(self, lora_request: Any) -> bool:
         """Whether a request for that adapter is made without a look at its files."""
