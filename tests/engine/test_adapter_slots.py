@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from dataclasses import dataclass, field
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -91,19 +89,21 @@ class SlotStates(RuleBasedStateMachine):
         if not others or not self.slots.num_unused:
             return
         adapter = data.draw(st.sampled_from(others))
-        before = self.slots.num_loads
         self.slots.collect()
         self.slots.enter(adapter)
-        if self.slots.num_loads == before:  # it was in a slot
+        if not self.slots._changes:  # it was in a slot
             self.slots.leave(adapter)
-            self.slots.apply(self.model.set_adapter)
             return
 
         def broken(slot, adapter):
             raise OSError("no slot today")
 
-        with pytest.raises(OSError, match="today"):
+        try:  # pytest.raises would keep the traceback, and with it the adapter
             self.slots.apply(broken)
+        except OSError:
+            pass
+        else:
+            raise AssertionError("the error was lost")
         self.slots.leave(adapter)
         self.slots.apply(self.model.set_adapter)
 
@@ -125,7 +125,6 @@ class SlotStates(RuleBasedStateMachine):
         while self.running:
             self.slots.leave(self.running.pop()[0])
         self.owned.clear()
-        gc.collect()  # tracebacks of errors that were expected
         self.slots.collect()
         self.slots.apply(self.model.set_adapter)
         assert self.slots.num_filled == 0
@@ -153,7 +152,6 @@ def test_the_memory_of_an_adapter_goes_with_its_last_user():
     assert calls == [1]
     slots.collect()
     slots.apply(model.set_adapter)
-    gc.collect()
     assert form() is None
     assert slots.num_filled == 0
 
@@ -161,12 +159,13 @@ def test_the_memory_of_an_adapter_goes_with_its_last_user():
 def test_the_least_recently_used_adapter_makes_room():
     slots, model = AdapterSlots(2, LostAdapters()), Model()
     a, b, c = map(make_adapter, "abc")
+    swaps = 0
     for adapter in (a, b, a, c):
         slots.enter(adapter)
         slots.leave(adapter)
-        slots.apply(model.set_adapter)
+        swaps += slots.apply(model.set_adapter)
     assert set(map(id, model.forms.values())) == {id(a.form), id(c.form)}
-    assert slots.num_loads == 3
+    assert swaps == 3
 
 
 # -- in the scheduler ----------------------------------------------------------------------------
