@@ -385,7 +385,7 @@ def test_profile(chat: ChatVLLM) -> None:
     profile: Any = getattr(chat, "profile", None)
     if profile is None:
         pytest.skip("this langchain-core has no model profiles")
-    assert profile["max_input_tokens"] == chat.client._processor.limits.max_model_len
+    assert profile["max_input_tokens"] == chat.client._open_processor().limits.max_model_len
     assert profile["structured_output"] is True
     assert profile["image_inputs"] is False
     assert ChatVLLM(client=chat.client, profile={"tool_calling": True}).profile == {

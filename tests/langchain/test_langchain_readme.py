@@ -37,8 +37,8 @@ def test_examples_run(
     assert "degrees=" in printed[6]
     assert printed[7] == "get_weather\n"
     assert printed[8].split() == ["2", "128"]
-    assert "Rome" in printed[9]
-    assert "ROME" in printed[9]
+    for answer in ("The capital", "La capitale", "THE CAPITAL"):
+        assert answer in printed[9]
     assert printed[9].endswith("True\n")
     for answer in printed[10:]:
         assert answer.splitlines()[-1] in ("yes", "no")
