@@ -60,9 +60,11 @@ def run(llm: LLM, mode: Mode) -> dict[str, float]:
         for count in mode.workload.output_lens
     ]
     prompts: list[Any] = list(mode.workload.prompts)
+    before = llm.get_metrics()
     started = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=mode.lora_requests())
     seconds = time.perf_counter() - started
+    after = llm.get_metrics()
     made = [len(output.outputs[0].token_ids) for output in outputs]
     if made != mode.workload.output_lens:
         raise BenchError(f"{mode.label}: generated {made}, not {mode.workload.output_lens}")
@@ -71,7 +73,12 @@ def run(llm: LLM, mode: Mode) -> dict[str, float]:
         for output in outputs
         if output.metrics is not None and output.metrics.first_token_time is not None
     ]
-    return {"seconds": seconds, "first_token_seconds": sum(firsts) / len(firsts)}
+    steps, model = (after[name] - before[name] for name in ("step_seconds", "forward_seconds"))
+    return {
+        "seconds": seconds,
+        "first_token_seconds": sum(firsts) / len(firsts),
+        "engine_seconds": steps - model,
+    }
 
 
 def adapter_counts(most: int, workload: Workload) -> list[int]:
@@ -159,7 +166,8 @@ def measure_swap(
     -------
     Measurement
         ``resident_seconds``, ``swapped_seconds``, and in ``swap_seconds`` what the second took
-        longer than the first, in each pair.
+        longer than the first, in each pair; ``placing_seconds`` is how much of that was outside
+        of the model's computation, where an adapter is put into its slot.
     """
     measurement = Measurement("swap")
     workload = uniform(1, input_len, 1, vocab_size=vocab_size)
@@ -167,13 +175,15 @@ def measure_swap(
         run(llm, Mode("warm-up", workload, [adapter]))
     for repeat in range(repeats):
         resident, other = (adapters[(repeat + i + 1) % 2] for i in range(2))
-        stays = run(llm, Mode("resident", workload, [resident]))["first_token_seconds"]
-        comes = run(llm, Mode("swapped", workload, [other]))["first_token_seconds"]
+        stays = run(llm, Mode("resident", workload, [resident]))
+        comes = run(llm, Mode("swapped", workload, [other]))
+        longer = {name: comes[name] - stays[name] for name in stays}
         measurement.add(
             {
-                "resident_seconds": stays,
-                "swapped_seconds": comes,
-                "swap_seconds": comes - stays,
+                "resident_seconds": stays["first_token_seconds"],
+                "swapped_seconds": comes["first_token_seconds"],
+                "swap_seconds": longer["first_token_seconds"],
+                "placing_seconds": longer["engine_seconds"],
             }
         )
     say(f"  {repeats} swaps")

@@ -165,6 +165,7 @@ class _Bench:
                 "resident_seconds": "adapter in its slot",
                 "swapped_seconds": "adapter in memory alone",
                 "swap_seconds": "what swapping adds",
+                "placing_seconds": "of that, in the engine",
             },
         )
         typer.echo("\nswap: one slot, two adapters")

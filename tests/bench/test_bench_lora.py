@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from quire import LLM
 from quire.bench import adapter_runs, cli, lora
 from quire.bench.adapter_runs import VS_BASE, Mode
 from quire.bench.limit import ModelSize
@@ -78,6 +79,24 @@ def test_the_ceiling_is_that_of_the_bytes():
     assert ceilings[0] == 1
     assert ceilings[1] == pytest.approx(0.983, abs=0.001)
     assert ceilings[2] == pytest.approx(0.875, abs=0.001)
+
+
+def test_every_other_first_token_waits_for_a_swap(tiny_llama, tmp_path):
+    """Of each pair, one request finds its adapter in the slot, and the other has it put there."""
+    shape = AdapterShape.of(tiny_llama, TARGETS, 2, "float32")
+    with LLM(tiny_llama, dtype="float32", enable_lora=True, max_loras=1, max_cpu_loras=2) as llm:
+        adapters = [llm.load_lora(shape.write(tmp_path / str(i), i)) for i in range(2)]
+        placed = []
+        put = llm.llm_engine._runner.set_adapter
+        llm.llm_engine._runner.set_adapter = lambda *given: (placed.append(given), put(*given))
+        done = adapter_runs.measure_swap(
+            llm, adapters, vocab_size=300, input_len=3, repeats=5, say=lambda line: None
+        )
+    assert len(placed) == 2 + 5
+    runs = done.runs
+    pairs = zip(runs["swapped_seconds"], runs["resident_seconds"], strict=True)
+    assert runs["swap_seconds"] == [a - b for a, b in pairs]
+    assert len(runs["placing_seconds"]) == 5
 
 
 @pytest.fixture
