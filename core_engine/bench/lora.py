@@ -184,7 +184,7 @@ class _Bench:
         typer.echo(report.table(rows) + "\n")
         return measured.runs
 
-    def _open(self, **options: int) -> LLM:
+    def _open(self, **options: Any) -> LLM:
         from quire import LLM
 
         rank = self._shape.rank

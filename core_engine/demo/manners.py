@@ -143,11 +143,11 @@ def measure(manner: Manner, generate: Generate, *, adapted: bool) -> list[Manner
     adapted : bool
         Whether right answers are right in this manner; else as the base model gives them.
     """
-    value, sentence = answer_value, _english_sentence
-    if adapted:
-        value, sentence = manner.value, manner.sentence
+    sets = _sets(manner.value, manner.sentence)
+    if not adapted:
+        sets = _sets(answer_value, _english_sentence)
     scores = []
-    for name, questions in _sets(value, sentence).items():
+    for name, questions in sets.items():
         texts = generate([question.prompt for question in questions])
         right = sum(map(_is_right, questions, texts))
         scores.append(MannerScore(name, len(texts), right, sum(map(manner.is_kept, texts))))
