@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import plain_files, read, write_files
+from peft_adapters import plain_files, read, write_files
 
 from quire.errors import AdapterError
 from quire.lora.place import folder_of

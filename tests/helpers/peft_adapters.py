@@ -1,4 +1,4 @@
-"""Random adapters of peft's own making, and a decoder with one of them in a slot."""
+"""Adapters in peft's format: of peft's own making, or by hand; and decoders to read them for."""
 
 from __future__ import annotations
 
@@ -85,15 +85,15 @@ def adapted_model(model_folder: Path, folder: Path) -> Any:
 
 
 @functools.cache
-def decoder_of(model_folder: Path, max_adapters: int = 2, backend: str = "reference") -> Decoder:
-    """A decoder with slots, float32; the same one for the same folder."""
+def decoder_of(model_folder: Path, backend: str | None = "reference") -> Decoder:
+    """A decoder with slots, float32; the same one for the same folder and backend."""
     return load_model(
         model_folder,
         read_config(model_folder),
         device=torch.device("cpu"),
         dtype=torch.float32,
         kernels=get_backend("cpu", backend),
-        max_adapters=max_adapters,
+        max_adapters=2,
     )
 
 
@@ -109,26 +109,6 @@ def read(
     _, family = family_of(read_config(model_folder))
     decoder = decoder or decoder_of(model_folder)
     return read_adapter(folder, decoder, family, max_rank=max_rank, dtype=dtype)
-
-
-class OneSlot:
-    """A decoder that computes everything with the adapter of one slot, for `PagedRunner`."""
-
-    def __init__(self, decoder: Decoder, slot: int) -> None:
-        self.weights = decoder.weights
-        self.kv_cache_layers = decoder.kv_cache_layers
-        self._decoder = decoder
-        self._slot = slot
-
-    def forward(self, batch: Any, kv_caches: Any) -> torch.Tensor:
-        """See `Decoder.forward`."""
-        batch.adapter_slots = torch.full((len(batch.input_ids),), self._slot, dtype=torch.int32)
-        return self._decoder.forward(batch, kv_caches)
-
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """See `Decoder.compute_logits`."""
-        slots = torch.full((len(hidden),), self._slot, dtype=torch.int32)
-        return self._decoder.compute_logits(hidden, slots)
 
 
 def plain_files(
