@@ -24,10 +24,9 @@ from quire.prompts import (
     as_conversations,
     as_prompts,
     as_single_prompt,
-    one_per_prompt,
 )
-from quire.request_maker import RequestMaker
-from quire.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from quire.request_maker import RequestMaker, at_index
+from quire.sampling_params import BeamSearchParams, SamplingParams
 from quire.utils.checks import refuse
 from quire.waiting import OutputStream, wait_for_all
 
@@ -84,6 +83,8 @@ class LLM:
         For an argument's value that is wrong, or (NotSupportedError) not offered.
     ModelNotFoundError, ModelLoadError, OutOfMemoryError
         When the model cannot be found, read or held.
+    AdapterError
+        When one of ``lora_modules`` cannot be.
 
     Examples
     --------
@@ -217,7 +218,7 @@ class LLM:
                     chat_template_kwargs=chat_template_kwargs,
                 )
             except InvalidRequestError as error:
-                raise _at_index("conversation", i, len(conversations), error) from error
+                raise at_index("conversation", i, len(conversations), error) from error
             prompts.append(prompt)
         return self.generate(
             prompts,
@@ -324,15 +325,7 @@ class LLM:
         InvalidRequestError, RequestFailedError, EngineClosedError
             As from :meth:`generate`.
         """
-        every = as_prompts(prompts)
-        many = one_per_prompt("pooling_params", pooling_params, len(every))
-        adapters = self._find_adapters(lora_request, len(every))
-        requests: list[Request | BaseException] = []
-        for i, (prompt, pooling) in enumerate(zip(every, many, strict=True)):
-            try:
-                requests.append(self._make_embedding(prompt, pooling, adapters[i]))
-            except InvalidRequestError as error:
-                raise _at_index("prompt", i, len(every), error) from error
+        requests = self._open_maker().embeddings(as_prompts(prompts), pooling_params, lora_request)
         results = wait_for_all(self._lifetime.start, requests, use_tqdm)
         for result in results:
             if isinstance(result, BaseException):
@@ -486,31 +479,13 @@ class LLM:
 
         With ``return_errors=False`` a prompt that cannot be served raises before any has run.
         """
-        maker = self._open_maker()
-        every_params = one_per_prompt("sampling_params", params, len(prompts))
-        every_priority = one_per_prompt(
-            "priority", 0 if priority is None else priority, len(prompts)
+        requests = self._open_maker().batch(
+            prompts,
+            params,
+            lora_request=lora_request,
+            priority=priority,
+            return_errors=return_errors,
         )
-        adapters = self._find_adapters(lora_request, len(prompts))
-        final: dict[int, SamplingParams] = {}  # by identity: most often all prompts share one
-        requests: list[Request | BaseException] = []
-        for i, prompt in enumerate(prompts):
-            own = every_params[i]
-            try:
-                if id(own) not in final:
-                    final[id(own)] = maker.with_kind(own, RequestOutputKind.FINAL_ONLY)
-                requests.append(
-                    self._make_request(
-                        prompt,
-                        final[id(own)],
-                        lora_request=adapters[i],
-                        priority=every_priority[i],
-                    )
-                )
-            except InvalidRequestError as error:
-                if not return_errors:
-                    raise _at_index("prompt", i, len(prompts), error) from error
-                requests.append(error)
         return wait_for_all(self._lifetime.start, requests, use_tqdm)
 
     def _make_request(
@@ -531,11 +506,6 @@ class LLM:
     ) -> Request:
         """Check and tokenize one prompt whose vector is wanted."""
         return self._open_maker().embedding(prompt, pooling, lora_request)
-
-    def _find_adapters(self, lora_request: Any, num_prompts: int) -> list[Any]:
-        """Return what the requests of a batch take for `lora_request`."""
-        every = one_per_prompt("lora_request", lora_request, num_prompts)
-        return self._open_maker().find_adapters(every)
 
     def _is_at_hand(self, lora_request: Any) -> bool:
         """Whether a request for that adapter is made without a look at its files."""
@@ -561,7 +531,3 @@ class LLM:
 
 # For help() and for editors that ask at run time; the annotations serve those that do not.
 LLM.__init__.__signature__ = init_signature()  # type: ignore[attr-defined]
-
-
-def _at_index(what: str, i: int, total: int, error: InvalidRequestError) -> InvalidRequestError:
-    return InvalidRequestError(f"{what} {i} of {total}: {error}" if total > 1 else str(error))

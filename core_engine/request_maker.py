@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from quire.errors import InvalidRequestError, NotSupportedError
+from quire.errors import AdapterError, InvalidRequestError, NotSupportedError
 from quire.pooling_params import PoolingParams
-from quire.prompts import Message, Prompt
+from quire.prompts import Message, Prompt, one_per_prompt
 from quire.sampling_params import RequestOutputKind, SamplingParams
 from quire.utils.checks import refuse, shown
 
@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from quire.engine.request import Request
     from quire.models.adapter import PreparedAdapter
     from quire.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class _FoundAdapter:
+    """What a caller named, and the adapter that it is, or why there is none."""
+
+    named: Any
+    adapter: PreparedAdapter | None
+    error: InvalidRequestError | None = None
 
 
 class RequestMaker:
@@ -94,32 +103,80 @@ class RequestMaker:
             pooling=pooling or PoolingParams(),
         )
 
-    def find_adapters(self, lora_requests: Sequence[Any]) -> list[Any]:
+    def batch(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        *,
+        lora_request: Any,
+        priority: int | Sequence[int] | None,
+        return_errors: bool,
+    ) -> list[Request | BaseException]:
+        """Make the requests of a batch, whose outputs are wanted at its end.
+
+        A prompt that cannot be served raises, or with `return_errors` has its error in its place.
+        """
+        every_params = one_per_prompt("sampling_params", params, len(prompts))
+        every_priority = one_per_prompt(
+            "priority", 0 if priority is None else priority, len(prompts)
+        )
+        adapters = self._find_adapters(lora_request, len(prompts))
+        final: dict[int, SamplingParams] = {}  # by identity: most often all prompts share one
+        requests: list[Request | BaseException] = []
+        for i, prompt in enumerate(prompts):
+            own = every_params[i]
+            try:
+                if id(own) not in final:
+                    final[id(own)] = self.with_kind(own, RequestOutputKind.FINAL_ONLY)
+                request = self.request(
+                    prompt,
+                    final[id(own)],
+                    lora_request=adapters[i],
+                    priority=every_priority[i],
+                )
+            except InvalidRequestError as error:
+                if not return_errors:
+                    raise at_index("prompt", i, len(prompts), error) from error
+                requests.append(error)
+            else:
+                requests.append(request)
+        return requests
+
+    def embeddings(
+        self,
+        prompts: Sequence[Prompt],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None,
+        lora_request: Any,
+    ) -> list[Request | BaseException]:
+        """Make the requests of a batch of prompts whose vectors are wanted."""
+        every_pooling = one_per_prompt("pooling_params", pooling_params, len(prompts))
+        adapters = self._find_adapters(lora_request, len(prompts))
+        requests: list[Request | BaseException] = []
+        for i, prompt in enumerate(prompts):
+            try:
+                requests.append(self.embedding(prompt, every_pooling[i], adapters[i]))
+            except InvalidRequestError as error:
+                raise at_index("prompt", i, len(prompts), error) from error
+        return requests
+
+    def _find_adapters(self, lora_request: Any, num_prompts: int) -> list[_FoundAdapter]:
         """Look for each of the adapters of a batch once.
 
-        Parameters
-        ----------
-        lora_requests : list
-            One per prompt, None for none.
-
-        Returns
-        -------
-        list
-            What :meth:`request` and :meth:`embedding` take in their place: an adapter that cannot
-            be had is an error of the requests that want it.
+        One that cannot be had is an error of the requests that want it.
         """
-        found: dict[int, FoundAdapter] = {}
-        for each in lora_requests:
+        every = one_per_prompt("lora_request", lora_request, num_prompts)
+        found: dict[int, _FoundAdapter] = {}
+        for each in every:
             if id(each) not in found:
                 try:
                     found[id(each)] = self._adapter(each)
                 except InvalidRequestError as error:
-                    found[id(each)] = FoundAdapter(each, None, error)
-        return [found[id(each)] for each in lora_requests]
+                    found[id(each)] = _FoundAdapter(each, None, error)
+        return [found[id(each)] for each in every]
 
-    def _adapter(self, lora_request: Any) -> FoundAdapter:
-        if not isinstance(lora_request, FoundAdapter):
-            return FoundAdapter(lora_request, self.adapters.resolve(lora_request))
+    def _adapter(self, lora_request: Any) -> _FoundAdapter:
+        if not isinstance(lora_request, _FoundAdapter):
+            return _FoundAdapter(lora_request, self.adapters.resolve(lora_request))
         error = lora_request.error
         if error is not None:  # a new one: each is the exception of one prompt
             raise type(error)(str(error)) from error
@@ -149,26 +206,7 @@ class RequestMaker:
         return self.with_kind(whole, RequestOutputKind.DELTA)
 
 
-class FoundAdapter:
-    """What a caller named, and the adapter that it is.
-
-    Attributes
-    ----------
-    named : object
-        As the caller wrote it.
-    adapter : PreparedAdapter or None
-    error : InvalidRequestError or None
-        Why there is none.
-    """
-
-    __slots__ = ("adapter", "error", "named")
-
-    def __init__(
-        self,
-        named: Any,
-        adapter: PreparedAdapter | None,
-        error: InvalidRequestError | None = None,
-    ) -> None:
-        self.named = named
-        self.adapter = adapter
-        self.error = error
+def at_index(what: str, i: int, total: int, error: InvalidRequestError) -> InvalidRequestError:
+    """Return an error that says which of several things it is about."""
+    kind = AdapterError if isinstance(error, AdapterError) else InvalidRequestError
+    return kind(f"{what} {i} of {total}: {error}" if total > 1 else str(error))

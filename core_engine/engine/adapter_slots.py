@@ -64,7 +64,6 @@ class AdapterSlots:
         self._refs: dict[str, weakref.ref[PreparedAdapter]] = {}
         self._users: dict[str, int] = {}
         self._changes: list[tuple[int, PreparedAdapter | None]] = []
-        self.num_loads = 0
 
     @property
     def num_filled(self) -> int:
@@ -94,7 +93,6 @@ class AdapterSlots:
             lost = self._lost
             self._refs[digest] = weakref.ref(adapter, lambda _: lost.add(digest))
             self._changes.append((slot, adapter))
-            self.num_loads += 1
         self._slots.move_to_end(digest)
         return slot
 
@@ -111,8 +109,8 @@ class AdapterSlots:
         for digest in self._lost.take():
             self._empty_if_lost(digest)
 
-    def apply(self, set_adapter: SetAdapter) -> None:
-        """Let the model have what has changed since the last call.
+    def apply(self, set_adapter: SetAdapter) -> int:
+        """Let the model have what has changed since the last call; return how many adapters came.
 
         Where that fails, what was not done is not believed to be done.
         """
@@ -126,6 +124,7 @@ class AdapterSlots:
                     self._empty(digest)
                 self._changes.clear()  # they are as empty as they were, or broken
                 raise
+        return sum(adapter is not None for _, adapter in changes)
 
     def _evict(self) -> int:
         digest = next(digest for digest in self._slots if digest not in self._users)

@@ -16,15 +16,16 @@ from quire.engine.beams import advance_beams, start_beam_search
 from quire.engine.block_pool import BlockPool, root_key
 from quire.engine.constraints import RequestConstraints
 from quire.engine.generation import Generation, StepNews
-from quire.engine.live_request import LiveRequest
+from quire.engine.live_request import LiveRequest, count_adapters
 from quire.engine.metrics import EngineMetrics
 from quire.engine.processor import ModelLimits, Processor
+from quire.engine.prompt_reader import read_prompts
 from quire.engine.runner import ModelRunner, is_device_lost
 from quire.engine.running import RunningSequences
 from quire.engine.scheduler import Scheduler, StepPlan
 from quire.engine.sequence import Sequence, SequenceStatus
 from quire.engine.sequence_table import SequenceTable
-from quire.engine.token_logprobs import LogitsOf, TokenLogprobsMaker
+from quire.engine.token_logprobs import TokenLogprobsMaker
 from quire.errors import (
     DeviceLostError,
     EngineBusyError,
@@ -315,7 +316,8 @@ class Engine:
                 num_drafts = [num_drafts[i] for i in caught_up]
             masks = self._constraints.start_masks(sequences, num_drafts, self._requests)
             if self._slots is not None:
-                self._slots.apply(self._runner.set_adapter)
+                swaps = self._slots.apply(self._runner.set_adapter)
+                self.metrics_data.num_adapter_swaps += swaps
             forward_started = time.perf_counter()
             hidden = self._runner.forward(batch)
             logits = likeliest = None
@@ -323,7 +325,7 @@ class Engine:
             if slots is not None:
                 slots = slots[wanted.cpu()]
             if self._sampler.needs_logits(chosen_rows):
-                logits = self._runner.logits(hidden, wanted, slots)
+                logits = self._logits(hidden, wanted, slots)
             elif len(chosen_rows):
                 likeliest = self._runner.likeliest(hidden, wanted, slots)
             self.metrics_data.forward_seconds += time.perf_counter() - forward_started
@@ -333,7 +335,11 @@ class Engine:
             if is_device_lost(error):
                 raise DeviceLostError(f"{type(error).__name__}: {error}") from error
             return self._fail_step(plan, error)
-        news = StepNews(self._read_prompts(plan, hidden))
+        news = StepNews({})
+        if plan.reads_prompts:
+            news.failed |= read_prompts(
+                plan, hidden, self._requests, self._logprobs, self._sampler, self._logits
+            )
         self.scheduler.update(plan)
         self._table.advance(rows, plan)
         if len(chosen_rows):
@@ -362,16 +368,11 @@ class Engine:
         self.metrics_data.step_seconds += time.perf_counter() - started
         return outputs
 
-    def _logits_of(self, sequence: Sequence) -> LogitsOf:
-        """Return what makes logits of hidden states of one sequence, given them and places."""
-        slot = sequence.adapter_slot
-
-        def logits(hidden: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-            assert self._runner is not None
-            slots = None if slot < 0 else torch.full((len(indices),), slot, dtype=torch.int32)
-            return self._runner.logits(hidden, indices, slots)
-
-        return logits
+    def _logits(
+        self, hidden: torch.Tensor, indices: torch.Tensor, slots: torch.Tensor | None
+    ) -> torch.Tensor:
+        assert self._runner is not None
+        return self._runner.logits(hidden, indices, slots)
 
     def _admit(self, plan: StepPlan) -> None:
         self._running.admit(plan, self._requests)
@@ -410,28 +411,6 @@ class Engine:
                 outputs.append(output)
         outputs += [self._fail(self._requests[id_], error) for id_, error in failed.items()]
         return outputs
-
-    def _read_prompts(self, plan: StepPlan, hidden: torch.Tensor) -> dict[str, BaseException]:
-        """Take what this step tells of prompts; return the requests for which that failed."""
-        failed: dict[str, BaseException] = {}
-        if not plan.reads_prompts:
-            return failed
-        start = 0
-        for sequence, count in zip(plan.sequences, plan.num_new_tokens, strict=True):
-            if sequence.reads_prompt:
-                live = self._requests[sequence.request_id]
-                own = hidden[start : start + count]
-                try:
-                    if live.pooler is not None:
-                        live.pooler.add(own, sequence.num_computed_tokens)
-                    else:
-                        self._logprobs.extend_prompt(
-                            live, sequence, own, self._logits_of(sequence), self._sampler
-                        )
-                except Exception as error:  # it concerns this request alone
-                    failed[sequence.request_id] = error
-            start += count
-        return failed
 
     # -- endings -------------------------------------------------------------------------------
 
@@ -512,17 +491,7 @@ class Engine:
 
     def count_adapters(self) -> dict[str, tuple[int, int]]:
         """Return by adapters' names how many requests with them have begun, and how many wait."""
-        counts: dict[str, tuple[int, int]] = {}
-        for live in self._requests.values():
-            wanted = live.request.lora_request
-            if wanted is not None:
-                name = wanted if isinstance(wanted, str) else wanted.lora_name
-                begun, waiting = counts.get(name, (0, 0))
-                if live.metrics.first_scheduled_time is None:
-                    counts[name] = begun, waiting + 1
-                else:
-                    counts[name] = begun + 1, waiting
-        return counts
+        return count_adapters(self._requests.values())
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless the engine's books agree with each other."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from quire.engine.completion import Completion
@@ -184,3 +185,19 @@ class LiveRequest:
         for index, completion in enumerate(completions):
             completion.index = index
         return completions
+
+
+def count_adapters(requests: Iterable[LiveRequest]) -> dict[str, tuple[int, int]]:
+    """Return by adapters' names how many requests with them have begun, and how many wait."""
+    counts: dict[str, tuple[int, int]] = {}
+    for live in requests:
+        wanted = live.request.lora_request
+        if wanted is None:
+            continue
+        name = wanted if isinstance(wanted, str) else wanted.lora_name
+        begun, waiting = counts.get(name, (0, 0))
+        if live.metrics.first_scheduled_time is None:
+            counts[name] = begun, waiting + 1
+        else:
+            counts[name] = begun + 1, waiting
+    return counts

@@ -23,6 +23,8 @@ class EngineMetrics:
     num_canonical_tokens : int
         Tokens of forced text that the model was not asked for.
     num_preemptions : int
+    num_adapter_swaps : int
+        Times that an adapter was put into one of the model's slots.
     num_restarts : int
         Times that a step broke down, and everything in flight ended with it.
     num_steps : int
@@ -40,6 +42,7 @@ class EngineMetrics:
     num_accepted_forced_tokens: int = 0
     num_canonical_tokens: int = 0
     num_preemptions: int = 0
+    num_adapter_swaps: int = 0
     num_restarts: int = 0
     num_steps: int = 0
     step_seconds: float = 0.0

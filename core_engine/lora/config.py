@@ -124,6 +124,7 @@ class AdapterConfig:
                 f"{self.path} has both use_dora and lora_bias, which exclude each other"
             )
         self._ranks = self._patterns("rank_pattern", self._positive)
+        self._rank_of: dict[str, int] = {}
         self._alphas = self._patterns("alpha_pattern", self._number)
         self.modules_to_save = tuple(self._names("modules_to_save") or ())
         self._read_targets()
@@ -131,7 +132,10 @@ class AdapterConfig:
 
     def rank(self, module: str) -> int:
         """Rank of the adapter at a module."""
-        return next((rank for pattern, rank in self._ranks if pattern.match(module)), self._rank)
+        if (rank := self._rank_of.get(module)) is None:
+            matching = (rank for pattern, rank in self._ranks if pattern.match(module))
+            rank = self._rank_of[module] = next(matching, self._rank)
+        return rank
 
     def scale(self, module: str) -> float:
         """Factor on the product of the two matrices of a module.
@@ -161,7 +165,10 @@ class AdapterConfig:
             return None
         if self._all_linear:
             return not output
-        return _named(module, self._target_names) and self._in_layers(module)
+        # As in peft, a whole name counts whatever layers_to_transform says.
+        return module in self._target_names or (
+            _named(module, self._target_names) and self._in_layers(module)
+        )
 
     def saves(self, module: str) -> bool:
         """Whether the module is one of those that were trained as a whole."""
@@ -261,7 +268,7 @@ class AdapterConfig:
         for field, value in self._content.items():
             if field in METADATA or field in _TRAINING or value is None or value is False:
                 continue
-            if field in ("rank_pattern", "alpha_pattern"):
+            if isinstance(value, dict) and field in ("rank_pattern", "alpha_pattern"):
                 value = list(value.items())  # which comes first matters
             elif field in ("target_modules", "exclude_modules") and isinstance(value, list):
                 value = sorted(value)  # peft writes these sets in any order

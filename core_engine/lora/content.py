@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -237,15 +239,33 @@ class TensorsFile:
         whole.update(hashlib.sha256(config).digest())
         return whole.hexdigest()
 
+    def largest(self) -> float:
+        """Return the largest magnitude of all tensors; NaN or infinity where one has that."""
+        largest = 0.0
+        # Of tensors side by side, one pass; there are no gaps between them.
+        for dtype, run in groupby(self.entries.values(), key=lambda entry: entry.dtype):
+            each = list(run)
+            begin, end = each[0].begin - self._header_bytes, each[-1].end - self._header_bytes
+            if begin == end:
+                continue
+            low, high = self._view(dtype, begin, end).aminmax()
+            magnitude = max(-float(low), float(high))
+            if not magnitude <= largest:
+                largest = magnitude
+            if math.isnan(largest):
+                break
+        return largest
+
     def tensor(self, name: str) -> torch.Tensor:
         """Return a view of the bytes that `load` read."""
         dtype, shape, begin, end = self.entries[name]
         begin, end = begin - self._header_bytes, end - self._header_bytes
         if begin == end:
             return torch.empty(shape, dtype=dtype)
+        return self._view(dtype, begin, end).view(shape)
+
+    def _view(self, dtype: torch.dtype, begin: int, end: int) -> torch.Tensor:
         if begin % dtype.itemsize:
-            raw = torch.frombuffer(self._content[begin:end], dtype=dtype)
-        else:
-            count = (end - begin) // dtype.itemsize
-            raw = torch.frombuffer(self._content, dtype=dtype, count=count, offset=begin)
-        return raw.view(shape)
+            return torch.frombuffer(self._content[begin:end], dtype=dtype)
+        count = (end - begin) // dtype.itemsize
+        return torch.frombuffer(self._content, dtype=dtype, count=count, offset=begin)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-_ROWS = 4096
+_NUMBERS = 1 << 17  # of the adapted weight at a time, few enough to stay in a cache
 
 
 def factors(
@@ -27,13 +27,10 @@ def factors(
     Tensor[num_rows]
         Not finite where the adapted weight is zero.
     """
-    norms = [
-        torch.linalg.vector_norm(
-            torch.addmm(
-                weight[first : first + _ROWS].float(), b[first : first + _ROWS], a, alpha=scale
-            ),
-            dim=1,
-        )
-        for first in range(0, len(weight), _ROWS)
-    ]
-    return magnitude / torch.cat(norms)
+    norms = torch.empty(len(weight))
+    step = max(1, _NUMBERS // weight.shape[1])
+    for first in range(0, len(weight), step):
+        rows = slice(first, first + step)
+        adapted = torch.addmm(weight[rows].float(), b[rows], a, alpha=scale)
+        torch.linalg.vector_norm(adapted, dim=1, out=norms[rows])
+    return magnitude / norms

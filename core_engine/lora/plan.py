@@ -280,7 +280,8 @@ class Plan:
             )
 
     def _check_complete(self) -> None:
-        config, tied = self._config, self._config.ensure_weight_tying
+        config = self._config
+        tied = config.ensure_weight_tying and self._targets.tied
         adapted = {change.target.key for change in self.changes if change.adapted}
         saved = {change.target.key for change in self.changes if "weight" in change.tensors}
         for change in self.changes:
@@ -293,6 +294,13 @@ class Plan:
                     f"exclude_modules or modules_to_save in {config.path} leave out: file and "
                     "configuration contradict each other"
                 )
+        tables = {("embed", 0), ("lm_head", 0)}
+        if tied and (len(tables & adapted) == 1 or len(tables & saved) == 1):
+            raise AdapterError(
+                f"ensure_weight_tying in {config.path} is true, and the model's embedding and "
+                f"output matrix (lm_head) are one; {self._path} has tensors for one of them alone: "
+                "the file is incomplete"
+            )
         # The same modules may be called with or without their model's prefix.
         layered = [change.module for change in self.changes if "." in change.module]
         prefix = self._targets.prefix_of(layered[0]) if layered else None

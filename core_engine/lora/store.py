@@ -180,7 +180,9 @@ class AdapterStore:
             entry = self._names.pop(name, None) if isinstance(name, str) else None
             if entry is None:
                 raise self._unknown("unload_lora", name)
-            self._known.pop(entry.folder, None)
+            known = self._known.get(entry.folder)
+            if known is not None and known.digest == entry.digest:
+                del self._known[entry.folder]
             leaving = self._release_unused(entry.digest)
         del leaving
 

@@ -58,18 +58,34 @@ class Targets:
     ----------
     decoder, family
         The model, and how its checkpoints call its parts.
+
+    Attributes
+    ----------
+    linears : mapping of str to Linear
+        The decoder's projections.
+    width : int
+        Columns of embedding and output matrix.
+    tied : bool
+        Whether these two are one.
     """
 
     def __init__(self, decoder: Decoder, family: Family) -> None:
         self._family = family
         self._decoder = decoder
         spec = decoder.spec
+        self.tied = spec.tie_word_embeddings
         self.width = spec.embedding_size or spec.hidden_size
         self.linears = decoder.linears()
+        self._found: dict[str, Target | None] = {}
         self._sources = Counter(to for to in family.weights.values())
 
     def find(self, module: str) -> Target | None:
         """Return what the module is; None: the model has no such module."""
+        if module not in self._found:
+            self._found[module] = self._find(module)
+        return self._found[module]
+
+    def _find(self, module: str) -> Target | None:
         place = self._family.place(f"{module}.weight")
         if place is None:
             return None
@@ -121,7 +137,7 @@ class Targets:
     def nearest(self, module: str) -> str:
         """Return the module of the model whose name is most like the given one."""
         names = [name for name in self.modules() if self.find(name) is not None]
-        return difflib.get_close_matches(module, names, n=1, cutoff=0.0)[0]
+        return difflib.get_close_matches(module[:200], names, n=1, cutoff=0.0)[0]
 
 
 def _ungrouped(linear: Linear) -> torch.Tensor:

@@ -204,9 +204,6 @@ class Decoder:
     def _bind_natively(self, library: ctypes.CDLL) -> NativeForward:
         from quire.models import native
 
-        options: dict[str, Any] = {}
-        if self.max_adapters:
-            options["max_adapters"] = self.max_adapters
         return native.NativeForward(
             library,
             self.spec,
@@ -214,7 +211,7 @@ class Decoder:
             tables=self._tables,
             rotary_indices=self._rotary_indices,
             embedding_scale=self._embedding_scale,
-            **options,
+            max_adapters=self.max_adapters,
         )
 
     def _bind_projection(self, linear: Linear | None, method: LinearMethod) -> Apply | None:
@@ -292,12 +289,10 @@ class Decoder:
             raise ValueError("an adapter needs a slot; the decoder was made with max_adapters=0")
         check_adapter(adapter, self.linears(), self.spec.vocab_size, self._embedding_size)
         if self.native is not None:
-            form = self.native.prepare(adapter)
-            num_bytes = form.num_bytes
-        else:
-            form = adapter
-            num_bytes = sum(each.nbytes for each in adapter.tensors())
-        return PreparedAdapter(adapter.digest, num_bytes, form, self._mark)
+            packed = self.native.prepare(adapter)
+            return PreparedAdapter(adapter.digest, packed.num_bytes, packed, self._mark)
+        num_bytes = sum(each.nbytes for each in adapter.tensors())
+        return PreparedAdapter(adapter.digest, num_bytes, adapter, self._mark)
 
     def set_adapter(self, slot: int, prepared: PreparedAdapter | None) -> None:
         """Put an adapter into a slot, in place of what was there; not during a step.
@@ -400,9 +395,7 @@ class Decoder:
         """
         self._check_slots(adapter_slots, len(hidden))
         if self.native is not None:
-            if adapter_slots is not None:
-                return self.native.logits(hidden, adapter_slots)
-            return self.native.logits(hidden)
+            return self.native.logits(hidden, adapter_slots)
         if self._out_of is not None:
             hidden = self._out_of(hidden)
         logits = self._kernels.linear(hidden, self._head_weight).float()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +24,25 @@ if TYPE_CHECKING:
 
 
 def base_model(folder: Path) -> Any:
-    """The model as transformers loads it, float32."""
+    """A model of one's own, as transformers loads it, float32."""
+    return copy.deepcopy(_base_model(folder))
+
+
+@functools.cache
+def _base_model(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def write_adapter(
-    model_folder: Path, folder: Path, *, seed: int = 0, size: float = 0.1, **config: Any
+    model_folder: Path,
+    folder: Path,
+    *,
+    seed: int = 0,
+    size: float = 0.1,
+    save_embedding_layers: bool | str = "auto",
+    **config: Any,
 ) -> Path:
     """Have peft make an adapter with random values everywhere, and save it to `folder`.
 
@@ -53,7 +67,7 @@ def write_adapter(
                     parameter.copy_(size * noise)
                 elif parameter.requires_grad and not _is_norm(name):
                     parameter.add_(size * noise)
-        model.save_pretrained(folder, save_embedding_layers=config.get("save_embedding", "auto"))
+        model.save_pretrained(folder, save_embedding_layers=save_embedding_layers)
     return folder
 
 
@@ -61,14 +75,13 @@ def _is_norm(name: str) -> bool:
     return any(part in name for part in ("norm", "ln_"))
 
 
-def adapted_model(model_folder: Path, folder: Path, *, merged: bool = False) -> Any:
+def adapted_model(model_folder: Path, folder: Path) -> Any:
     """The model with an adapter, as peft applies it."""
     import peft
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.PeftModel.from_pretrained(base_model(model_folder), folder).eval()
-        return model.merge_and_unload() if merged else model
+        return peft.PeftModel.from_pretrained(base_model(model_folder), folder).eval()
 
 
 @functools.cache
@@ -116,3 +129,41 @@ class OneSlot:
         """See `Decoder.compute_logits`."""
         slots = torch.full((len(hidden),), self._slot, dtype=torch.int32)
         return self._decoder.compute_logits(hidden, slots)
+
+
+def plain_files(
+    modules: Mapping[str, tuple[int, int]], rank: int = 4, seed: int = 0, **config: Any
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Configuration and tensors of an adapter, without peft.
+
+    Parameters
+    ----------
+    modules
+        Name of a module -> its outputs and inputs.
+    config
+        Fields of the configuration on top of the usual ones.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for module, (rows, columns) in modules.items():
+        name = f"base_model.model.{module}"
+        tensors[f"{name}.lora_A.weight"] = torch.randn(rank, columns, generator=generator)
+        tensors[f"{name}.lora_B.weight"] = torch.randn(rows, rank, generator=generator)
+    settings = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 8,
+        "target_modules": sorted(module.removeprefix("model.") for module in modules),
+        **config,
+    }
+    return settings, tensors
+
+
+def write_files(folder: Path, config: Any, tensors: Mapping[str, torch.Tensor]) -> Path:
+    """Write the two files of an adapter."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(dict(tensors), folder / "adapter_model.safetensors")
+    return folder

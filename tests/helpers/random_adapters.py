@@ -113,7 +113,10 @@ class MergedMethod(DenseMethod):
 
 
 def merged_decoder(decoder: Decoder, kernels: Backend, adapter: Adapter | None) -> Decoder:
-    """A float32 decoder like another one, with an adapter merged into its weights."""
+    """A float32 decoder like another one, with an adapter merged into its weights.
+
+    The other one is of the reference kernels: native ones have its weights in an order of theirs.
+    """
     spec = replace(decoder.spec, tie_word_embeddings=False)
     merged = Decoder(
         spec,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import random
+import threading
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from paged import PagedRunner
 from random_adapters import MergedMethod, merged_decoder, random_adapter
 
 from quire.errors import AdapterError
-from quire.kernels import get_backend
+from quire.kernels import available_backends, get_backend
 from quire.models.adapter import Adapter, DeltaSlice, EmbeddingDelta, LinearDelta
 from quire.models.decoder import Decoder
 
@@ -26,6 +28,7 @@ Load = Callable[..., Decoder]
 Make = Callable[[str], Path]
 
 KERNELS = get_backend("cpu", "reference")
+BACKENDS = available_backends()
 NAMES = (
     "llama",
     "llama-mha-bias-tied",
@@ -57,14 +60,19 @@ def prefill(
 
 @pytest.fixture(scope="module")
 def decoders(tiny_checkpoint: Make, load: Load) -> Callable[..., Decoder]:
-    """``decoders(name, **options)``: each with the reference kernels, made once."""
+    """``decoders(name, **options)``: each made once, with the reference kernels unless said."""
     made: dict[Any, Decoder] = {}
 
-    def get(name: str, max_adapters: int = 4, dtype: torch.dtype = torch.float32) -> Decoder:
-        key = (name, max_adapters, dtype)
+    def get(
+        name: str,
+        max_adapters: int = 4,
+        dtype: torch.dtype = torch.float32,
+        backend: str = "reference",
+    ) -> Decoder:
+        key = (name, max_adapters, dtype, backend)
         if key not in made:
             made[key] = load(
-                tiny_checkpoint(name), backend="reference", max_adapters=max_adapters, dtype=dtype
+                tiny_checkpoint(name), backend=backend, max_adapters=max_adapters, dtype=dtype
             )
         return made[key]
 
@@ -76,6 +84,7 @@ def put(decoder: Decoder, adapters: Sequence[Adapter]) -> None:
         decoder.set_adapter(slot, decoder.prepare_adapter(adapter))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=max(1, settings.default.max_examples // 10))
 @given(
@@ -83,10 +92,14 @@ def put(decoder: Decoder, adapters: Sequence[Adapter]) -> None:
     order=st.randoms(use_true_random=False),
 )
 def test_a_batch_of_many_adapters_is_each_merged_model_on_its_own(
-    name: str, seeds: list[int], order: random.Random, decoders: Callable[..., Decoder]
+    name: str,
+    backend: str,
+    seeds: list[int],
+    order: random.Random,
+    decoders: Callable[..., Decoder],
 ) -> None:
     """Any ranks, subsets, biases, DoRA, embeddings and heads: to float32's rounding."""
-    decoder = decoders(name)
+    decoder = decoders(name, backend=backend)
     adapters = [random_adapter(decoder, seed) for seed in seeds]
     put(decoder, adapters)
     slots = [order.randrange(-1, len(adapters)) for _ in range(5)]
@@ -94,7 +107,7 @@ def test_a_batch_of_many_adapters_is_each_merged_model_on_its_own(
     together = prefill(decoder, prompts, slots, seed=seeds[0])
     for slot in sorted(set(slots)):
         adapter = None if slot < 0 else adapters[slot]
-        merged = merged_decoder(decoder, KERNELS, adapter)
+        merged = merged_decoder(decoders(name), KERNELS, adapter)
         own = [number for number, each in enumerate(slots) if each == slot]
         expected = prefill(merged, [prompts[number] for number in own], None)
         for number, logits in zip(own, expected, strict=True):
@@ -103,13 +116,14 @@ def test_a_batch_of_many_adapters_is_each_merged_model_on_its_own(
             assert error.abs().max() <= 1e-4 * logits.abs().max()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "qwen2-tied", "opt-350m"])
 def test_tokens_without_an_adapter_keep_the_bits_of_the_plain_model(
-    name: str, dtype: torch.dtype, decoders: Callable[..., Decoder]
+    name: str, dtype: torch.dtype, backend: str, decoders: Callable[..., Decoder]
 ) -> None:
     """Beside tokens that have one; and all tokens do, once the slots are empty again."""
-    decoder, plain = decoders(name, dtype=dtype), decoders(name, 0, dtype)
+    decoder, plain = decoders(name, 4, dtype, backend), decoders(name, 0, dtype, backend)
     put(decoder, [random_adapter(decoder, seed, dtype) for seed in range(3)])
     prompts = prompts_of([20, 9, 14, 1, 30])
     expected = prefill(plain, prompts, None)
@@ -125,12 +139,13 @@ def test_tokens_without_an_adapter_keep_the_bits_of_the_plain_model(
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_a_sequence_is_the_same_alone_and_in_any_slot(
-    name: str, decoders: Callable[..., Decoder]
+    name: str, backend: str, decoders: Callable[..., Decoder]
 ) -> None:
     """What comes out for an adapter is its own: neither its neighbours nor its place matter."""
-    decoder = decoders(name)
+    decoder = decoders(name, backend=backend)
     prepared = [decoder.prepare_adapter(random_adapter(decoder, seed)) for seed in range(3)]
     prompts = prompts_of([20, 9, 14, 5])
     for slot, each in enumerate(prepared):
@@ -203,20 +218,58 @@ def test_adapters_do_not_ask_how_a_projection_is_multiplied(
     assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_an_adapter_is_freed_once_nobody_refers_to_it(decoders: Callable[..., Decoder]) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_adapter_is_freed_once_nobody_refers_to_it(
+    backend: str, decoders: Callable[..., Decoder]
+) -> None:
     """Neither a step that ran nor another adapter in its slot keeps its memory."""
-    decoder = decoders("llama")
-    prepared = decoder.prepare_adapter(random_adapter(decoder, 0))
-    assert prepared.num_bytes == sum(each.nbytes for each in random_adapter(decoder, 0).tensors())
-    tensors = [weakref.ref(each) for each in prepared.form.tensors()]
-    other = decoder.prepare_adapter(random_adapter(decoder, 1))
+    decoder = decoders("llama", backend=backend)
+    adapter = random_adapter(decoder, 0)
+    tensors = [weakref.ref(each) for each in adapter.tensors()]
+    num_bytes = sum(each.nbytes for each in adapter.tensors())
+    prepared = decoder.prepare_adapter(adapter)
+    del adapter
+    assert prepared.num_bytes >= num_bytes
+    parts = [weakref.ref(prepared)]
+    if decoder.native is None:
+        assert all(each() is not None for each in tensors)
+    else:
+        parts.append(weakref.ref(prepared.form))
     decoder.set_adapter(0, prepared)
     prefill(decoder, prompts_of([5, 3]), [0, 0])
     del prepared
-    assert all(each() is not None for each in tensors)
-    decoder.set_adapter(0, other)
+    decoder.set_adapter(0, decoder.prepare_adapter(random_adapter(decoder, 1)))
     gc.collect()
-    assert all(each() is None for each in tensors)
+    assert all(each() is None for each in (*parts, *tensors))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_adapters_are_prepared_beside_running_steps(
+    backend: str, decoders: Callable[..., Decoder]
+) -> None:
+    """Weights may be read and adapters prepared on any thread: no step's bits change."""
+    decoder = decoders("qwen2-tied", backend=backend)
+    put(decoder, [random_adapter(decoder, seed) for seed in range(2)])
+    prompts = prompts_of([30, 20, 25])
+    expected = prefill(decoder, prompts, [0, 1, -1])
+    done = threading.Event()
+
+    def prepare() -> int:
+        number = 0
+        while not done.is_set() or number < 3:
+            decoder.prepare_adapter(random_adapter(decoder, number))
+            number += 1
+        return number
+
+    with ThreadPoolExecutor(2) as pool:
+        others = [pool.submit(prepare) for _ in range(2)]
+        try:
+            for _ in range(5):
+                again = prefill(decoder, prompts, [0, 1, -1])
+                assert all(map(torch.equal, again, expected))
+        finally:
+            done.set()
+        assert all(each.result() >= 3 for each in others)
 
 
 def test_equal_adapters_are_two(decoders: Callable[..., Decoder]) -> None:
@@ -228,28 +281,32 @@ def test_equal_adapters_are_two(decoders: Callable[..., Decoder]) -> None:
     assert len({first, second}) == 2
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "qwen2-tied", "gpt2", "opt-350m"])
 def test_weights_are_read_as_copies_in_plain_order(
-    name: str, decoders: Callable[..., Decoder]
+    name: str, dtype: torch.dtype, backend: str, decoders: Callable[..., Decoder]
 ) -> None:
-    """Of every projection, the embedding and the output matrix, tied or not."""
-    decoder = decoders(name, 0)
+    """Of every projection, the embedding and the output matrix, tied or not, packed or not."""
+    decoder, source = decoders(name, 0, dtype, backend), decoders(name, 0, dtype).weights
     linears = decoder.linears()
     assert [linear.name for linear in linears.values()] == list(linears)
     for linear in linears.values():
         weight, bias = decoder.read_weight(linear.name), decoder.read_bias(linear.name)
         assert weight.shape == (linear.out_features, linear.in_features)
         assert (bias is not None) == linear.bias
-        source = f"{linear.name}.weight"
-        if source not in decoder.weights:
+        name_there = f"{linear.name}.weight"
+        if name_there not in source:
             assert linear.name == "lm_head"
-            source = "embed.weight"
-        assert torch.equal(weight, decoder.weights[source])
+            name_there = "embed.weight"
+        assert torch.equal(weight, source[name_there])
         weight.zero_()
-        assert decoder.weights[source].any()
+        assert torch.equal(decoder.read_weight(linear.name), source[name_there])
         if bias is not None:
-            assert torch.equal(bias, decoder.weights[f"{linear.name}.bias"])
-    assert torch.equal(decoder.read_weight("embed"), decoder.weights["embed.weight"])
+            assert torch.equal(bias, source[f"{linear.name}.bias"])
+            bias.zero_()
+            assert torch.equal(decoder.read_bias(linear.name), source[f"{linear.name}.bias"])
+    assert torch.equal(decoder.read_weight("embed"), source["embed.weight"])
     with pytest.raises(ValueError, match=r"no weight 'layers\.9"):
         decoder.read_weight("layers.9.attention.qkv")
 
@@ -300,21 +357,23 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", BAD)
 def test_an_adapter_that_does_not_fit_is_refused_by_name(
-    case: str, decoders: Callable[..., Decoder]
+    case: str, backend: str, decoders: Callable[..., Decoder]
 ) -> None:
     """Behind this door numbers are read by pointers."""
     changes, message = BAD[case]
-    decoder = decoders("llama")
+    decoder = decoders("llama", backend=backend)
     decoder.prepare_adapter(good())
     with pytest.raises(AdapterError, match=message):
         decoder.prepare_adapter(good(**changes))
 
 
-def test_a_slot_is_never_taken_for_another(decoders: Callable[..., Decoder]) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_slot_is_never_taken_for_another(backend: str, decoders: Callable[..., Decoder]) -> None:
     """Wrong slots and other decoders' adapters are errors, not the base model's answer."""
-    decoder, other = decoders("llama"), decoders("qwen2-tied")
+    decoder, other = decoders("llama", backend=backend), decoders("qwen2-tied", backend=backend)
     for slot in range(4):
         decoder.set_adapter(slot, None)
     prepared = decoder.prepare_adapter(good())
@@ -332,7 +391,7 @@ def test_a_slot_is_never_taken_for_another(decoders: Callable[..., Decoder]) -> 
             decoder.compute_logits(torch.zeros(1, 64), torch.tensor([slot], dtype=torch.int32))
     with pytest.raises(ValueError, match=r"shape \[2\]; there are 3 rows"):
         decoder.compute_logits(torch.zeros(3, 64), torch.tensor([1, 1], dtype=torch.int32))
-    plain = decoders("llama", 0)
+    plain = decoders("llama", 0, backend=backend)
     with pytest.raises(ValueError, match="max_adapters=0"):
         plain.prepare_adapter(good())
     with pytest.raises(ValueError, match="no adapter is in that slot"):
