@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.callbacks import (
@@ -165,7 +166,17 @@ class TextModel(BaseLLM):
     ) -> AsyncIterator[str]:
         """Yield a completion as it comes; see :meth:`stream`."""
         model, stop = self._for_call(stop, kwargs)
-        return super(TextModel, model).astream(input, config, stop=stop)
+        if getattr(model, "lora_request", None) is None:
+            return super(TextModel, model).astream(input, config, stop=stop)
+        return model._astream_with_adapter(input, config, stop)
+
+    async def _astream_with_adapter(
+        self, input: LanguageModelInput, config: RunnableConfig | None, stop: list[str] | None
+    ) -> AsyncIterator[str]:
+        model = await self._awith_found_adapter()  # which may have to be read
+        async with aclosing(super(TextModel, model).astream(input, config, stop=stop)) as pieces:  # type: ignore[type-var]
+            async for piece in pieces:
+                yield piece
 
     # -- batches with failures -------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import inspect
 import pickle
+import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -272,6 +273,30 @@ async def test_an_adapter_that_changes_in_a_call_is_the_old_one_to_its_end(
         new = own.invoke(PROMPT)
         assert answer == old != new
         assert cached.invoke(PROMPT) == new
+
+
+@pytest.mark.parametrize("door", ["ainvoke", "astream", "abatch"])
+async def test_an_adapter_is_read_beside_the_event_loop(
+    llm: VLLM, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, door: str
+) -> None:
+    """What is read for a call, or downloaded, keeps no other task waiting."""
+    store = llm.client.llm_engine.adapters
+    find, threads = store._find, []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        threads.append(threading.current_thread())
+        return find(*args, **kwargs)
+
+    monkeypatch.setattr(store, "_find", watched)
+    wanted = LoRARequest("new", 1, write_adapter(tmp_path / door, tiny_llama, seed=9))
+    if door == "astream":
+        assert [piece async for piece in llm.astream(PROMPT, lora_request=wanted)]
+    elif door == "ainvoke":
+        assert await llm.ainvoke(PROMPT, lora_request=wanted)
+    else:
+        assert await llm.abatch(PROMPTS, lora_request=wanted)
+    assert threads
+    assert threading.current_thread() not in threads
 
 
 # -- engines -------------------------------------------------------------------------------------
