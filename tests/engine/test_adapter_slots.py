@@ -85,10 +85,10 @@ class SlotStates(RuleBasedStateMachine):
     @rule(data=st.data())
     def fail_to_set(self, data):
         """A slot that could not be filled is not believed to be."""
-        others = [a for d, a in self.owned.items() if not self.slots.is_used(d)]
+        others = sorted(digest for digest in self.owned if not self.slots.is_used(digest))
         if not others or not self.slots.num_unused:
             return
-        adapter = data.draw(st.sampled_from(others))
+        adapter = self.owned[data.draw(st.sampled_from(others))]
         self.slots.collect()
         self.slots.enter(adapter)
         if not self.slots._changes:  # it was in a slot

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft_adapters import plain_files, read, write_files
 from hypothesis import given
 from hypothesis import strategies as st
+from peft_adapters import plain_files, read, write_files
 
 from quire.errors import AdapterError
 from quire.lora.content import TensorsFile, fingerprint

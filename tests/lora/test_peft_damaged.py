@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft_adapters import plain_files, read, write_files
 from hypothesis import given
 from hypothesis import strategies as st
+from peft_adapters import plain_files, read, write_files
 from safetensors.torch import load
 
 from quire.errors import AdapterError

@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import VOCAB_SIZE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paged import PagedRunner
 from peft_adapters import (
     OneSlot,
     adapted_model,
@@ -20,10 +24,6 @@ from peft_adapters import (
     write_adapter,
     write_files,
 )
-from checkpoints import VOCAB_SIZE
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from paged import PagedRunner
 
 from quire.kernels import get_backend
 
