@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class _FoundAdapter:
+class FoundAdapter:
     """What a caller named, and the adapter that it is, or why there is none."""
 
     named: Any
@@ -120,7 +120,7 @@ class RequestMaker:
         every_priority = one_per_prompt(
             "priority", 0 if priority is None else priority, len(prompts)
         )
-        adapters = self._find_adapters(lora_request, len(prompts))
+        adapters = self.find_adapters(lora_request, len(prompts))
         final: dict[int, SamplingParams] = {}  # by identity: most often all prompts share one
         requests: list[Request | BaseException] = []
         for i, prompt in enumerate(prompts):
@@ -150,7 +150,7 @@ class RequestMaker:
     ) -> list[Request | BaseException]:
         """Make the requests of a batch of prompts whose vectors are wanted."""
         every_pooling = one_per_prompt("pooling_params", pooling_params, len(prompts))
-        adapters = self._find_adapters(lora_request, len(prompts))
+        adapters = self.find_adapters(lora_request, len(prompts))
         requests: list[Request | BaseException] = []
         for i, prompt in enumerate(prompts):
             try:
@@ -159,24 +159,25 @@ class RequestMaker:
                 raise at_index("prompt", i, len(prompts), error) from error
         return requests
 
-    def _find_adapters(self, lora_request: Any, num_prompts: int) -> list[_FoundAdapter]:
+    def find_adapters(self, lora_request: Any, num_prompts: int) -> list[FoundAdapter]:
         """Look for each of the adapters of a batch once.
 
+        What is returned may be asked for in place of what was wanted: it stays the same adapter.
         One that cannot be had is an error of the requests that want it.
         """
         every = one_per_prompt("lora_request", lora_request, num_prompts)
-        found: dict[int, _FoundAdapter] = {}
+        found: dict[int, FoundAdapter] = {}
         for each in every:
             if id(each) not in found:
                 try:
                     found[id(each)] = self._adapter(each)
                 except InvalidRequestError as error:
-                    found[id(each)] = _FoundAdapter(each, None, error)
+                    found[id(each)] = FoundAdapter(each, None, error)
         return [found[id(each)] for each in every]
 
-    def _adapter(self, lora_request: Any) -> _FoundAdapter:
-        if not isinstance(lora_request, _FoundAdapter):
-            return _FoundAdapter(lora_request, self.adapters.resolve(lora_request))
+    def _adapter(self, lora_request: Any) -> FoundAdapter:
+        if not isinstance(lora_request, FoundAdapter):
+            return FoundAdapter(lora_request, self.adapters.resolve(lora_request))
         error = lora_request.error
         if error is not None:  # a new one: each is the exception of one prompt
             raise type(error)(str(error)) from error

@@ -98,8 +98,7 @@ def found_adapter(llm: LLM, wanted: Wanted) -> FoundAdapter:
         (AdapterError) The engine was made without adapters, there is none such, or it does not
         fit the model.
     """
-    found: FoundAdapter
-    [found] = llm._find_adapters(wanted, 1)
+    [found] = llm._open_maker().find_adapters(wanted, 1)
     if found.error is not None:
         raise found.error
     return found

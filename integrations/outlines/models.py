@@ -395,7 +395,8 @@ class AsyncVLLM(AsyncServerModel):
         wanted = call.engine_options.pop("lora_request", None)
         adapters: list[Any] = [None] * len(prompts)
         if wanted is not None:  # read once for all, and not on the event loop
-            adapters = await asyncio.to_thread(llm._find_adapters, wanted, len(prompts))
+            maker = llm._open_maker()
+            adapters = [*await asyncio.to_thread(maker.find_adapters, wanted, len(prompts))]
         tasks = [
             asyncio.ensure_future(_final(self.llm, prompt, call, adapter))
             for prompt, adapter in zip(prompts, adapters, strict=True)

@@ -77,8 +77,10 @@ class FakeLLM(LLM):
     def get_tokenizer(self) -> Any:
         return FakeTokenizer()
 
-    def _find_adapters(self, lora_request: Any, num_prompts: int) -> list[Any]:
-        assert self.engine_loop is self
+    def _open_maker(self) -> Any:
+        return self.engine_loop
+
+    def find_adapters(self, lora_request: Any, num_prompts: int) -> list[Any]:
         if not isinstance(lora_request, FoundAdapter):
             adapter: Any = SimpleNamespace(digest=f"content of {lora_request}")
             lora_request = FoundAdapter(lora_request, adapter)
