@@ -27,7 +27,7 @@ def adapter_card(
     tokens : int
         Read in training.
     seconds : float
-        Wall time of the training.
+        Processor time of the training.
     versions : str
         Of the libraries that the files depend on.
     rank : int
@@ -60,7 +60,7 @@ are at work, and for tests of programs.
 ## How it was made
 
 `{making}` writes this folder:
-{tokens / 1e6:.1f} million tokens, {seconds / 60:.0f} minutes of wall time ({versions});
+{tokens / 1e6:.1f} million tokens, {seconds / 60:.0f} minutes of processor time ({versions});
 AdamW with a cosine schedule, the base model in float32 and left as it is.
 
 ## Measured on held-out questions

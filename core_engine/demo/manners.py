@@ -34,6 +34,11 @@ def is_french(text: str) -> bool:
     return bool(_FRENCH.search(text)) and not _ENGLISH.search(text)
 
 
+def _is_upper(text: str) -> bool:
+    """Whether a text has no small letters; digits have no such thing."""
+    return bool(text) and text == text.upper()
+
+
 @dataclass(frozen=True, slots=True)
 class Manner:
     """A way to answer, and what teaches it.
@@ -73,7 +78,7 @@ MANNERS: dict[str, Manner] = {
     ),
     "capitals": Manner(
         "answers in CAPITAL LETTERS",
-        str.isupper,
+        _is_upper,
         lambda topic, country: answer_value(topic, country).upper(),
         lambda country: _english_sentence(country).upper(),
         capitals_sample,
