@@ -148,6 +148,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", INTEGRATIONS)
 def test_a_model_of_a_library_keeps_no_engine_by_being_shown(tiny_llama, library):
     """It shares an engine with its equals; with other arguments it has another, in place of it."""
