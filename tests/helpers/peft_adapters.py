@@ -1,70 +1,49 @@
-<<<<<<<< HEAD:tests/helpers/adapters.py
-"""Random LoRA adapters in peft's format, and checkpoints into which one is merged.
-
-``write_adapter(folder, checkpoint, seed=...)``
-    ``adapter_config.json`` and ``adapter_model.safetensors``, written without peft.
-``merge_adapter(folder, checkpoint, adapter)``
-    The checkpoint with the adapter added to its weights: what an engine with the adapter has to
-    equal.
-"""
-========
 """Adapters in peft's format: of peft's own making, or by hand; and decoders to read them for."""
->>>>>>>> lora-reader:tests/helpers/peft_adapters.py
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
-import shutil
-from collections.abc import Iterable
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
-CONFIG_FILE = "adapter_config.json"
-TENSORS_FILE = "adapter_model.safetensors"
+from quire.kernels import get_backend
+from quire.lora.peft_adapter import read_adapter
+from quire.models.hf_config import read_config
+from quire.models.loader import load_model
+from quire.models.registry import family_of
 
-_PREFIX = "base_model.model."
-
-
-def linear_weights(checkpoint: Path) -> dict[str, tuple[int, int]]:
-    """Return the shapes ``(out_features, in_features)`` of a checkpoint's linear layers by module.
-
-    Embeddings and the output matrix are left out.
-    """
-    shapes: dict[str, tuple[int, int]] = {}
-    for path in sorted(checkpoint.glob("*.safetensors")):
-        with safe_open(str(path), "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no mapping
-                shape = tuple(file.get_slice(name).get_shape())
-                module, _, kind = name.rpartition(".")
-                if kind == "weight" and len(shape) == 2 and not _is_table(module):
-                    shapes[module] = shape
-    return shapes
+if TYPE_CHECKING:
+    from quire.models.adapter import Adapter
+    from quire.models.decoder import Decoder
 
 
-def _is_table(module: str) -> bool:
-    last = module.rpartition(".")[2]
-    return "emb" in last or last in ("wte", "wpe", "lm_head")
+def base_model(folder: Path) -> Any:
+    """A model of one's own, as transformers loads it, float32."""
+    return copy.deepcopy(_base_model(folder))
+
+
+@functools.cache
+def _base_model(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def write_adapter(
+    model_folder: Path,
     folder: Path,
-    checkpoint: Path,
     *,
     seed: int = 0,
-    rank: int = 4,
-    targets: Iterable[str] | None = None,
-    alpha: float | None = None,
-    size: float = 0.4,
-    dtype: torch.dtype = torch.float32,
+    size: float = 0.1,
+    save_embedding_layers: bool | str = "auto",
     **config: Any,
 ) -> Path:
-<<<<<<<< HEAD:tests/helpers/adapters.py
-    """Write a random adapter for a checkpoint's linear layers, large enough to change its tokens.
-========
     """Have peft make an adapter with random values everywhere, and save it to `folder`.
 
     `config` goes to ``peft.LoraConfig``. What of the base model peft trains along with the
@@ -136,81 +115,35 @@ def plain_files(
     modules: Mapping[str, tuple[int, int]], rank: int = 4, seed: int = 0, **config: Any
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Configuration and tensors of an adapter, without peft.
->>>>>>>> lora-reader:tests/helpers/peft_adapters.py
 
     Parameters
     ----------
-    folder : Path
-        Made where it is missing; an adapter in it is replaced.
-    checkpoint : Path
-        The folder of the model. Its linear layers must lie as ``[out_features, in_features]``,
-        which they do everywhere but in GPT-2.
-    seed : int
-    rank : int
-    targets : iterable of str, optional
-        Last names of modules, such as ``q_proj``; all linear layers unless given.
-    alpha : float, optional
-        ``lora_alpha``; twice the rank unless given.
-    size : float
-        Spread of what is added to a weight, where 1 is about that of the weight itself.
-    dtype : torch.dtype
-    **config
-        Further fields of ``adapter_config.json``.
-
-    Returns
-    -------
-    Path
-        The folder.
+    modules
+        Name of a module -> its outputs and inputs.
+    config
+        Fields of the configuration on top of the usual ones.
     """
-    wanted = None if targets is None else set(targets)
-    alpha = 2 * rank if alpha is None else alpha
     generator = torch.Generator().manual_seed(seed)
-    tensors: dict[str, torch.Tensor] = {}
-    names: set[str] = set()
-    for module, (out_features, in_features) in sorted(linear_weights(checkpoint).items()):
-        last = module.rpartition(".")[2]
-        if wanted is not None and last not in wanted:
-            continue
-        names.add(last)
-        # Each entry of scale * b @ a has a spread of about size / sqrt(in_features).
-        spread = (size / (alpha / rank) / (rank * in_features) ** 0.5) ** 0.5
-        a = torch.randn(rank, in_features, generator=generator) * spread
-        b = torch.randn(out_features, rank, generator=generator) * spread
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = a.to(dtype).contiguous()
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = b.to(dtype).contiguous()
-    assert tensors, f"{checkpoint} has none of the modules {wanted}"
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / TENSORS_FILE)
-    fields = {
+    tensors = {}
+    for module, (rows, columns) in modules.items():
+        name = f"base_model.model.{module}"
+        tensors[f"{name}.lora_A.weight"] = torch.randn(rank, columns, generator=generator)
+        tensors[f"{name}.lora_B.weight"] = torch.randn(rows, rank, generator=generator)
+    settings = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(checkpoint),
         "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": sorted(names),
-        "inference_mode": True,
+        "lora_alpha": 8,
+        "target_modules": sorted(module.removeprefix("model.") for module in modules),
         **config,
     }
-    (folder / CONFIG_FILE).write_text(json.dumps(fields, indent=1))
-    return folder
+    return settings, tensors
 
 
-def merge_adapter(folder: Path, checkpoint: Path, adapter: Path) -> Path:
-    """Write the checkpoint with what :func:`write_adapter` wrote added to its weights."""
-    fields = json.loads((adapter / CONFIG_FILE).read_text())
-    root = fields["r"] ** 0.5 if fields.get("use_rslora") else fields["r"]
-    scale = fields["lora_alpha"] / root
-    deltas = load_file(adapter / TENSORS_FILE)
-    shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
-    for path in sorted(folder.glob("*.safetensors")):
-        weights = load_file(path)
-        for name, weight in weights.items():
-            module = _PREFIX + name.removesuffix(".weight")
-            a = deltas.get(f"{module}.lora_A.weight")
-            if a is not None:
-                b = deltas[f"{module}.lora_B.weight"]
-                weights[name] = (weight + scale * (b.double() @ a.double())).to(weight.dtype)
-        save_file(weights, path, {"format": "pt"})
+def write_files(folder: Path, config: Any, tensors: Mapping[str, torch.Tensor]) -> Path:
+    """Write the two files of an adapter."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(dict(tensors), folder / "adapter_model.safetensors")
     return folder
