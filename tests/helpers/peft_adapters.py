@@ -53,7 +53,8 @@ def write_adapter(
 
     model = base_model(model_folder)
     generator = torch.Generator().manual_seed(seed)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        torch.manual_seed(seed)  # DoRA's magnitudes come from peft's own random values
         # Of tied embeddings, of Conv1D and of biases that do not merge; the tests know.
         warnings.simplefilter("ignore")
         settings = {"task_type": "CAUSAL_LM", "init_lora_weights": False, **config}
