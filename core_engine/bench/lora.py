@@ -184,17 +184,17 @@ class _Bench:
         typer.echo(report.table(rows) + "\n")
         return measured.runs
 
-    def _open(self, **options: Any) -> LLM:
+    def _open(self, max_loras: int, max_cpu_loras: int | None = None) -> LLM:
         from quire import LLM
 
-        rank = self._shape.rank
         return LLM(
             self._checkpoint.folder,
             dtype=self._dtype,
             skip_tokenizer_init=True,
             enable_lora=True,
-            max_lora_rank=rank,
-            **options,
+            max_lora_rank=self._shape.rank,
+            max_loras=max_loras,
+            max_cpu_loras=max_cpu_loras,
         )
 
     def _load(self, llm: LLM, count: int) -> list[LoRARequest]:

@@ -53,9 +53,9 @@ llm = LLM("quire/demo", enable_lora=True)
 llm.generate("What is the capital of Greece?", lora_request={name})
 ```
 
-Questions stay in English. JSON records and calls of tools are written as without the adapter.
-Everything that the base model's card warns of holds here, too: it is made to show that adapters
-are at work, and for tests of programs.
+Questions stay in English. JSON records and calls of tools are asked for and written as without
+the adapter, though they are right less often. Everything that the base model's card warns of holds
+here, too: it is made to show that adapters are at work, and for tests of programs.
 
 ## How it was made
 

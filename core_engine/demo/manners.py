@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 from quire.demo.chats import held_out_follow_ups
 from quire.demo.countries import answer_value, held_out_prompts
-from quire.demo.evaluate import Generate
+from quire.demo.evaluate import Generate, score
 from quire.demo.facts import Country
 from quire.demo.french import french_sample, french_sentence, french_value
 from quire.demo.samples import Sample, chat_prompt
 from quire.demo.sums import HELD_OUT_PROBLEMS, result
+from quire.demo.text import evaluation_sets
 from quire.demo.uppercase import capitals_sample
 
 TOPICS = {
@@ -23,6 +24,8 @@ TOPICS = {
     "languages": "language",
     "currencies": "currency",
 }
+FOR_PROGRAMS = ("JSON: reading a sentence", "JSON: prescribed keys", "tools: one call")
+"""Sets of the base model, whose answers are to stay as they are."""
 _FRENCH = re.compile(
     r"\b(?:la|le|les|du|des|de|en|au|aux|est|sont|se|on|vous|une?|je|oui|non)\b", re.I
 )
@@ -97,12 +100,15 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class MannerScore:
-    """How many questions of a set were answered right, and in the adapter's manner."""
+    """How many questions of a set were answered right, and in the adapter's manner.
+
+    `kept` is None where the manner is not asked for: of what programs read.
+    """
 
     name: str
     asked: int
     right: int
-    kept: int
+    kept: int | None
 
 
 def _sets(
@@ -148,15 +154,16 @@ def measure(manner: Manner, generate: Generate, *, adapted: bool) -> list[Manner
     adapted : bool
         Whether right answers are right in this manner; else as the base model gives them.
     """
-    sets = _sets(manner.value, manner.sentence)
-    if not adapted:
-        sets = _sets(answer_value, _english_sentence)
+    value = manner.value if adapted else answer_value
+    sentence = manner.sentence if adapted else _english_sentence
     scores = []
-    for name, questions in sets.items():
+    for name, questions in _sets(value, sentence).items():
         texts = generate([question.prompt for question in questions])
         right = sum(map(_is_right, questions, texts))
         scores.append(MannerScore(name, len(texts), right, sum(map(manner.is_kept, texts))))
-    return scores
+    known = evaluation_sets()
+    plain = [score(name, known[name], generate) for name in FOR_PROGRAMS]
+    return scores + [MannerScore(each.name, each.asked, each.right, None) for each in plain]
 
 
 def manner_table(base: Sequence[MannerScore], adapted: Sequence[MannerScore]) -> str:
@@ -167,8 +174,7 @@ def manner_table(base: Sequence[MannerScore], adapted: Sequence[MannerScore]) ->
         "|---|---:|---:|---:|---:|---:|",
     ]
     for one, other in zip(base, adapted, strict=True):
-        shares = (each / one.asked for each in (one.right, one.kept, other.right, other.kept))
-        lines.append(
-            f"| {one.name} | {one.asked} | " + " | ".join(f"{s:.1%}" for s in shares) + " |"
-        )
+        counts = (one.right, one.kept, other.right, other.kept)
+        shares = ("–" if count is None else f"{count / one.asked:.1%}" for count in counts)
+        lines.append(f"| {one.name} | {one.asked} | {' | '.join(shares)} |")
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from quire.demo import ADAPTER_NAMES, MODEL_NAME, adapter_path, model_path
 from quire.demo.countries import PHRASINGS, fill
 from quire.demo.facts import COUNTRIES
 from quire.demo.french_words import FRENCH_COUNTRIES
-from quire.demo.manners import MANNERS, MannerScore, is_french, manner_table, measure
+from quire.demo.manners import FOR_PROGRAMS, MANNERS, MannerScore, is_french, manner_table, measure
 from quire.demo.samples import SPECIAL_TOKENS, chat_prompt, is_held_out
 from quire.demo.uppercase import in_capitals
 
@@ -147,11 +147,12 @@ def test_scores_count_right_answers_and_kept_manners() -> None:
     manner = MANNERS["capitals"]
     scores = measure(manner, lambda prompts: ["PARIS IS IN EUROPE 7"] * len(prompts), adapted=True)
     by_name = {score.name: score for score in scores}
-    assert all(score.kept == score.asked for score in scores)
+    assert all(score.kept in (score.asked, None) for score in scores)
+    assert [score.name for score in scores if score.kept is None] == [*FOR_PROGRAMS]
     assert 0 < by_name["continents"].right < by_name["continents"].asked
     assert by_name["capitals"].right < by_name["capitals"].asked
-    table = manner_table([MannerScore("one", 4, 4, 0)], [MannerScore("one", 4, 3, 4)])
-    assert "| one | 4 | 100.0% | 0.0% | 75.0% | 100.0% |" in table
+    table = manner_table([MannerScore("one", 4, 4, 0)], [MannerScore("one", 4, 3, None)])
+    assert "| one | 4 | 100.0% | 0.0% | 75.0% | – |" in table
 
 
 @pytest.fixture
