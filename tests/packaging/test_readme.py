@@ -17,14 +17,15 @@ EXPECTED = [
     ["Weather", "Paris", "Person(name="],
     ["Ada", "36", "[Person("],
     ["Oslo"],
+    ["is Athens", "est Athènes", "IS ATHENS"],
     ["Ada"],
     ["Nairobi", "Cairo"],
     ["Stockholm", "Nairobi"],
 ]
 
 
-def test_there_are_eight_examples() -> None:
-    assert len(EXAMPLES) == len(EXPECTED) == 8
+def test_there_are_nine_examples() -> None:
+    assert len(EXAMPLES) == len(EXPECTED) == 9
 
 
 @pytest.mark.parametrize("number", range(len(EXPECTED)))
