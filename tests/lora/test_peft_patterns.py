@@ -106,6 +106,12 @@ def test_targets_are_those_of_peft(
         r"(.*)(?=q)",
         r"(\w+)\1",
         r".*.*.*.*.*.*.*q",
+        r".?" * 40 + "@",
+        r"(?:.?){20}(?:.?){20}@",
+        r"(?:.|.)" * 30 + "@",
+        r".*.*.*.*.*.*(?:.|.)(?:.|.)(?:.|.)(?:.|.)@",
+        "(?x)(a+#)(\n)+",
+        r"(a+(?#()(b)?)+",
         "x" * 5000 + "|y",
     ],
 )
@@ -126,6 +132,11 @@ def test_a_pattern_that_may_take_forever_is_refused(pattern: str) -> None:
         r"model\.layers\.([0-9]|1[0-5])\..*(q|v)_proj",
         r"[]*+]\.q_proj",
         r"(?:.*\.)?[qkv]_proj",
+        r"(?:.*?(?:vision|image|visual|patch|language|text).*?(?:self_attn|attention|attn|mlp|"
+        r"feed_forward|ffn|dense).*?(?:k_proj|v_proj|q_proj|o_proj|gate_proj|up_proj|down_proj).*?)|"
+        r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)\."
+        r"(?:(?:k_proj|v_proj|q_proj|o_proj|gate_proj|up_proj|down_proj)))",
+        r"model(\.language_model)?\.layers\.\d+\.(self_attn|mlp)\.\w+?_proj",
     ],
 )
 def test_usual_patterns_pass(pattern: str) -> None:
