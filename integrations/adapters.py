@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from quire.lora_request import LoRARequest
 from quire.request_maker import FoundAdapter
 from quire.utils.checks import refuse
+from quire.utils.suggest import unexpected_argument
 
 if TYPE_CHECKING:
     from quire.llm import LLM
@@ -34,7 +35,7 @@ def as_wanted(value: Any) -> Wanted | None:
     Raises
     ------
     TypeError
-        A dict with an argument that there is not.
+        A dict with an argument that there is not; the message names the nearest that is.
     InvalidRequestError
         For anything else.
     """
@@ -43,6 +44,11 @@ def as_wanted(value: Any) -> Wanted | None:
     if isinstance(value, str):
         return LoRARequest(value).lora_name  # checked
     if isinstance(value, Mapping):
+        for name in value:
+            if name not in _FIELDS:
+                raise unexpected_argument("LoRARequest", str(name), _FIELDS)
+        if "lora_name" not in value:
+            raise refuse("lora_request", value, "a dict with a 'lora_name'")
         return LoRARequest(**value)
     if hasattr(value, "lora_name") and not isinstance(value, type):
         return LoRARequest(**{n: getattr(value, n) for n in _FIELDS if hasattr(value, n)})

@@ -421,8 +421,11 @@ def test_what_is_no_adapter_is_refused(llm: VLLM, tmp_path: Path) -> None:
             llm.invoke(PROMPT, lora_request=value)
         with pytest.raises(InvalidRequestError, match="lora_"):
             VLLM(client=llm.client, lora_request=value)
-    with pytest.raises(TypeError, match="lora_nam"):
+    with pytest.raises(TypeError, match="'lora_nam': did you mean 'lora_name'"):
         llm.invoke(PROMPT, lora_request={"lora_nam": "a"})
+    for incomplete in ({}, {"lora_path": "a"}):
+        with pytest.raises(InvalidRequestError, match="lora_request must be .* 'lora_name'"):
+            llm.invoke(PROMPT, lora_request=incomplete)
     with pytest.raises(AdapterError, match="'nobody'"):
         llm.invoke(PROMPT, lora_request="nobody")
     with pytest.raises(AdapterError, match="'nobody'"):
