@@ -82,6 +82,9 @@ def adapter_at(
     if not isinstance(place, str) or not place.strip():
         raise refuse("path", path, "a folder, a name on the hub, a quire.LoRARequest or None")
     own = os.path.basename(os.path.abspath(place))
+    here = os.path.expanduser(place)
+    if os.path.isdir(here):  # and not what has this name from another working directory
+        place = os.path.abspath(here)
     return LoRARequest(own if name is None else name, None, place)
 
 

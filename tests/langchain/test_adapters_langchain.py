@@ -397,6 +397,21 @@ def test_copies_have_the_adapter(
     assert repr(adapter) in repr(model)
 
 
+def test_a_relative_path_is_that_of_the_directory_where_it_was_given(
+    llm: VLLM,
+    folders: dict[str, Path],
+    expected: dict[str, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From another working directory it is not the adapter that has its name there."""
+    (tmp_path / "one").symlink_to(folders["two"])
+    monkeypatch.chdir(folders["one"].parent)
+    with llm.with_lora("one") as own:
+        monkeypatch.chdir(tmp_path)
+        assert [own.invoke(prompt) for prompt in PROMPTS] == expected["one"]
+
+
 def test_a_configurable_adapter_changes_by_call(
     llm: VLLM, folders: dict[str, Path], expected: dict[str, list[str]]
 ) -> None:
