@@ -92,7 +92,9 @@ def read_header(path: Path, read: Callable[[int], bytes], size: int) -> dict[str
     ordered = sorted(entries.items(), key=lambda item: item[1][2:])
     for (name, entry), (other, following) in pairwise(ordered):
         if following.begin < entry.end:
-            raise ModelLoadError(f"{path} is damaged: {name!r:.200} and {other!r:.200} lie on the same bytes")
+            raise ModelLoadError(
+                f"{path} is damaged: {name!r:.200} and {other!r:.200} lie on the same bytes"
+            )
     return dict(ordered)
 
 

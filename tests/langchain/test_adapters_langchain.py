@@ -439,7 +439,7 @@ def test_what_is_no_adapter_is_refused(llm: VLLM, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="'lora_nam': did you mean 'lora_name'"):
         llm.invoke(PROMPT, lora_request={"lora_nam": "a"})
     for incomplete in ({}, {"lora_path": "a"}):
-        with pytest.raises(InvalidRequestError, match="lora_request must be .* 'lora_name'"):
+        with pytest.raises(InvalidRequestError, match=r"lora_request must be .* 'lora_name'"):
             llm.invoke(PROMPT, lora_request=incomplete)
     with pytest.raises(AdapterError, match="'nobody'"):
         llm.invoke(PROMPT, lora_request="nobody")

@@ -142,3 +142,13 @@ def test_a_pattern_that_may_take_forever_is_refused(pattern: str) -> None:
 def test_usual_patterns_pass(pattern: str) -> None:
     """Those that training tools write."""
     assert compiled("{}", pattern, "target_modules") == re.compile(pattern)
+
+
+def test_many_patterns_may_take_no_longer_than_one() -> None:
+    """Of plain names there may be any number, as of patterns that are soon matched."""
+    plain = {f"model.layers.{i}.self_attn.q_proj": 4 for i in range(5_000)}
+    soon = {rf".*\.layers\.{i}\.self_attn\..*": 4 for i in range(500)}
+    assert config_of(rank_pattern=plain, alpha_pattern=soon).rank("model.layers.7.mlp.up_proj") == 8
+    slow = {".*.*.*.*.*" + str(i): 4 for i in range(100)}
+    with pytest.raises(AdapterError, match=r"too many expressions .* rank_pattern"):
+        config_of(rank_pattern=slow)
