@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from quire.lora_request import LoRARequest
 from quire.request_maker import FoundAdapter
 from quire.utils.checks import refuse
+from quire.utils.suggest import unexpected_argument
 
 if TYPE_CHECKING:
     from quire.llm import LLM
@@ -34,7 +35,7 @@ def as_wanted(value: Any) -> Wanted | None:
     Raises
     ------
     TypeError
-        A dict with an argument that there is not.
+        A dict with an argument that there is not; the message names the nearest that is.
     InvalidRequestError
         For anything else.
     """
@@ -43,6 +44,11 @@ def as_wanted(value: Any) -> Wanted | None:
     if isinstance(value, str):
         return LoRARequest(value).lora_name  # checked
     if isinstance(value, Mapping):
+        for name in value:
+            if name not in _FIELDS:
+                raise unexpected_argument("LoRARequest", str(name), _FIELDS)
+        if "lora_name" not in value:
+            raise refuse("lora_request", value, "a dict with a 'lora_name'")
         return LoRARequest(**value)
     if hasattr(value, "lora_name") and not isinstance(value, type):
         return LoRARequest(**{n: getattr(value, n) for n in _FIELDS if hasattr(value, n)})
@@ -76,6 +82,9 @@ def adapter_at(
     if not isinstance(place, str) or not place.strip():
         raise refuse("path", path, "a folder, a name on the hub, a quire.LoRARequest or None")
     own = os.path.basename(os.path.abspath(place))
+    here = os.path.expanduser(place)
+    if os.path.isdir(here):  # and not what has this name from another working directory
+        place = os.path.abspath(here)
     return LoRARequest(own if name is None else name, None, place)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from quire.errors import AdapterError
 from quire.lora.content import CONFIG_FILE, METADATA
-from quire.lora.patterns import compiled
+from quire.lora.patterns import MOST_WAYS, compiled, num_ways
 
 MERGE = (
     "merge it into its model with peft (PeftModel.from_pretrained(...).merge_and_unload()), save "
@@ -107,6 +107,7 @@ class AdapterConfig:
     def __init__(self, content: Mapping[str, Any], folder: Path) -> None:
         self.path = folder / CONFIG_FILE
         self._content = content
+        self._ways = 0
         self._check_kind()
         self._check_methods()
         self._check_init()
@@ -285,7 +286,14 @@ class AdapterConfig:
         ]
 
     def _compiled(self, around: str, pattern: str, field: str) -> re.Pattern[str]:
-        return compiled(around, pattern, f"{field} in {self.path}")
+        found = compiled(around, pattern, f"{field} in {self.path}")
+        self._ways += num_ways(pattern)
+        if self._ways > MOST_WAYS and num_ways(pattern) > 1:
+            raise AdapterError(
+                f"{self.path} has too many expressions up to {pattern!r:.100} of {field}, which "
+                "may take forever to match; write plainer ones, or names"
+            )
+        return found
 
     def _names(self, field: str) -> list[str] | None:
         value = self._content.get(field)

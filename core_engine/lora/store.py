@@ -287,6 +287,10 @@ class AdapterStore:
         try:
             adapter = self._at(entry.folder, again=False)
         except AdapterError as error:
+            with self._lock:
+                is_current = self._names.get(name) is entry
+            if not is_current:  # loaded again, or unloaded, and its folder with that
+                return self._named(name)
             raise AdapterError(
                 f"the adapter {name!r} left memory (max_cpu_loras="
                 f"{self._config.max_cpu_loras}) and cannot be read again: {error}"

@@ -36,6 +36,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _MAX_HEADER = 100_000_000
+_MOST_AXES = 16
 
 
 class Entry(NamedTuple):
@@ -91,7 +92,9 @@ def read_header(path: Path, read: Callable[[int], bytes], size: int) -> dict[str
     ordered = sorted(entries.items(), key=lambda item: item[1][2:])
     for (name, entry), (other, following) in pairwise(ordered):
         if following.begin < entry.end:
-            raise ModelLoadError(f"{path} is damaged: {name!r} and {other!r} lie on the same bytes")
+            raise ModelLoadError(
+                f"{path} is damaged: {name!r:.200} and {other!r:.200} lie on the same bytes"
+            )
     return dict(ordered)
 
 
@@ -101,17 +104,19 @@ def _entry(path: Path, name: str, value: Any, offset: int) -> Entry:
         begin, end = value["data_offsets"]
         if dtype is None:
             raise ModelLoadError(
-                f"{path}: {name!r} has the dtype {value['dtype']!r}, which is unknown"
+                f"{path}: {name!r:.200} has the dtype {value['dtype']!r:.100}, which is unknown"
             )
         if not {*map(type, (begin, end, *shape))} <= {int}:
             raise ValueError("sizes and offsets must be integers")
+        if len(shape) > _MOST_AXES:  # the product of very many takes forever
+            raise ValueError(f"it has {len(shape)} axes")
         if max((0, *shape)) >= 2**63:
             raise ValueError("it has too many rows")
         if min((begin, *shape)) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError("the sizes contradict each other")
     except (KeyError, TypeError, ValueError) as error:
         raise ModelLoadError(
-            f"{path} is damaged: the entry of {name!r} makes no sense ({error})"
+            f"{path} is damaged: the entry of {name!r:.200} makes no sense ({error})"
         ) from error
     return Entry(dtype, shape, offset + begin, offset + end)
 

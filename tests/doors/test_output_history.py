@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from quire.utils import output_history
 
 pytest.importorskip("IPython")
 
@@ -116,6 +119,21 @@ def test_a_cell_run_again_leaves_one_engine(tiny_llama):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert done.stdout.endswith("done\n")
+
+
+class Engine:
+    """Something that can be held weakly."""
+
+
+@pytest.mark.parametrize(
+    "ipython", [None, SimpleNamespace(), SimpleNamespace(get_ipython=lambda: None)]
+)
+def test_outside_of_ipython_nothing_happens(monkeypatch, ipython):
+    """IPython is not imported, or half, or has no shell."""
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setattr(output_history, "_made", [])
+    output_history.keep_out_of_history(Engine())
+    assert output_history._made == []
 
 
 INTEGRATIONS = {

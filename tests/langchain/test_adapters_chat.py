@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import re
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -104,6 +105,39 @@ async def test_chats_run_with_the_adapter_that_was_named(
     for kwargs in ({"use_beam_search": True, "n": 2}, drawn):
         [whole_answer] = await every_answer(own, **kwargs)
         assert await every_answer(chat, **kwargs) != {whole_answer}
+
+
+@pytest.mark.parametrize("by_call", [True, False])
+@pytest.mark.parametrize("door", ["ainvoke", "astream", "abatch"])
+async def test_an_adapter_is_read_beside_the_event_loop(
+    chat: ChatVLLM,
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    door: str,
+    by_call: bool,
+) -> None:
+    """Also where LangChain asks for the model's parameters as the call begins."""
+    folder = write_adapter(tmp_path / door, tiny_llama, seed=9)
+    model, kwargs = chat.with_lora(folder), {}
+    if by_call:
+        model, kwargs = chat, {"lora_request": LoRARequest("new", 1, folder)}
+    store = chat.client.llm_engine.adapters
+    find, threads = store._find, []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        threads.append(threading.current_thread())
+        return find(*args, **options)
+
+    monkeypatch.setattr(store, "_find", watched)
+    if door == "astream":
+        assert [chunk async for chunk in model.astream(QUESTION, **kwargs)]
+    elif door == "ainvoke":
+        assert await model.ainvoke(QUESTION, **kwargs)
+    else:
+        assert await model.abatch([QUESTION, QUESTION], **kwargs)
+    assert threads
+    assert threading.current_thread() not in threads
 
 
 async def test_chats_of_several_adapters_share_the_engine(

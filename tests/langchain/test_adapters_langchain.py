@@ -397,6 +397,21 @@ def test_copies_have_the_adapter(
     assert repr(adapter) in repr(model)
 
 
+def test_a_relative_path_is_that_of_the_directory_where_it_was_given(
+    llm: VLLM,
+    folders: dict[str, Path],
+    expected: dict[str, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From another working directory it is not the adapter that has its name there."""
+    (tmp_path / "one").symlink_to(folders["two"])
+    monkeypatch.chdir(folders["one"].parent)
+    with llm.with_lora("one") as own:
+        monkeypatch.chdir(tmp_path)
+        assert [own.invoke(prompt) for prompt in PROMPTS] == expected["one"]
+
+
 def test_a_configurable_adapter_changes_by_call(
     llm: VLLM, folders: dict[str, Path], expected: dict[str, list[str]]
 ) -> None:
@@ -421,8 +436,11 @@ def test_what_is_no_adapter_is_refused(llm: VLLM, tmp_path: Path) -> None:
             llm.invoke(PROMPT, lora_request=value)
         with pytest.raises(InvalidRequestError, match="lora_"):
             VLLM(client=llm.client, lora_request=value)
-    with pytest.raises(TypeError, match="lora_nam"):
+    with pytest.raises(TypeError, match="'lora_nam': did you mean 'lora_name'"):
         llm.invoke(PROMPT, lora_request={"lora_nam": "a"})
+    for incomplete in ({}, {"lora_path": "a"}):
+        with pytest.raises(InvalidRequestError, match=r"lora_request must be .* 'lora_name'"):
+            llm.invoke(PROMPT, lora_request=incomplete)
     with pytest.raises(AdapterError, match="'nobody'"):
         llm.invoke(PROMPT, lora_request="nobody")
     with pytest.raises(AdapterError, match="'nobody'"):

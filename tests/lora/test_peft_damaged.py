@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from peft_adapters import plain_files, read, write_files
 from safetensors.torch import load
 
 from quire.errors import AdapterError
+from quire.lora.content import TensorsFile
 from quire.models.adapter import Adapter
 
 MODULES = {
@@ -125,3 +127,16 @@ def test_a_configuration_of_any_text(
     (folder / "adapter_model.safetensors").write_bytes(content)
     with pytest.raises(AdapterError):
         read(tiny_llama, folder)
+
+
+def test_a_shape_of_very_many_axes(tmp_path: Path) -> None:
+    """A small file cannot keep the reader busy with the product of its sizes."""
+    entry = {"dtype": "F32", "shape": [2**62] * 30_000, "data_offsets": [0, 4]}
+    header = json.dumps({"base_model.model.x.lora_A.weight": entry}).encode()
+    (tmp_path / "adapter_model.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + bytes(4)
+    )
+    before = time.perf_counter()
+    with pytest.raises(AdapterError, match="30000 axes"):
+        TensorsFile(tmp_path)
+    assert time.perf_counter() - before < 1

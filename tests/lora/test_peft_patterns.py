@@ -106,6 +106,12 @@ def test_targets_are_those_of_peft(
         r"(.*)(?=q)",
         r"(\w+)\1",
         r".*.*.*.*.*.*.*q",
+        r".?" * 40 + "@",
+        r"(?:.?){20}(?:.?){20}@",
+        r"(?:.|.)" * 30 + "@",
+        r".*.*.*.*.*.*(?:.|.)(?:.|.)(?:.|.)(?:.|.)@",
+        "(?x)(a+#)(\n)+",
+        r"(a+(?#()(b)?)+",
         "x" * 5000 + "|y",
     ],
 )
@@ -126,8 +132,23 @@ def test_a_pattern_that_may_take_forever_is_refused(pattern: str) -> None:
         r"model\.layers\.([0-9]|1[0-5])\..*(q|v)_proj",
         r"[]*+]\.q_proj",
         r"(?:.*\.)?[qkv]_proj",
+        r"(?:.*?(?:vision|image|visual|patch|language|text).*?(?:self_attn|attention|attn|mlp|"
+        r"feed_forward|ffn|dense).*?(?:k_proj|v_proj|q_proj|o_proj|gate_proj|up_proj|down_proj).*?)|"
+        r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)\."
+        r"(?:(?:k_proj|v_proj|q_proj|o_proj|gate_proj|up_proj|down_proj)))",
+        r"model(\.language_model)?\.layers\.\d+\.(self_attn|mlp)\.\w+?_proj",
     ],
 )
 def test_usual_patterns_pass(pattern: str) -> None:
     """Those that training tools write."""
     assert compiled("{}", pattern, "target_modules") == re.compile(pattern)
+
+
+def test_many_patterns_may_take_no_longer_than_one() -> None:
+    """Of plain names there may be any number, as of patterns that are soon matched."""
+    plain = {f"model.layers.{i}.self_attn.q_proj": 4 for i in range(5_000)}
+    soon = {rf".*\.layers\.{i}\.self_attn\..*": 4 for i in range(500)}
+    assert config_of(rank_pattern=plain, alpha_pattern=soon).rank("model.layers.7.mlp.up_proj") == 8
+    slow = {".*.*.*.*.*" + str(i): 4 for i in range(100)}
+    with pytest.raises(AdapterError, match=r"too many expressions .* rank_pattern"):
+        config_of(rank_pattern=slow)

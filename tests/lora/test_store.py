@@ -291,6 +291,32 @@ def test_a_name_whose_adapter_left_memory_is_read_again(make_store, disk, caplog
         store.resolve("a")
 
 
+@pytest.mark.parametrize("loaded_again", [True, False])
+def test_a_name_that_changes_while_it_is_read_again_is_what_it_is_now(
+    make_store, disk, loaded_again
+):
+    """Its folder goes in that moment, as a server's does: the request gets the new one, or hears
+    that there is none, and not of a folder that nobody knows."""
+    store = make_store(max_cpu_loras=1)
+    store.load(disk.write("a", "x"), "n")
+    store.load(disk.write("b", "y"), "other")
+
+    def change(folder):
+        disk.on_read = lambda folder: None
+        if loaded_again:
+            store.load(disk.write("c", "z"), "n")
+        else:
+            store.unload("n")
+        del disk.contents[folder]
+
+    disk.on_read = change
+    if loaded_again:
+        assert store.resolve("n").digest == "z"
+    else:
+        with pytest.raises(AdapterError, match="no adapter is called 'n'"):
+            store.resolve("n")
+
+
 def test_by_default_what_was_loaded_by_name_stays(make_store, disk):
     """Besides, as many as run at once are kept."""
     store = make_store(max_loras=2)
