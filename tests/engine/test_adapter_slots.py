@@ -404,6 +404,21 @@ def test_the_parts_of_a_request_that_has_begun_are_not_kept_apart():
     assert waiting.status is newcomer.status is SequenceStatus.WAITING
 
 
+def test_who_was_aborted_while_it_waited_bars_nobody():
+    """It was first, and passed as often as may be; those who come later need not wait for it."""
+    scheduler = make_scheduler(1, max_num_seqs=2, preempt_by_priority=True)
+    a, b = make_adapter("a"), make_adapter("b")
+    running, waiting, next_one = make_sequence(0, a), make_sequence(1, b), make_sequence(2, a)
+    scheduler.add(running)
+    scheduler.add(waiting)
+    scheduler.update(scheduler.schedule())
+    waiting.num_passed = 1000
+    scheduler.finish(waiting)
+    running.output_token_ids.append(3)
+    scheduler.add(next_one)
+    assert next_one in scheduler.schedule().admitted
+
+
 def test_a_sequence_that_has_ended_keeps_no_adapter():
     """Also one that was aborted while it waited, and is still in a queue."""
     scheduler = make_scheduler(1)
