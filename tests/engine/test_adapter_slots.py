@@ -19,16 +19,19 @@ from quire.models.adapter import PreparedAdapter
 class Form:
     """What a model would compute with."""
 
+    def __init__(self, digest: str) -> None:
+        self.digest = digest
+
 
 def make_adapter(digest: str) -> PreparedAdapter:
-    return PreparedAdapter(digest, 1, Form())
+    return PreparedAdapter(digest, 1, Form(digest))
 
 
 class Model:
     """The slots of a model, which hold on to what was put in."""
 
     def __init__(self) -> None:
-        self.forms: dict[int, object] = {}
+        self.forms: dict[int, Form] = {}
 
     def set_adapter(self, slot: int, adapter: PreparedAdapter | None) -> None:
         if adapter is None:
@@ -113,6 +116,8 @@ class SlotStates(RuleBasedStateMachine):
             return
         self.slots.check_integrity([adapter for adapter, _ in self.running])
         assert len({adapter.digest for adapter, _ in self.running}) <= self.count
+        for adapter, slot in self.running:
+            assert self.model.forms[slot].digest == adapter.digest
         by_digest: dict[str, set[int]] = {}
         for adapter, slot in self.running:
             by_digest.setdefault(adapter.digest, set()).add(slot)
