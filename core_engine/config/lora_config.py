@@ -87,7 +87,8 @@ class LoRAConfig(Checked):
         first; those of running requests stay until these end. None: all that were loaded by
         name, and as many as ``max_loras`` besides.
     lora_dtype : {"auto", "float16", "bfloat16", "float32"}
-        What adapters are computed in. ``"auto"`` is the model's dtype.
+        What adapters are kept in; what they add is computed in float32. ``"auto"`` is the model's
+        dtype.
     lora_modules : tuple of LoRARequest
         Adapters to load with the model, so that requests can ask for them by name. They are given
         as a list of ``"name=path"``, of dicts with ``name``, ``path`` and ``base_model_name``, of

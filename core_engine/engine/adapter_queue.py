@@ -78,6 +78,7 @@ class AdapterQueue:
     def take_back(self) -> list[Sequence]:
         """Return, and forget, those who may have a chance to enter now."""
         if not self._groups and not self._barred:
+            self._first = None
             return []
         returning: list[Sequence] = []
         num_unused = self._slots.num_unused

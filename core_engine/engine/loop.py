@@ -105,9 +105,11 @@ class EngineLoop:
 
     def release_adapters(self) -> None:
         """Let the engine give up adapters that nobody needs any more, also where it is idle."""
+        if self._pid != os.getpid():  # in a fork the lock may be held for ever
+            return
         with self._wakeup:
             # Without a thread there was no step yet, and the engine has none.
-            if self._thread is not None and not self._closing and self._pid == os.getpid():
+            if self._thread is not None and not self._closing:
                 self._inbox.append(lambda engine: engine.release_adapters())
                 self._wakeup.notify_all()
 

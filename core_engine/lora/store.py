@@ -179,7 +179,7 @@ class AdapterStore:
         with self._lock:
             entry = self._names.pop(name, None) if isinstance(name, str) else None
             if entry is None:
-                raise self._unknown("unload_lora", name)
+                raise self._unknown("unload_lora", name, "It takes a name, as a str")
             known = self._known.get(entry.folder)
             if known is not None and known.digest == entry.digest:
                 del self._known[entry.folder]
@@ -276,7 +276,12 @@ class AdapterStore:
         with self._lock:
             entry = self._names.get(name)
             if entry is None:
-                raise self._unknown("lora_request", name)
+                raise self._unknown(
+                    "lora_request",
+                    name,
+                    "load_lora(path, name) loads one, and a LoRARequest with a lora_path needs "
+                    "none loaded",
+                )
             adapter = self._alive.get(entry.digest)
             leaving = [] if adapter is None else self._keep(adapter)
         del leaving
@@ -383,11 +388,10 @@ class AdapterStore:
             del self._known[folder]
         return self._kept.pop(digest, None)
 
-    def _unknown(self, field: str, name: object) -> AdapterError:
+    def _unknown(self, field: str, name: object, advice: str) -> AdapterError:
         loaded = ", ".join(map(repr, self._names)) or "none"
         return AdapterError(
-            f"{field}: no adapter is called {shown(name)}; loaded are: {loaded}. load_lora(path, "
-            "name) loads one, and a LoRARequest with a lora_path needs none loaded"
+            f"{field}: no adapter is called {shown(name)}; loaded are: {loaded}. {advice}"
         )
 
 
@@ -411,4 +415,6 @@ def _fields(lora_request: Any) -> tuple[str, str, bool]:
             "lora_request", lora_request, "a LoRARequest, the name of a loaded adapter, or None"
         )
     path = "" if path is None else os.fspath(path)
+    if not isinstance(path, str):
+        raise refuse("lora_path", path, "a folder or a name on the hub")
     return name, path, getattr(lora_request, "load_inplace", False) is True

@@ -140,7 +140,7 @@ class PackedAdapter:
         self._deltas = (structs.Delta * num_deltas)()
         matrices = [matrix for part in parts for matrix in part.matrices()]
         if head is not None:
-            head = _native(head)
+            head = _factor(head)
             matrices.append(head)
         self._addresses: dict[int, int] = {}
         self.num_bytes = 0
@@ -222,7 +222,7 @@ class _Part:
         self.number = placed.number
         self.a = self.scales = None
         if placed.shrinks and delta.a.shape[0] > 0:
-            self.a, self.scales = _native(delta.a), _column(delta.scales)
+            self.a, self.scales = _factor(delta.a), _column(delta.scales)
         self.bias = None if delta.bias is None else _column(delta.bias[first : first + num_rows])
         self.factor = None
         if delta.factor is not None:
@@ -266,6 +266,16 @@ def _native(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype not in (torch.float32, torch.bfloat16):
         tensor = tensor.float()
     return tensor.contiguous()
+
+
+def _factor(matrix: torch.Tensor) -> torch.Tensor:
+    """Return a matrix as the library can multiply rows of a model with it.
+
+    Of bfloat16 it takes inputs in pairs, and the last of an odd number with what lies behind the
+    row.
+    """
+    matrix = _native(matrix)
+    return matrix.float() if matrix.shape[1] % 2 else matrix
 
 
 def _column(numbers: torch.Tensor) -> torch.Tensor:

@@ -19,16 +19,19 @@ from quire.models.adapter import PreparedAdapter
 class Form:
     """What a model would compute with."""
 
+    def __init__(self, digest: str) -> None:
+        self.digest = digest
+
 
 def make_adapter(digest: str) -> PreparedAdapter:
-    return PreparedAdapter(digest, 1, Form())
+    return PreparedAdapter(digest, 1, Form(digest))
 
 
 class Model:
     """The slots of a model, which hold on to what was put in."""
 
     def __init__(self) -> None:
-        self.forms: dict[int, object] = {}
+        self.forms: dict[int, Form] = {}
 
     def set_adapter(self, slot: int, adapter: PreparedAdapter | None) -> None:
         if adapter is None:
@@ -113,6 +116,8 @@ class SlotStates(RuleBasedStateMachine):
             return
         self.slots.check_integrity([adapter for adapter, _ in self.running])
         assert len({adapter.digest for adapter, _ in self.running}) <= self.count
+        for adapter, slot in self.running:
+            assert self.model.forms[slot].digest == adapter.digest
         by_digest: dict[str, set[int]] = {}
         for adapter, slot in self.running:
             by_digest.setdefault(adapter.digest, set()).add(slot)
@@ -402,6 +407,21 @@ def test_the_parts_of_a_request_that_has_begun_are_not_kept_apart():
     plan = scheduler.schedule()
     assert fork in plan.admitted
     assert waiting.status is newcomer.status is SequenceStatus.WAITING
+
+
+def test_who_was_aborted_while_it_waited_bars_nobody():
+    """It was first, and passed as often as may be; those who come later need not wait for it."""
+    scheduler = make_scheduler(1, max_num_seqs=2, preempt_by_priority=True)
+    a, b = make_adapter("a"), make_adapter("b")
+    running, waiting, next_one = make_sequence(0, a), make_sequence(1, b), make_sequence(2, a)
+    scheduler.add(running)
+    scheduler.add(waiting)
+    scheduler.update(scheduler.schedule())
+    waiting.num_passed = 1000
+    scheduler.finish(waiting)
+    running.output_token_ids.append(3)
+    scheduler.add(next_one)
+    assert next_one in scheduler.schedule().admitted
 
 
 def test_a_sequence_that_has_ended_keeps_no_adapter():

@@ -31,6 +31,13 @@ class Stamp:
     changed_ns: int
 
 
+class InBytes:
+    """A path, but no text."""
+
+    def __fspath__(self):
+        return b"b"
+
+
 class Disk:
     """Folders of made-up adapters, and a count of what was read of them."""
 
@@ -205,11 +212,14 @@ def test_what_is_not_there_is_said_with_what_is(store, disk):
     for wrong in ("a", LoRARequest("a"), LoRARequest("a", 3)):
         with pytest.raises(AdapterError, match="no adapter is called 'a'; loaded are: 'b', 'c'"):
             store.resolve(wrong)
-    for name in ("a", None, 3, ["b"]):
-        with pytest.raises(AdapterError, match=r"unload_lora: no adapter is called .* 'b', 'c'"):
+    for name in ("a", None, 3, ["b"], LoRARequest("b")):
+        what = r"unload_lora: no adapter is called .* 'b', 'c'\. It takes a name, as a str"
+        with pytest.raises(AdapterError, match=what):
             store.unload(name)
     with pytest.raises(AdapterError, match="neither here nor on the hub"):
         store.resolve(at("no/where"))
+    with pytest.raises(InvalidRequestError, match="lora_path must be a folder"):
+        store.resolve(SimpleNamespace(lora_name="b", lora_path=InBytes()))
     for wrong in (3, object(), {"lora_name": "b"}, ["b"]):
         with pytest.raises(InvalidRequestError, match="lora_request must be a LoRARequest"):
             store.resolve(wrong)
