@@ -4,37 +4,21 @@ from __future__ import annotations
 
 import os
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from quire.errors import EngineClosedError
+from quire.utils import forks
 from quire.utils.progress import quiet_tqdm
 
 if TYPE_CHECKING:
     from quire.config import EngineConfig
     from quire.engine.loop import EngineLoop
 
-_is_fork = False
-
-
-def _note_fork() -> None:
-    global _is_fork
-    _is_fork = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
-
 
 def make_loop(config: EngineConfig) -> EngineLoop:
     """Load a model and make its engine, with a loop that has not started."""
-    if not _is_fork:
-        return _make_loop(config)
-    # OpenMP waits for ever for the worker threads that the thread which forked had in the parent
-    # process; a new thread has none yet.
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_make_loop, config).result()
+    return forks.compute(lambda: _make_loop(config))
 
 
 def _make_loop(config: EngineConfig) -> EngineLoop:

@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 
 from quire.errors import AdapterError, EngineClosedError, InvalidRequestError
 from quire.lora_request import LoRARequest
+from quire.utils import forks
 from quire.utils.checks import flag, refuse, shown
 
 if TYPE_CHECKING:
@@ -325,7 +326,9 @@ class AdapterStore:
                     known = self._known.get(folder)
                     if known is not None and known.settled and known.fingerprint == now:
                         adapter = self._alive.get(known.digest)
-            return self._read(folder, tools) if adapter is None else self._kept_now(adapter)
+            if adapter is not None:
+                return self._kept_now(adapter)
+            return forks.compute(lambda: self._read(folder, tools))
 
     def _read(self, folder: Path, tools: AdapterTools) -> PreparedAdapter:
         for _ in range(_ATTEMPTS):

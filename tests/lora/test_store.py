@@ -24,6 +24,7 @@ from quire.config import LoRAConfig
 from quire.errors import AdapterError, EngineClosedError, InvalidRequestError
 from quire.lora.store import AdapterStore, AdapterTools
 from quire.models.adapter import PreparedAdapter
+from quire.utils import forks
 
 
 @dataclass(frozen=True)
@@ -417,6 +418,17 @@ def test_threads_that_ask_at_once_read_once(store, disk):
     assert len(found) == 5
     assert len(set(map(id, found))) == 1
     assert disk.num_read == 2
+
+
+def test_a_fork_reads_on_a_new_thread(store, disk, monkeypatch):
+    """The thread that forked would wait for OpenMP's threads, which are in the parent process."""
+    readers = []
+    disk.on_read = lambda folder: readers.append(threading.current_thread())
+    store.load(disk.write("a", "x"))
+    monkeypatch.setattr(forks, "_is_fork", True)
+    store.load(disk.write("b", "y"))
+    here, elsewhere = readers
+    assert here is threading.current_thread() is not elsewhere
 
 
 def test_an_error_is_told_to_each_who_asks(store, disk):
