@@ -154,6 +154,11 @@ def test_an_adapter_shares_no_memory_with_the_file(tiny_llama: Path, tmp_path: P
     config, tensors = plain_files(MODULES)
     head = "base_model.model.lm_head.weight"
     tensors[head] = torch.randn(304, 64)
+    # Of rank 1, whose transpose is contiguous already.
+    embedding = "base_model.model.model.embed_tokens.lora_embedding_"
+    tensors[f"{embedding}A"], tensors[f"{embedding}B"] = torch.randn(1, 304), torch.randn(64, 1)
+    config["target_modules"] += ["embed_tokens"]
+    config["rank_pattern"] = {"embed_tokens": 1}
     adapter = read(tiny_llama, write_files(tmp_path / "adapter", config, tensors))
     pieces = adapter.tensors()
     assert all(each.is_contiguous() for each in pieces)
