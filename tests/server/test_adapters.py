@@ -205,10 +205,10 @@ async def test_every_endpoint_takes_an_adapter_for_a_model(http, llm, folder) ->
     ]
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == text
     assert {piece.model for piece in pieces} == {"org/b"}
-    response = await client.responses.create(
-        model="org/b", input="Hello", temperature=0, max_output_tokens=12, **extra
-    )
-    assert (response.model, response.output_text) == ("org/b", text)
+    # Older clients have no responses.
+    fields = {"model": "org/b", "input": "Hello", "temperature": 0, "max_output_tokens": 12}
+    response = (await http.post("/v1/responses", json={**fields, "ignore_eos": True})).json()
+    assert (response["model"], response["output"][0]["content"][0]["text"]) == ("org/b", text)
     [vector] = llm.embed([PROMPT], use_tqdm=False, lora_request=request)
     found = await client.embeddings.create(model="org/b", input=PROMPT, encoding_format="float")
     assert found.data[0].embedding == pytest.approx(vector.outputs.embedding, abs=1e-5)
