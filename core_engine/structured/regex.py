@@ -23,6 +23,7 @@ _RUST_CLASSES: Final = {
     r"\d": rf"[\p{{Nd}}{_AGE}]",
     r"\s": r"[\s\x1c-\x1f]",
 }
+_RUST_SPACES: Final = tuple("\t\n\v\f\r \x85\u200e\u200f\u2028\u2029")
 _TOKEN: Final = re.compile(
     r"\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\U[0-9a-fA-F]{8}|\\."
     r"|\{(?:\d+(?:,\d*)?|,\d*)\}|.",
@@ -46,9 +47,14 @@ def to_rust(pattern: str) -> str:
     UntranslatableError
         It would mean something else.
     """
-    if "#" in pattern and re.search(r"\(\?[a-zA-Z]*x", pattern):
-        raise UntranslatableError("comments in a verbose regex")
     parts = _parts(pattern)
+    # Other spaces are none to Rust, in classes as well, and a library writes them as escapes.
+    if re.search(r"\(\?[a-zA-Z]*x", pattern) and any(
+        token == "#" or token in _RUST_SPACES for token, _ in parts
+    ):
+        raise UntranslatableError(
+            "spaces or comments in a verbose regex: leave them out, and the flag x"
+        )
     out: list[str] = []
     for i, (token, in_class) in enumerate(parts):
         if token in _RUST_CLASSES:

@@ -115,6 +115,15 @@ def test_no_piece_of_a_regex_means_more_than_in_python(backend, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(
+    "pattern", ["(?x)\n", "(?x)a b", "(?x)[^ a]", "(?x)[a\n]", "(?x:\r)", "(?x)\x85", "(?ix) a#b"]
+)
+def test_a_verbose_regex_means_no_more_than_in_python(backend, pattern):
+    """Dialects disagree on which spaces say nothing, and where."""
+    for seed in range(10):
+        check(backend, pattern, seed)
+
+
 def test_regexes_of_any_pieces_mean_what_they_mean_in_python(backend):
     check_many(backend, 20 if "outlines" in type(backend).__module__ else 100)
 
