@@ -283,8 +283,8 @@ def test_members_are_closed_only_where_that_empties_nothing():
         ({"json": OWN["json"], "backend": "xgrammar"}, "backend must be 'llguidance'"),
         ({"json": OWN["json"], "drop_unsupported": True}, "drop_unsupported must be False"),
         ({"json": {"const": 2**60}}, "2**53"),
-        ({"regex": "(?x)a\nb"}, "regex must be on one line"),
-        ({"regex": "(?x)a # b"}, "comments in a verbose regex"),
+        ({"regex": "(?x)a\\\nb"}, "regex must be on one line"),
+        ({"regex": "(?x)a # b"}, "spaces or comments in a verbose regex"),
         ({"grammar": 'root ::= "a"'}, "Lark's notation"),
     ],
 )

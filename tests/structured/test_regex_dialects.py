@@ -116,7 +116,17 @@ def test_no_piece_of_a_regex_means_more_than_in_python(backend, capfd):
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(?x)\n", "(?x)a b", "(?x)[^ a]", "(?x)[a\n]", "(?x:\r)", "(?x)\x85", "(?ix) a#b"]
+    "pattern",
+    [
+        "(?x)\n",
+        "(?x)a b",
+        "(?x)[^ a]",
+        "(?x)a\\\nb",
+        "(?x)[a\n]",
+        "(?x:\r)",
+        "(?x)\x85",
+        "(?ix) a#b",
+    ],
 )
 def test_a_verbose_regex_means_no_more_than_in_python(backend, pattern):
     """Dialects disagree on which spaces say nothing, and where."""
