@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from quire.demo import model_path
+from quire.demo import adapter_path, model_path
 
 COMMIT = "c" * 40
 NAME = "somebody/tiny"
@@ -104,6 +104,13 @@ with quire.LLM({NAME!r}, dtype="float32", max_model_len=32) as llm:
     params = quire.SamplingParams(temperature=0, max_tokens=3)
     print(llm.generate([{{"prompt_token_ids": [1, 2, 3]}}], params)[0].outputs[0].token_ids)
 """
+    return run(program, home, endpoint, **settings)
+
+
+def run(
+    program: str, home: Path, endpoint: str, **settings: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a program in a new process that has this hub."""
     keep = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     settings = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, **settings}
     settings.setdefault("HF_HUB_DISABLE_XET", "1")
@@ -155,3 +162,33 @@ def test_a_hub_that_is_down_leaves_what_is_cached(hub: Hub, tmp_path: Path) -> N
     missing = generate(tmp_path / "empty", nowhere)
     assert missing.returncode != 0
     assert "the hub cannot be used now" in missing.stderr
+
+
+def test_an_adapter_is_downloaded_by_its_name_and_then_found_offline(tmp_path: Path) -> None:
+    """Its two files come, once, and it says what it says from a folder."""
+    program = f"""
+import quire
+from quire.demo import adapter_path
+with quire.LLM("quire/demo", enable_lora=True) as llm:
+    params = quire.SamplingParams(temperature=0, max_tokens=24)
+    named = llm.load_lora({NAME!r})
+    paths = [named, quire.LoRARequest("x", 1, {NAME!r}), adapter_path("french")]
+    paths[2] = quire.LoRARequest("y", 2, str(paths[2]))
+    prompts = ["What is the capital of Greece?"] * 3
+    outputs = llm.generate(prompts, params, lora_request=paths, use_tqdm=False)
+    print(named.lora_name, ascii({{output.outputs[0].text for output in outputs}}))
+"""
+    with Hub(adapter_path("french")) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        first = run(program, tmp_path, server.endpoint)
+        asked = len(server.asked)
+        offline = run(program, tmp_path, server.endpoint, HF_HUB_OFFLINE="1")
+        assert len(server.asked) == asked
+        server.shutdown()
+    assert first.returncode == 0, first.stderr
+    texts = {" La capitale de la Grèce est Athènes."}
+    assert first.stdout == f"tiny {texts!a}\n"
+    assert (offline.returncode, offline.stdout) == (0, first.stdout), offline.stderr
+    snapshot = tmp_path / "hub" / "models--somebody--tiny" / "snapshots" / COMMIT
+    names = {path.name for path in snapshot.iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors"}
