@@ -34,20 +34,24 @@ FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-Wno-psabi",
+    "-Wno-maybe-uninitialized",  # of GCC 12 in its own headers, hundreds of times
+    "-Wno-uninitialized",
     "-pthread",
 ]
 # One file per instruction set; which is used is decided when it runs.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
+AMX = ["-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 ISA_FLAGS = {
     "isa_avx2.cpp": ["-mavx2", "-mfma"],
     "isa_avx512.cpp": AVX512,
-    "isa_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
-    "isa_amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "isa_avx512bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
+    "isa_amx.cpp": [*AVX512, "-mavx512bf16", "-mavx512vnni", *AMX],
     "isa_avx512bf16_emulated.cpp": ["-mavx2", "-mfma"],
     "isa_amx_emulated.cpp": ["-mavx2", "-mfma"],
 }
 # What an older compiler may not know; without them these files are empty.
 OPTIONAL_FLAGS = ("isa_avx512bf16.cpp", "isa_amx.cpp")
+TILE_DOTS = ("tdpbf16ps", "tdpbssd", "tdpbusd")
 LINK_FLAGS = ["-pthread"]
 SANITIZER_FLAGS = []
 if os.environ.get("QUIRE_SANITIZE") == "1":  # see the Makefile's target of that name
@@ -111,7 +115,8 @@ class BuildNative(build_ext):
         """Whether the compiler takes these flags, and the assembler what comes of them."""
         program = "int main() { "
         if "-mamx-tile" in flags:
-            program += 'asm volatile("tilerelease"); asm volatile("tdpbf16ps %tmm2,%tmm1,%tmm0"); '
+            for instruction in ("tilerelease", *(f"{dot} %tmm2,%tmm1,%tmm0" for dot in TILE_DOTS)):
+                program += f'asm volatile("{instruction}"); '
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "knows.cpp")
             source.write_text(program + "}\n")

@@ -29,6 +29,8 @@ class EngineArguments(TypedDict, total=False):
     skip_tokenizer_init: bool | None
     trust_remote_code: bool | None
     dtype: str | torch.dtype | None
+    quantization: str | None
+    quantization_config: Mapping[str, Any] | None
     revision: str | None
     tokenizer_revision: str | None
     max_model_len: int | None
@@ -41,6 +43,7 @@ class EngineArguments(TypedDict, total=False):
     block_size: int | None
     kv_cache_memory_bytes: int | None
     num_gpu_blocks_override: int | None
+    kv_cache_dtype: str | torch.dtype | None
     enable_prefix_caching: bool | None
     gpu_memory_utilization: float | None
     max_num_seqs: int | None
@@ -74,6 +77,7 @@ class EngineArguments(TypedDict, total=False):
     code_revision: str | None
     max_parallel_loading_workers: int | None
     enable_lora_bias: bool | None
+    calculate_kv_scales: bool | None
     disable_async_output_proc: bool | None
     use_v2_block_manager: bool | None
     max_context_len_to_capture: int | None
@@ -86,9 +90,6 @@ class EngineArguments(TypedDict, total=False):
     distributed_executor_backend: str | None
     worker_cls: str | None
     worker_extension_cls: str | None
-    quantization: Any
-    kv_cache_dtype: str | None
-    calculate_kv_scales: bool | None
     cpu_offload_gb: float | None
     fully_sharded_loras: bool | None
     speculative_config: Any

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -24,6 +24,7 @@ from quire.models.hf_config import (
 )
 from quire.models.loader import load_model
 from quire.models.registry import family_of
+from quire.quantization import registry
 from quire.sampling.batch_processors import BatchProcessors
 from quire.sampling.sampler import Sampler
 from quire.tokenizer import load_tokenizer
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from quire.config import EngineConfig, ModelConfig
     from quire.models.decoder import Decoder
     from quire.models.family import Family
+    from quire.quantization.format import Quantizer, WeightFormat
+    from quire.quantization.on_load import CalibratedQuantizer
     from quire.tokenizer.tokenizer import Tokenizer
 
 logger = log.get_logger()
@@ -74,11 +77,25 @@ def _build(config: EngineConfig, processors: BatchProcessors) -> Engine:
         logger.warning("%s; until then the slower reference kernels run", reason)
     path = hub.resolve_model(config.model)
     hf_config = read_config(path, config.model.hf_overrides)
-    dtype = resolve_dtype(hf_config, config.model.dtype, device)
+    weight_format, quantizer = registry.choose(
+        config.model.quantization,
+        config.model.quantization_config,
+        registry.config_of(path, hf_config),
+    )
+    how = weight_format or quantizer
+    if how is not None and not callable(getattr(kernels, "quantized_linear", None)):
+        raise ConfigError(
+            f"quantization {how.name!r}: the {kernels.name} kernels on {device} cannot multiply "
+            "weights in codes. QUIRE_KERNELS=reference names kernels that can, on any device; or "
+            "take an unquantized model"
+        )
+    dtype = resolve_dtype(hf_config, config.model.dtype, device, quantized=how is not None)
     tokenizer = None
     if not config.model.skip_tokenizer_init:
         tokenizer = _load_tokenizer(config.model, path, hf_config)
     asked_len = config.model.max_model_len
+    if quantizer is not None:
+        _calibrate(quantizer, path, hf_config, tokenizer, asked_len)
     model = load_model(
         path,
         hf_config,
@@ -87,7 +104,11 @@ def _build(config: EngineConfig, processors: BatchProcessors) -> Engine:
         kernels=kernels,
         max_model_len=asked_len,
         max_adapters=config.lora.max_loras if config.lora.enable_lora else 0,
+        weight_format=weight_format,
+        quantizer=quantizer,
     )
+    if how is not None:
+        _warn_of_no_effect(how, model)
     if config.batch_invariant and model.native is None:
         raise ConfigError(
             "batch_invariant=True holds where the native CPU kernels run, on a CPU and in float32 "
@@ -97,9 +118,12 @@ def _build(config: EngineConfig, processors: BatchProcessors) -> Engine:
         )
     # Before the KV cache, which is measured by the memory that is left.
     adapters = _make_store(config, model, family_of(hf_config)[1], dtype)
+    kv_cache_dtype = choose_kv_cache_dtype(config.cache.kv_cache_dtype, dtype)
+    if model.native is not None:
+        model.native.check_cache_dtype(kv_cache_dtype)
     plan = plan_kv_cache(
         config,
-        bytes_per_block=kv_bytes_per_block(model, config.cache.block_size, dtype),
+        bytes_per_block=kv_bytes_per_block(model, config.cache.block_size, kv_cache_dtype),
         model_max_len=model.spec.max_position,
         **_device_memory(device),
     )
@@ -108,7 +132,7 @@ def _build(config: EngineConfig, processors: BatchProcessors) -> Engine:
         kernels,
         num_blocks=plan.num_blocks,
         block_size=config.cache.block_size,
-        dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
         device=device,
     )
     if plan.max_model_len < 2:
@@ -144,10 +168,12 @@ def _build(config: EngineConfig, processors: BatchProcessors) -> Engine:
         start_line(
             model=config.model.model,
             dtype=_dtype_words(hf_config, dtype),
+            quantization=_quantization_words(how, model),
             device=str(device),
             backend=kernels.name,
             plan=plan,
             block_size=config.cache.block_size,
+            cache_dtype=config.cache.kv_cache_dtype,
             num_threads=num_threads if device.type == "cpu" else None,
         )
     )
@@ -228,11 +254,64 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def choose_kv_cache_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
+    """Return what keys and values are kept in, by the name that a configuration has for it."""
+    if name == "auto":
+        return model_dtype
+    dtype: torch.dtype = torch.float8_e4m3fn if name == "fp8" else getattr(torch, name)
+    return dtype
+
+
 def _dtype_words(hf_config: dict[str, Any], dtype: torch.dtype) -> str:
     chosen = str(dtype).removeprefix("torch.")
     stored = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or chosen)
     stored = stored.removeprefix("torch.")
     return chosen if stored == chosen else f"{chosen} (stored as {stored})"
+
+
+def _calibrate(
+    quantizer: Quantizer,
+    path: Path,
+    hf_config: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    max_model_len: int | None,
+) -> None:
+    """Show a quantizer that asks for it what the plain model does with some prompts."""
+    if not getattr(quantizer, "prompts", ()):
+        return
+    from quire.models.calibration import calibrate
+
+    def encode(text: str) -> list[int]:
+        if tokenizer is None:
+            raise ConfigError(
+                "quantization_config['calibration'] has texts, and there is no tokenizer by "
+                "skip_tokenizer_init: give token ids"
+            )
+        return tokenizer.encode(text)
+
+    calibrate(cast("CalibratedQuantizer", quantizer), path, hf_config, encode, max_model_len)
+
+
+def _warn_of_no_effect(how: WeightFormat | Quantizer, model: Decoder) -> None:
+    """Say where a model is less quantized, or more, than somebody may believe."""
+    unmet: list[str] = getattr(getattr(how, "ignored", None), "unmet", list)()
+    if unmet:
+        logger.warning(
+            "quantization_config['ignore'] has %s, by which no module is meant; they are called "
+            "such as 'layers.0.attention.qkv.q', 'layers.0.mlp.down' and 'lm_head'",
+            ", ".join(map(repr, unmet[:10])),
+        )
+    if not model.code_kinds():
+        logger.warning("quantization %r: all weights are plain, none is in codes", how.name)
+
+
+def _quantization_words(how: WeightFormat | Quantizer | None, model: Decoder) -> str | None:
+    """Say what the weights are quantized to, and how many bits the whole model takes for each."""
+    if how is None:
+        return None
+    kinds = sorted(model.code_kinds())
+    words = how.name if kinds == [how.name] else f"{how.name} ({', '.join(kinds) or 'no codes'})"
+    return f"{words}, {model.weight_bytes() / 2**20:,.0f} MiB"
 
 
 def _device_memory(device: torch.device) -> dict[str, Any]:

@@ -67,8 +67,8 @@ class LLM:
             Which model, where from, how read: :class:`quire.config.ModelConfig`.
         max_model_len
             Most tokens of one request.
-        kv_cache_memory_bytes, num_gpu_blocks_override, block_size, enable_prefix_caching,
-        gpu_memory_utilization
+        kv_cache_memory_bytes, num_gpu_blocks_override, block_size, kv_cache_dtype,
+        enable_prefix_caching, gpu_memory_utilization
             The KV cache: :class:`quire.config.CacheConfig`.
         enable_lora, max_loras, max_lora_rank, max_cpu_loras, lora_modules
             LoRA adapters: :class:`quire.config.LoRAConfig`.

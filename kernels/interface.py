@@ -27,12 +27,13 @@ import numpy.typing as npt
 import torch
 
 from quire.kernels.lora_interface import LoraOperations
+from quire.kernels.quantized_interface import QuantizedOperations
 
 AttentionPlan: TypeAlias = Any
 """What `Backend.plan_attention` returns: known to that backend alone."""
 
 
-class Backend(LoraOperations, Protocol):
+class Backend(LoraOperations, QuantizedOperations, Protocol):
     """The operations of a forward pass, on the devices that the backend supports."""
 
     @property
@@ -254,11 +255,13 @@ class Backend(LoraOperations, Protocol):
             Tokens per block.
         num_kv_heads, head_dim : int
         dtype : torch.dtype
+            A float type; or int8 or float8_e4m3fn for rows in codes, which are ``head_dim + 4``
+            elements long: see `quire.kernels.kv_rows`.
         device : torch.device
 
         Returns
         -------
-        key_cache, value_cache : Tensor[num_blocks, block_size, num_kv_heads, head_dim]
+        key_cache, value_cache : Tensor[num_blocks, block_size, num_kv_heads, row_width]
 
         Raises
         ------
@@ -279,8 +282,10 @@ class Backend(LoraOperations, Protocol):
         Parameters
         ----------
         key, value : Tensor[num_tokens, num_kv_heads, head_dim]
-            Brought to the caches' type.
-        key_cache, value_cache : Tensor[num_blocks, block_size, num_kv_heads, head_dim]
+            Brought to the caches' type. In codes, each row has a scale of its own: the largest
+            size in it over 127 (int8) or 448 (float8_e4m3fn), and codes are rounded to the
+            nearest. A row that holds a NaN or an infinity stands for NaN as a whole.
+        key_cache, value_cache : Tensor[num_blocks, block_size, num_kv_heads, row_width]
         slot_mapping : Tensor[num_tokens], int64
             Slots, all different, none in the null block.
         """
@@ -339,8 +344,9 @@ class Backend(LoraOperations, Protocol):
         query : Tensor[num_tokens, num_heads, head_dim]
             Query head ``h`` reads KV head ``h // (num_heads / num_kv_heads)`` (grouped-query
             attention, Ainslie et al., arXiv:2305.13245).
-        key_cache, value_cache : Tensor[num_blocks, block_size, num_kv_heads, head_dim]
-            The step's own keys and values are in it already.
+        key_cache, value_cache : Tensor[num_blocks, block_size, num_kv_heads, row_width]
+            The step's own keys and values are in it already. Codes stand for ``code * scale``,
+            rounded to float32, and rounded again to the type that is computed in.
         plan : AttentionPlan
             From `plan_attention` of this step.
         scale : float

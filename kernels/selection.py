@@ -11,11 +11,13 @@ import torch
 
 from quire.kernels.cpu.backend import CpuBackend, why_missing
 from quire.kernels.reference.backend import ReferenceBackend
+from quire.kernels.triton import backend as triton
 
 if TYPE_CHECKING:
     from quire.kernels.interface import Backend
 
-_BUILT_IN = {"reference": ReferenceBackend, "cpu": CpuBackend}
+_BUILT_IN = {"reference": ReferenceBackend, "cpu": CpuBackend, "triton": triton.TritonBackend}
+_WHY_MISSING = {"cpu": why_missing, "triton": triton.why_missing}
 
 ENTRY_POINT_GROUP = "quire.kernels"
 
@@ -26,7 +28,9 @@ class KernelError(RuntimeError):
 
 def available_backends() -> list[str]:
     """Names that `get_backend` accepts: the built-in ones, then those of installed packages."""
-    built_in = [name for name in _BUILT_IN if name != "cpu" or why_missing() is None]
+    built_in = [
+        name for name in _BUILT_IN if name not in _WHY_MISSING or _WHY_MISSING[name]() is None
+    ]
     return [*built_in, *sorted(name for name in _installed() if name not in _BUILT_IN)]
 
 

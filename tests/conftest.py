@@ -11,6 +11,8 @@ import pytest
 # Read by libraries when they are imported, so before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if not Path("/dev/nvidia0").exists() and not Path("/dev/kfd").exists():
+    os.environ["TRITON_INTERPRET"] = "1"  # its kernels are then run on the CPU, step by step
 os.environ["LANGSMITH_TRACING"] = os.environ["LANGCHAIN_TRACING_V2"] = "false"
 for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "VLLM_USE_MODELSCOPE", "QUIRE_LOG_LEVEL"):
     os.environ.pop(_name, None)

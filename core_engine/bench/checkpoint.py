@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -53,6 +54,23 @@ def cache_folder() -> Path:
     if asked:
         return Path(asked)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "quire" / "bench"
+
+
+def made_from(folder: Path, kind: str) -> Path:
+    """Return where what is made of a checkpoint is kept; the path is another for other files.
+
+    Parameters
+    ----------
+    folder : Path
+        The checkpoint.
+    kind : str
+        What is made of it, with a suffix if it is a file.
+    """
+    digest = hashlib.sha256(str(folder.resolve()).encode())
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        if path.exists():
+            digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+    return cache_folder() / f"{folder.resolve().name}-{digest.hexdigest()[:12]}-{kind}"
 
 
 def random_checkpoint(name: str, dtype: str) -> Path:

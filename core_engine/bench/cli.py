@@ -1,4 +1,4 @@
-"""``quire bench``: throughput, prefix, latency, startup, kernels, structured, serve, lora."""
+"""``quire bench``: its subcommands; the short ones are here."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ from quire.bench.options import (
     find_checkpoint,
 )
 from quire.bench.products import measure_products
+from quire.bench.quality import quality
+from quire.bench.quantization import quantization
 from quire.bench.record import Entry, Record, record
 from quire.bench.serve import serve
 from quire.bench.startup import measure_startup
@@ -355,3 +357,5 @@ def kernels(
 app.command()(structured)
 app.command()(serve)
 app.command()(lora)
+app.command()(quantization)
+app.command()(quality)

@@ -7,7 +7,6 @@ vocabulary's size and no vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from quire.bench.checkpoint import cache_folder
+from quire.bench.checkpoint import made_from
 from quire.bench.contest import BenchError
 
 if TYPE_CHECKING:
@@ -25,15 +24,18 @@ if TYPE_CHECKING:
 TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 """A matrix's type in the file, by the dtype of a checkpoint."""
 
-QUANTIZED = ("q8_0",)
-"""Types that no checkpoint has: 32 numbers as 8-bit integers and a scale."""
+QUANTIZED = ("q8_0", "q4_0")
+"""Types that no checkpoint has: 32 numbers as integers of 8 or 4 bits, and a scale."""
+
+KINDS = (*TYPES.values(), *QUANTIZED)
 
 # The format's numbers for the types of tensors, and for a file that is mostly of one.
-_TENSOR_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "bf16": 30}
-_FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
+_TENSOR_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
+_FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}
 _UINT32, _FLOAT32, _STRING = 4, 6, 8
 _ALIGNMENT = 32
 _BLOCK = 32
+_BLOCK_BYTES = {"q8_0": 34, "q4_0": 18}
 _ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
 _NAMES = {
     "model.embed_tokens": "token_embd",
@@ -60,19 +62,15 @@ def gguf_file(folder: Path, kind: str) -> Path:
     ----------
     folder : Path
         A checkpoint of Llama's or Qwen2's architecture, as safetensors.
-    kind : {"f32", "f16", "bf16", "q8_0"}
-        Of the matrices; everything else is float32.
+    kind : {"f32", "f16", "bf16", "q8_0", "q4_0"}
+        Of all matrices, the output matrix too; everything else is float32.
 
     Raises
     ------
     BenchError
         For a checkpoint that the file cannot express.
     """
-    digest = hashlib.sha256(str(folder.resolve()).encode())
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        if path.exists():
-            digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
-    target = cache_folder() / f"{folder.resolve().name}-{digest.hexdigest()[:12]}-{kind}.gguf"
+    target = made_from(folder, f"{kind}.gguf")
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_suffix(f".{os.getpid()}.part")
@@ -105,6 +103,18 @@ def write_gguf(folder: Path, target: Path, kind: str) -> None:
             rows = _in_pairs(tensor, name, config) if settings[_ARCHITECTURE] == "llama" else tensor
             file.write(_data(rows, _type_of(tuple(rows.shape), kind)))
             _pad(file)
+
+
+def step_bytes(folder: Path, kind: str) -> int:
+    """Return how many bytes of weights llama.cpp reads for a token: see `gguf_file`.
+
+    All tensors but the embedding, of which it reads a row; where there is no output matrix, the
+    embedding is that, too.
+    """
+    shapes = {name: shape for name, (_, _, shape) in _sources(folder).items()}
+    if "output.weight" in shapes:
+        del shapes["token_embd.weight"]
+    return sum(_num_bytes(shape, _type_of(shape, kind)) for shape in shapes.values())
 
 
 _ARCHITECTURE = "general.architecture"
@@ -213,23 +223,46 @@ def _type_of(shape: tuple[int, ...], kind: str) -> str:
 
 def _num_bytes(shape: tuple[int, ...], type_: str) -> int:
     count = math.prod(shape)
-    if type_ == "q8_0":
-        return count // _BLOCK * (_BLOCK + 2)
+    if type_ in _BLOCK_BYTES:
+        return count // _BLOCK * _BLOCK_BYTES[type_]
     return count * (4 if type_ == "f32" else 2)
 
 
 def _data(tensor: torch.Tensor, type_: str) -> bytes:
     import torch
 
-    if type_ == "q8_0":
+    if type_ in _BLOCK_BYTES:
         blocks = tensor.float().reshape(-1, _BLOCK)
-        scale = blocks.abs().amax(1, keepdim=True) / 127
-        numbers = (blocks / scale.clamp_min(torch.finfo(torch.float32).tiny)).round()
-        columns = (scale.to(torch.float16).view(torch.uint8), numbers.to(torch.int8))
-        packed = torch.cat([columns[0], columns[1].view(torch.uint8)], 1)
+        scale, codes = _codes_of_8_bits(blocks) if type_ == "q8_0" else _codes_of_4_bits(blocks)
+        packed = torch.cat([scale.to(torch.float16).view(torch.uint8), codes], 1)
         return packed.numpy().tobytes()
     dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[type_]
     return tensor.to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _codes_of_8_bits(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scales, and the codes' bytes."""
+    import torch
+
+    scale = blocks.abs().amax(1, keepdim=True) / 127
+    codes = (blocks / scale.clamp_min(torch.finfo(torch.float32).tiny)).round()
+    return scale, codes.to(torch.int8).view(torch.uint8)
+
+
+def _codes_of_4_bits(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scales, and the codes: the first half of a block in the low halves of bytes.
+
+    A code is from 0 to 15 and stands for 8 less. The number of the largest size is the code 0: the
+    one that has no opposite.
+    """
+    import torch
+
+    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
+    scale = largest / -8
+    inverse = torch.where(scale == 0, 0.0, 1 / scale)
+    codes = (blocks * inverse + 8.5).clamp(0, 15).to(torch.uint8)
+    low, high = codes.chunk(2, 1)
+    return scale, low | (high << 4)
 
 
 def _text(text: str) -> bytes:

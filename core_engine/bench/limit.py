@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,17 +113,33 @@ def measure_limit(num_threads: int | None = None) -> Limit:
     num_threads : int, optional
         None: as many as torch uses.
     """
+    with _threads(num_threads):
+        return Limit(_read_rate(), _product_flops())
+
+
+def measure_bandwidth(num_threads: int | None = None) -> float:
+    """Return `Limit.bytes_per_second` of this moment, in about a second; see `measure_limit`."""
+    with _threads(num_threads):
+        return _read_rate()
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
+    if count is not None:
+        torch.set_num_threads(count)
     try:
-        read = _best(torch.ones(_READ_BYTES // 8, dtype=torch.int64).max)
-        flops = _product_flops()
+        yield
     finally:
         torch.set_num_threads(before)
-    return Limit(_READ_BYTES / read, flops)
+
+
+def _read_rate() -> float:
+    import torch
+
+    return _READ_BYTES / _best(torch.ones(_READ_BYTES // 8, dtype=torch.int64).max)
 
 
 def _best(function: Callable[[], object]) -> float:

@@ -12,7 +12,7 @@ import typer
 
 from quire.bench.chart import why_not
 from quire.bench.checkpoint import DIMENSIONS, random_checkpoint
-from quire.bench.gguf import QUANTIZED, TYPES, gguf_file
+from quire.bench.gguf import KINDS, TYPES, gguf_file
 from quire.bench.record import Entry
 from quire.models.hf_config import read_config
 from quire.models.hub import resolve
@@ -46,7 +46,7 @@ PeerEnv = Annotated[
 GgufType = Annotated[
     str | None,
     typer.Option(
-        help=f"Of llama-cpp's weights: {', '.join([*TYPES.values(), *QUANTIZED])}.",
+        help=f"Of llama-cpp's weights: {', '.join(KINDS)}.",
         show_default="as --dtype",
     ),
 ]
@@ -158,9 +158,8 @@ class Peers:
             if name not in PEERS:
                 raise typer.BadParameter(f"--vs {name!r}: one of {', '.join(PEERS)}, none")
         kind = gguf_type or TYPES[dtype]
-        if kind not in (*TYPES.values(), *QUANTIZED):
-            kinds = ", ".join([*TYPES.values(), *QUANTIZED])
-            raise typer.BadParameter(f"--gguf-type {kind!r}: one of {kinds}")
+        if kind not in KINDS:
+            raise typer.BadParameter(f"--gguf-type {kind!r}: one of {', '.join(KINDS)}")
         if gguf_type is not None and "llama-cpp" not in names:
             raise typer.BadParameter(f"--gguf-type {kind!r} is for --vs llama-cpp")
         if environment and not names:

@@ -38,9 +38,13 @@ class QuireSide:
 
     def __init__(self, model: str, *, detokenize: bool = False, **options: Any) -> None:
         from quire import LLM
+        from quire.bench.weight_bytes import step_bytes
 
         self._detokenize = detokenize
         self._llm = LLM(model, skip_tokenizer_init=not detokenize, **options)
+        runner = self._llm.llm_engine._runner
+        assert runner is not None
+        self._step_bytes = step_bytes(runner.model)
 
     def run(self, workload: Workload) -> dict[str, float]:
         """Generate; the prefix cache starts empty."""
@@ -73,6 +77,7 @@ class QuireSide:
             "steps": delta["num_steps"],
             "overhead_ms_per_step": 1e3 * overhead / steps,
             "forward_ms_per_step": 1e3 * delta["forward_seconds"] / steps,
+            "step_bytes": float(self._step_bytes),
         }
 
     def versions(self) -> dict[str, str]:

@@ -15,6 +15,7 @@ from quire import __version__
 from quire.cli.chat import chat
 from quire.cli.collect_env import collect_env
 from quire.cli.complete import complete
+from quire.cli.quantize import quantize
 from quire.cli.run_batch import run_batch
 from quire.errors import QuireError
 
@@ -49,6 +50,7 @@ def _common(
 app.command()(complete)
 app.command()(chat)
 app.command(name="run-batch")(run_batch)
+app.command()(quantize)
 app.command(name="collect-env")(collect_env)
 
 

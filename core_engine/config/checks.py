@@ -28,6 +28,14 @@ _DTYPES = {
     "float32": "float32",
 }
 
+_KV_CACHE_DTYPES = {
+    **_DTYPES,
+    "fp8": "fp8",
+    "fp8_e4m3": "fp8",
+    "float8_e4m3fn": "fp8",
+    "int8": "int8",
+}
+
 
 def refuse(name: str, value: object, right: str) -> ConfigError:
     """Return the error for a value that is not what is right; to be raised by the caller."""
@@ -114,6 +122,19 @@ def dtype(name: str, value: Any) -> str:
     return kept
 
 
+def kv_cache_dtype(name: str, value: Any) -> str:
+    """Take what keys and values are kept in, by name or as torch's dtype; return its name."""
+    kept = _KV_CACHE_DTYPES.get(_text_of(value).removeprefix("torch."))
+    if kept is not None:
+        return kept
+    if isinstance(value, str) and value.startswith("fp8_"):
+        raise NotSupportedError(
+            f"{name}={value!r} is not offered by this version of quire; use 'fp8', which is e4m3 "
+            "with a scale for each token and head, or 'int8'"
+        )
+    raise refuse(name, value, "one of " + ", ".join(map(repr, _KV_CACHE_DTYPES)))
+
+
 def device(name: str, value: Any) -> str:
     """Take a device by name, or torch's own; return its name."""
     kept = _text_of(value)
@@ -143,6 +164,16 @@ def mapping(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise refuse(name, value, "a dict whose keys are strings")
     return dict(value)
+
+
+def quantization(name: str, value: Any) -> str:
+    """Take the name of a quantization, or one of its other names."""
+    kept = text(name, value)
+    # Later than this module: it asks installed packages.
+    from quire.quantization.registry import check_name
+
+    check_name(name, kept)
+    return kept
 
 
 GENERATION_FIELDS = (

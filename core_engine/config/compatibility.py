@@ -28,6 +28,8 @@ NO_EFFECT: dict[str, Check] = {
     # No code of a checkpoint runs, so its revision does not matter.
     "code_revision": text,
     "max_parallel_loading_workers": integer(1),
+    # Keys and values in codes always have scales of their own.
+    "calculate_kv_scales": boolean,
     # Biases of an adapter are always added.
     "enable_lora_bias": boolean,
 }
@@ -42,9 +44,6 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "distributed_executor_backend": (None, "uni"),
     "worker_cls": (None, "auto"),
     "worker_extension_cls": (None, ""),
-    "quantization": (None,),
-    "kv_cache_dtype": ("auto",),
-    "calculate_kv_scales": (False,),
     "cpu_offload_gb": (0, 0.0),
     "fully_sharded_loras": (False,),
     "enable_prompt_adapter": (False,),

@@ -37,6 +37,14 @@ class ModelConfig(Checked):
     dtype : {"auto", "float16", "bfloat16", "float32"}
         What the weights are computed in. ``"auto"`` follows the checkpoint; float32 checkpoints
         become float16 on a GPU and bfloat16 on a CPU that computes in it.
+    quantization : str or None
+        What the weights are quantized to: the format of the checkpoint (``"awq"``, ``"gptq"``,
+        ``"squeezellm"``, ``"compressed-tensors"``, ``"fp8"``, ``"bitsandbytes"``), or, for a plain
+        checkpoint, what it is quantized to while it is loaded (``"int8"``, ``"w8a8"``, ``"int4"``,
+        ``"fp8"``, ``"nf4"``). None: what the checkpoint says of itself.
+    quantization_config : dict or None
+        Options of quantizing while loading, such as ``{"group_size": 64, "lm_head": None}``; see
+        ``core_engine/quantization/README.md``.
     revision, tokenizer_revision : str or None
         Branch, tag or commit on the hub; the tokenizer's is the model's unless said.
     max_model_len : int or None
@@ -65,6 +73,10 @@ class ModelConfig(Checked):
     skip_tokenizer_init: bool = argument(False, checks.boolean)
     trust_remote_code: bool = argument(False, checks.boolean)
     dtype: str = argument("auto", checks.dtype)
+    quantization: str | None = argument(None, checks.quantization)
+    quantization_config: dict[str, Any] | None = field(
+        default=None, metadata={"check": checks.mapping}
+    )
     revision: str | None = argument(None, checks.text)
     tokenizer_revision: str | None = argument(None, checks.text)
     max_model_len: int | None = argument(None, checks.model_len)
@@ -91,6 +103,10 @@ class CacheConfig(Checked):
     num_gpu_blocks_override : int or None
         Number of blocks, the null block included, on whichever device; it wins over
         ``kv_cache_memory_bytes``.
+    kv_cache_dtype : {"auto", "fp8", "int8", "bfloat16", "float16", "float32"}
+        What keys and values are kept in; ``"auto"`` is the model's own type. ``"fp8"`` (also
+        ``"fp8_e4m3"``) and ``"int8"`` take one byte per number and four per key or value of a
+        head, for the scale that each has.
     enable_prefix_caching : bool
         Keep the blocks of finished requests, for later requests that begin with the same tokens.
     gpu_memory_utilization : float
@@ -100,6 +116,7 @@ class CacheConfig(Checked):
     block_size: int = argument(16, checks.integer(1, 1024))
     kv_cache_memory_bytes: int | None = argument(None, checks.integer(1))
     num_gpu_blocks_override: int | None = argument(None, checks.integer(2))
+    kv_cache_dtype: str = argument("auto", checks.kv_cache_dtype)
     enable_prefix_caching: bool = argument(True, checks.boolean)
     gpu_memory_utilization: float = argument(0.9, checks.number(0, 1, above_low=True))
 

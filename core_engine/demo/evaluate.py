@@ -10,11 +10,14 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quire.demo import model_path
 from quire.demo.samples import Question
 from quire.demo.text import evaluation_sets, sampled_sets
+
+if TYPE_CHECKING:
+    from quire import LLM
 
 MAX_TOKENS = 96
 Generate = Callable[[Sequence[str]], Sequence[str]]
@@ -122,9 +125,14 @@ def with_transformers(
 
 def with_quire(folder: Path) -> tuple[Generate, Generate]:
     """Return the greedy and the sampled ``Generate`` over quire's own engine."""
-    from quire import LLM, SamplingParams
+    from quire import LLM
 
-    llm = LLM(str(folder))
+    return with_llm(LLM(str(folder)))
+
+
+def with_llm(llm: LLM) -> tuple[Generate, Generate]:
+    """Return the greedy and the sampled ``Generate`` over a model that is loaded."""
+    from quire import SamplingParams
 
     def continue_with(params: SamplingParams) -> Generate:
         def generate(prompts: Sequence[str]) -> list[str]:

@@ -44,10 +44,13 @@ class KVCacheMap:
         Tokens per block.
     blocks : list of KVBlock
         All that there are, in the order in which they lie in memory.
+    dtype : str
+        What keys and values are kept in, as the engine argument ``kv_cache_dtype`` says it.
     """
 
     block_size: int
     blocks: list[KVBlock]
+    dtype: str = "auto"
 
     def count(self, state: str) -> int:
         """Return how many blocks are in a state: "free", "cached", "used" or "shared"."""
@@ -61,10 +64,13 @@ class KVCacheMap:
         counts = ", ".join(
             f"{self.count(state)} {state}" for state in ("used", "shared", "cached", "free")
         )
-        return f"KVCacheMap({len(self.blocks)} blocks of {self.block_size} tokens: {counts})"
+        of_dtype = "" if self.dtype == "auto" else f" in {self.dtype}"
+        return (
+            f"KVCacheMap({len(self.blocks)} blocks of {self.block_size} tokens{of_dtype}: {counts})"
+        )
 
 
-def map_blocks(pool: BlockPool, sequences: Iterable[Sequence]) -> KVCacheMap:
+def map_blocks(pool: BlockPool, sequences: Iterable[Sequence], dtype: str = "auto") -> KVCacheMap:
     """Return what each block of a pool holds, the null block left out.
 
     Parameters
@@ -72,6 +78,8 @@ def map_blocks(pool: BlockPool, sequences: Iterable[Sequence]) -> KVCacheMap:
     pool : BlockPool
     sequences : iterable of Sequence
         All that hold blocks, in order.
+    dtype : str
+        As ``kv_cache_dtype`` has it.
     """
     users: dict[int, dict[str, None]] = {}
     for sequence in sequences:
@@ -84,4 +92,4 @@ def map_blocks(pool: BlockPool, sequences: Iterable[Sequence]) -> KVCacheMap:
         blocks[block_id] = cached
     for block_id, request_ids in users.items():
         blocks[block_id] = KVBlock(tuple(request_ids), block_id in published)
-    return KVCacheMap(pool.block_size, blocks[1:])
+    return KVCacheMap(pool.block_size, blocks[1:], dtype)

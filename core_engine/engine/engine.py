@@ -479,7 +479,8 @@ class Engine:
 
     def kv_cache_map(self) -> KVCacheMap:
         """Return which block of the KV cache holds what."""
-        return map_blocks(self._pool, self.scheduler.running)
+        dtype = self.config.cache.kv_cache_dtype
+        return map_blocks(self._pool, self.scheduler.running, dtype)
 
     def metrics(self) -> dict[str, float]:
         """Return counters since the start, and gauges of this moment."""

@@ -10,6 +10,7 @@ import torch
 
 from quire.engine.batch import ForwardBatch
 from quire.errors import DeviceLostError
+from quire.kernels.kv_rows import row_width
 
 if TYPE_CHECKING:
     from quire.kernels.interface import Backend
@@ -26,8 +27,9 @@ class ModelRunner:
     kernels : Backend
     num_blocks, block_size : int
         Shape of the KV cache, the null block included.
-    dtype : torch.dtype
-        Of keys and values.
+    kv_cache_dtype : torch.dtype
+        What keys and values are kept in: a float type, or codes with scales, in int8 or
+        float8_e4m3fn.
     """
 
     def __init__(
@@ -37,14 +39,16 @@ class ModelRunner:
         *,
         num_blocks: int,
         block_size: int,
-        dtype: torch.dtype,
+        kv_cache_dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.model = model
         self.device = device
         self._kernels = kernels
         self._kv_caches = [
-            kernels.allocate_kv_cache(num_blocks, block_size, num_heads, head_dim, dtype, device)
+            kernels.allocate_kv_cache(
+                num_blocks, block_size, num_heads, head_dim, kv_cache_dtype, device
+            )
             for num_heads, head_dim in model.kv_cache_layers()
         ]
 
@@ -104,5 +108,8 @@ def is_device_lost(error: BaseException) -> bool:
 
 def kv_bytes_per_block(model: Decoder, block_size: int, dtype: torch.dtype) -> int:
     """Return what one block of all layers' keys and values takes, in bytes."""
-    elements = sum(2 * num_heads * head_dim for num_heads, head_dim in model.kv_cache_layers())
+    elements = sum(
+        2 * num_heads * row_width(head_dim, dtype)
+        for num_heads, head_dim in model.kv_cache_layers()
+    )
     return elements * block_size * dtype.itemsize

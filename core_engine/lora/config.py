@@ -11,7 +11,7 @@ from typing import Any
 
 from quire.errors import AdapterError
 from quire.lora.content import CONFIG_FILE, METADATA
-from quire.lora.patterns import MOST_WAYS, compiled, num_ways
+from quire.utils.patterns import MOST_WAYS, compiled, num_ways
 
 MERGE = (
     "merge it into its model with peft (PeftModel.from_pretrained(...).merge_and_unload()), save "
@@ -286,7 +286,7 @@ class AdapterConfig:
         ]
 
     def _compiled(self, around: str, pattern: str, field: str) -> re.Pattern[str]:
-        found = compiled(around, pattern, f"{field} in {self.path}")
+        found = compiled(around, pattern, f"{field} in {self.path}", AdapterError)
         self._ways += num_ways(pattern)
         if self._ways > MOST_WAYS and num_ways(pattern) > 1:
             raise AdapterError(

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from quire.models.decoder import Decoder
     from quire.models.family import Family
 
+_DIFFERENCE, _CODED_DIFFERENCE = 0.004, 0.3
+"""By how much a table may differ from the model's, of its size, and still be taken for the same:
+by what float16 and bfloat16 round, or codes of few bits."""
+
 
 def read_adapter(
     folder: Path, decoder: Decoder, family: Family, *, max_rank: int, dtype: torch.dtype
@@ -181,7 +185,7 @@ class _Reading:
             tables.keep(change.target.kind)
 
     def _is_base(self, change: Change, role: Role, *, exactly: bool = False) -> bool:
-        """Whether a table is the model's own, up to how float16 and bfloat16 round.
+        """Whether a table is the model's own, up to how it is rounded.
 
         `exactly` asks whether the decoder could tell them apart.
         """
@@ -192,7 +196,8 @@ class _Reading:
         if exactly:
             return False
         difference = torch.linalg.vector_norm(table.float() - base.float())
-        return bool(difference <= 0.004 * torch.linalg.vector_norm(base.float()))
+        most = _CODED_DIFFERENCE if self._decoder.is_coded(change.target.name) else _DIFFERENCE
+        return bool(difference <= most * torch.linalg.vector_norm(base.float()))
 
     def _check_unchanged(self, change: Change) -> None:
         """Let the unchanged norms pass that ``bias="all"`` saves, and nothing else."""

@@ -107,7 +107,9 @@ class Targets:
                     num_rows = rows
                     break
                 first += rows
-        order = _ungrouped(linear) if grouped and linear.groups > 1 else None
+        order = None
+        if grouped and linear.groups > 1:
+            order = self._decoder.weights.ungrouped_rows(f"{linear.name}.weight")
         return Target("linear", linear.name, first, num_rows, linear.in_features, order)
 
     def modules(self, prefix: str | None = None) -> Iterator[str]:
@@ -138,10 +140,3 @@ class Targets:
         """Return the module of the model whose name is most like the given one."""
         names = [name for name in self.modules() if self.find(name) is not None]
         return difflib.get_close_matches(module[:200], names, n=1, cutoff=0.0)[0]
-
-
-def _ungrouped(linear: Linear) -> torch.Tensor:
-    """Where each row of a fused query, key and value is when its rows lie group by group."""
-    rows = torch.arange(linear.out_features).view(linear.groups, -1)
-    per_group = [size // linear.groups for size in linear.parts.values()]
-    return torch.cat([part.reshape(-1) for part in rows.split_with_sizes(per_group, dim=1)])

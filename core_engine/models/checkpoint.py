@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -65,6 +66,8 @@ class TorchFile:
             ) from error
         except Exception as error:
             raise ModelLoadError(f"{path} is truncated or damaged: {error}") from error
+        if isinstance(content, dict):
+            content = {name: each for name, each in content.items() if not _is_count(name, each)}
         if not isinstance(content, dict) or not all(
             isinstance(name, str) and isinstance(value, torch.Tensor)
             for name, value in content.items()
@@ -73,6 +76,12 @@ class TorchFile:
         for name, value in content.items():
             if value.layout != torch.strided or value.is_meta:
                 raise ModelLoadError(f"{path}: {name!r} is a sparse tensor, or one without values")
+            # Strides of 0 make any number of values of one: a small file could fill the memory.
+            if value.nbytes > (stored := value.untyped_storage().nbytes()):
+                raise ModelLoadError(
+                    f"{path}: {name!r} has the shape {list(value.shape)}, and the file has "
+                    f"{stored} bytes for it; {value.nbytes} are needed"
+                )
         self._tensors: dict[str, torch.Tensor] = content
 
     def _load(self, *, mmap: bool) -> object:
@@ -107,20 +116,42 @@ class TorchFile:
         """See `WeightFile.release`; the mapping goes with the last tensor of the file."""
 
 
+def _is_count(name: object, value: object) -> bool:
+    """Whether an entry is one of SqueezeLLM's, which say of each sparse part how long it is."""
+    return isinstance(name, str) and name.startswith("sparse_threshold.") and isinstance(value, int)
+
+
 def open_file(path: Path) -> WeightFile:
     """Open a weight file by its ending."""
     return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
 
 
+_NO_MODEL = frozenset(
+    {
+        "adapter_model.safetensors",
+        "consolidated.safetensors",
+        "optimizer.pt",
+        "rng_state.pt",
+        "scaler.pt",
+        "scheduler.pt",
+    }
+)
+"""Files of the same endings that have something else in them, or other names."""
+
+_SHARD = re.compile(r"-\d+-of-\d+$")
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the files that together hold a model's weights.
 
-    Safetensors are preferred to ``.bin`` files, an index to a single file.
+    Safetensors are preferred to ``.bin`` files, an index to a single file. Where there is none of
+    the usual name, a single one of any other is taken, or its shards, of safetensors or, as
+    SqueezeLLM writes them, a ``.pt`` file.
 
     Raises
     ------
     ModelLoadError
-        There are none, or a file that an index names is missing.
+        There are none, or several of other names, or a file that an index names is missing.
     """
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = folder / f"{stem}.{suffix}.index.json"
@@ -132,9 +163,20 @@ def weight_files(folder: Path) -> list[Path]:
         # Written as shards whose index was left out: missing weights are found out by name.
         if shards := sorted(folder.glob(f"{stem}-*-of-*.{suffix}")):
             return shards
+    for pattern in ("*.safetensors", "*.pt"):
+        others = [each for each in sorted(folder.glob(pattern)) if each.name not in _NO_MODEL]
+        if len(others) == 1 or (others and all(_SHARD.search(each.stem) for each in others)):
+            return others
+        if others:
+            names = ", ".join(each.name for each in others[:20])
+            raise ModelLoadError(
+                f"{folder} has several weight files of no usual name: {names}. Leave the one "
+                "that is meant"
+            )
     found = ", ".join(sorted(each.name for each in folder.iterdir())[:20])
     raise ModelLoadError(
-        f"{folder} has no weights: no model.safetensors, pytorch_model.bin, or index of shards. "
+        f"{folder} has no weights: no model.safetensors, pytorch_model.bin, or index of shards, "
+        "nor any other .safetensors or .pt file of a model. "
         f"It has: {found or 'nothing'}"
     )
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
 from quire.kernels.lora import LoraRows
+from quire.kernels.quantized import QuantizedWeight
 from quire.models.adapter import Adapter, PreparedAdapter
 from quire.models.adapter_check import check_adapter
 from quire.models.adapter_operations import AdapterOperations
@@ -23,7 +27,7 @@ from quire.models.layers import (
     create_norm,
     layer_linears,
 )
-from quire.models.linear import Apply, DenseMethod, Linear, LinearMethod
+from quire.models.linear import Apply, Linear, LinearMethod, WeightMethod
 from quire.models.rotary import RotaryTable
 from quire.models.spec import DecoderSpec, RotarySpec
 from quire.models.weights import Weights
@@ -33,6 +37,9 @@ if TYPE_CHECKING:
 
     from quire.kernels import Backend
     from quire.models.native import NativeForward
+
+
+logger = logging.getLogger(__name__)
 
 
 class Batch(Protocol):
@@ -80,8 +87,7 @@ class Decoder:
     kernels
         The operations, from ``quire.kernels.get_backend(device)``.
     method
-        How projections are stored and applied; None: dense. Embedding and output matrix are
-        always dense.
+        How the layers' projections are stored and applied; None: by what their weights are.
     max_adapters
         Slots for adapters; 0: there can be none, and nothing is spent on them.
 
@@ -113,7 +119,7 @@ class Decoder:
         self._bound = False
         self._mark = object()  # by which it knows its own adapters
         self._filled_slots: set[int] = set()
-        self._method: LinearMethod = method or DenseMethod()
+        self._method: LinearMethod = method or WeightMethod()
         self._embedding_size = width = spec.embedding_size or spec.hidden_size
         self._project_in = self._project_out = None
         if width != spec.hidden_size:
@@ -122,7 +128,7 @@ class Decoder:
         self._allocate(width)
 
     def _allocate(self, width: int) -> None:
-        spec, weights, dense = self.spec, self.weights, DenseMethod()
+        spec, weights, plain = self.spec, self.weights, WeightMethod()
         weights.create("embed.weight", (spec.vocab_size, width))
         if spec.learned_positions is not None:
             table = spec.learned_positions
@@ -130,7 +136,7 @@ class Decoder:
             weights.create("embed_positions.weight", (num_rows, spec.hidden_size))
         for linear in (self._project_in, self._project_out):
             if linear is not None:
-                dense.create(linear, weights)
+                plain.create(linear, weights)
         for index, layer in enumerate(spec.layers):
             create_layer(f"layers.{index}", layer, spec.hidden_size, self._method, weights)
         create_norm("final_norm", spec.final_norm, spec.hidden_size, weights)
@@ -141,14 +147,49 @@ class Decoder:
         """Allocate an output matrix of its own."""
         self.weights.create("lm_head.weight", (self.spec.vocab_size, self._embedding_size))
 
+    def settle(self, name: str) -> None:
+        """Bring a weight that came in codes into the form that steps read.
+
+        To be called when all of it is there: what came as plain tensors beside its codes, and the
+        codes as they came, are let go.
+
+        Parameters
+        ----------
+        name
+            A projection's, or ``embed``, ``lm_head``.
+        """
+        mlp = re.fullmatch(r"layers\.(\d+)\.mlp\.gate_up", name)
+        cuts = None
+        if mlp is not None:
+            cuts = [self.spec.layers[int(mlp[1])].mlp.intermediate_size] * 2
+        coded = self.weights.settle_codes(f"{name}.weight", cuts)
+        library = self._native_library()
+        if coded is not None and library is not None:
+            from quire.models.native_model import pack
+
+            coded.pack(partial(pack, library))
+
     def bind(self) -> None:
         """Bind the filled parameters; to be called once, before `forward`."""
         if self._bound:  # the native kernels would bring the weights into their order once more
             raise RuntimeError("a decoder is bound once")
         self._bound = True
         spec, weights, kernels = self.spec, self.weights, self._kernels
-        dense, method = DenseMethod(), self._method
+        plain, method = WeightMethod(), self._method
         library = self._native_library()
+        coded = self.weights.all_coded()
+        if library is not None and any(each.matrices() is None for each in coded.values()):
+            library = None
+            names = [name for name, each in coded.items() if each.matrices() is None]
+            logger.warning(
+                "the native kernels do not run this model: %s of its quantized weights (%s first) "
+                "are in parts of several kinds, or in groups of a size that no multiple of 8 "
+                "divides; each product takes far longer so",
+                len(names),
+                names[0],
+            )
+            for each in coded.values():
+                each.unpack()
         self._adapters = None
         if self.max_adapters and library is None:
             self._adapters = AdapterOperations(self.max_adapters, self.linears(), weights, kernels)
@@ -165,6 +206,8 @@ class Decoder:
                 if index == len(self._tables):
                     self._tables.append(RotaryTable(rotary, weights.device))
             self._rotary_indices.append(index)
+            if library is not None:  # codes would be unpacked for operations that nobody calls
+                continue
             self._layers.append(
                 bind_layer(
                     f"layers.{number}",
@@ -176,26 +219,26 @@ class Decoder:
                     kernels,
                 )
             )
-        self._embed_weight = weights["embed.weight"]
         self._position_weight = weights.get("embed_positions.weight")
-        self._into = self._bind_projection(self._project_in, dense)
-        self._out_of = self._bind_projection(self._project_out, dense)
-        has_head = "lm_head.weight" in weights
-        self._head_weight = weights["lm_head.weight"] if has_head else self._embed_weight
         # The scale is rounded to the weights' dtype, as it was in training.
         self._embedding_scale = None
         if spec.embedding_scale is not None:
             self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=weights.dtype).item()
         self.native = None if library is None else self._bind_natively(library)
+        if self.native is None:
+            self._lookup = self._bind_lookup()
+            self._into = self._bind_projection(self._project_in, plain)
+            self._out_of = self._bind_projection(self._project_out, plain)
+            self._head = plain.bind(self._matrix(self._name_of("lm_head")), weights, kernels)
         self._final_norm = self._final_add_norm = None
         if spec.final_norm is not None:
             self._final_norm = bind_norm("final_norm", spec.final_norm, weights, kernels)
             self._final_add_norm = bind_add_norm("final_norm", spec.final_norm, weights, kernels)
 
     def _native_library(self) -> ctypes.CDLL | None:
-        """The native kernels, where they can run the model."""
+        """The native kernels, where they can run the model, if its codes can be packed."""
         library: ctypes.CDLL | None = getattr(self._kernels, "library", None)
-        if library is None or type(self._method) is not DenseMethod:
+        if library is None or type(self._method) is not WeightMethod:
             return None
         from quire.models import native
 
@@ -217,6 +260,26 @@ class Decoder:
     def _bind_projection(self, linear: Linear | None, method: LinearMethod) -> Apply | None:
         return None if linear is None else method.bind(linear, self.weights, self._kernels)
 
+    def _bind_lookup(self) -> Apply:
+        """Return ``ids -> embeddings``."""
+        kernels, dtype = self._kernels, self.weights.dtype
+        coded = self.weights.coded("embed.weight")
+        if coded is None:
+            plain = self.weights["embed.weight"]
+            return lambda ids: kernels.embedding(ids, plain)
+        [weight] = coded.pieces
+        assert isinstance(weight, QuantizedWeight)  # an embedding has no parts
+        return lambda ids: kernels.quantized_embedding(ids, weight, dtype)
+
+    def _name_of(self, name: str) -> str:
+        """Whose weight a projection has: an output matrix may have the embedding's."""
+        tied = name == "lm_head" and "lm_head.weight" not in self.weights
+        return "embed" if tied else name
+
+    def _matrix(self, name: str) -> Linear:
+        """The embedding, or the output matrix, as a projection."""
+        return Linear(name, self._embedding_size, {name: self.spec.vocab_size})
+
     def kv_cache_layers(self) -> list[tuple[int, int]]:
         """``(num_kv_heads, head_dim)`` of each layer's KV cache."""
         return [
@@ -224,21 +287,25 @@ class Decoder:
         ]
 
     def weight_bytes(self) -> int:
-        """Bytes of all weights; a tied embedding counts once."""
+        """Bytes of all weights, as they are kept; a tied embedding counts once."""
         return self.weights.num_bytes()
+
+    def code_kinds(self) -> set[str]:
+        """Return the kinds of codes that weights are in."""
+        return {kind for each in self.weights.all_coded().values() for kind in each.kinds}
 
     def linears(self) -> Mapping[str, Linear]:
         """Return the projections that an adapter may change, by name.
 
         ``lm_head`` is among them, also where it is the embedding.
         """
-        spec, width = self.spec, self._embedding_size
+        spec = self.spec
         every = [
             linear
             for index, layer in enumerate(spec.layers)
             for linear in layer_linears(f"layers.{index}", layer, spec.hidden_size)
         ]
-        every.append(Linear("lm_head", width, {"lm_head": spec.vocab_size}))
+        every.append(self._matrix("lm_head"))
         return {linear.name: linear for linear in every}
 
     def read_weight(self, name: str) -> torch.Tensor:
@@ -252,18 +319,23 @@ class Decoder:
         Returns
         -------
         Tensor[out_features, in_features]
-            Its rows in the order of the projection's parts; the embedding has one per token.
+            Its rows in the order of the projection's parts; the embedding has one per token. In
+            float32 where it is in codes.
         """
         linear = self.linears().get(name)
         if linear is None and name != "embed":
             raise ValueError(f"the model has no weight {name!r}")
+        if linear is not None and name != "lm_head" and self.native is None:
+            return self._method.read(linear, self.weights)
+        name = self._name_of(name)
         if self.native is not None:
             return self.native.read_weight(name)
-        if linear is None or (name == "lm_head" and "lm_head.weight" not in self.weights):
-            return self._embed_weight.to("cpu", copy=True)
-        if name == "lm_head":
-            return self._head_weight.to("cpu", copy=True)
-        return self._method.read(linear, self.weights)
+        matrix = self._matrix(name) if linear is None or linear.name == "lm_head" else linear
+        return WeightMethod().read(matrix, self.weights)
+
+    def is_coded(self, name: str) -> bool:
+        """Whether a weight, named as in `read_weight`, is in codes, at least in part."""
+        return self.weights.coded(f"{self._name_of(name)}.weight") is not None
 
     def read_bias(self, name: str) -> torch.Tensor | None:
         """Copy a projection's bias, ``[out_features]``, to the CPU; None where it has none."""
@@ -363,8 +435,7 @@ class Decoder:
         return self._final_add_norm(x, residual)[0]
 
     def _embed(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        embedding = self._kernels.embedding
-        x = embedding(input_ids, self._embed_weight)
+        x = self._lookup(input_ids)
         if self._adapters is not None:
             self._adapters.embed(input_ids, x)
         if self._embedding_scale is not None:
@@ -373,7 +444,7 @@ class Decoder:
             x = self._into(x)
         if self._position_weight is not None and self.spec.learned_positions is not None:
             offset = self.spec.learned_positions.offset
-            x = x + embedding(positions + offset, self._position_weight)
+            x = x + self._kernels.embedding(positions + offset, self._position_weight)
         return x
 
     @torch.inference_mode()
@@ -398,7 +469,7 @@ class Decoder:
             return self.native.logits(hidden, adapter_slots)
         if self._out_of is not None:
             hidden = self._out_of(hidden)
-        logits = self._kernels.linear(hidden, self._head_weight).float()
+        logits = self._head(hidden).float()
         if self._adapters is not None and adapter_slots is not None:
             self._adapters.head(hidden, logits, adapter_slots)
         cap = self.spec.logits_softcap

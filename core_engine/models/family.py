@@ -39,6 +39,25 @@ class Place(NamedTuple):
     layout: Layout
 
 
+class Found(NamedTuple):
+    """A tensor of a checkpoint, by the module that it belongs to.
+
+    Attributes
+    ----------
+    module
+        As the checkpoint has it.
+    kind
+        What its name has behind that: ``weight``, ``bias``, or more of a quantized module, such as
+        ``weight.absmax``.
+    to
+        Where the module goes, the layer's number in its place.
+    """
+
+    module: str
+    kind: str
+    to: To
+
+
 @dataclass(frozen=True)
 class Family:
     """A family of models: a table, no code of its own to run.
@@ -65,22 +84,29 @@ class Family:
     prefixes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
-    def place(self, name: str) -> Place | None:
-        """Return where the tensor `name` goes; None if this family knows no such tensor."""
+    def find(self, name: str) -> Found | None:
+        """Cut the name of a tensor at the module that this family knows; None: it knows none."""
         for prefix in (*self.prefixes, ""):
             if not name.startswith(prefix):
                 continue
-            module, _, kind = name[len(prefix) :].rpartition(".")
-            if kind not in ("weight", "bias"):
-                continue
-            number = re.search(r"(?<=\.)\d+(?=\.)", module)
-            pattern = module
-            if number:
-                pattern = f"{module[: number.start()]}{{}}{module[number.end() :]}"
-            if (to := self.weights.get(pattern)) is not None:
-                target = to.module.format(number.group() if number else "")
-                return Place(f"{target}.{kind}", to.part, to.layout)
+            end = len(name)
+            while (end := name.rfind(".", len(prefix), end)) >= 0:
+                module = name[len(prefix) : end]
+                number = re.search(r"(?<=\.)\d+(?=\.)", module)
+                pattern = module
+                if number:
+                    pattern = f"{module[: number.start()]}{{}}{module[number.end() :]}"
+                if (to := self.weights.get(pattern)) is not None:
+                    target = to.module.format(number.group() if number else "")
+                    return Found(name[:end], name[end + 1 :], to._replace(module=target))
         return None
+
+    def place(self, name: str) -> Place | None:
+        """Return where the tensor `name` goes; None if this family knows no such tensor."""
+        found = self.find(name)
+        if found is None or found.kind not in ("weight", "bias"):
+            return None
+        return Place(f"{found.to.module}.{found.kind}", found.to.part, found.to.layout)
 
     def ignores(self, name: str) -> bool:
         """Whether the tensor `name` may be left out."""

@@ -6,6 +6,7 @@ Light on purpose: neither transformers nor torch is imported at module level.
 from __future__ import annotations
 
 import json
+import logging
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from quire.errors import ConfigError, ModelLoadError
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 Config = dict[str, Any]
 
@@ -184,7 +187,11 @@ def max_length(config: Mapping[str, Any], wanted: int | None = None) -> int:
 
 
 def resolve_dtype(
-    config: Mapping[str, Any], requested: str | torch.dtype, device: torch.device
+    config: Mapping[str, Any],
+    requested: str | torch.dtype,
+    device: torch.device,
+    *,
+    quantized: bool = False,
 ) -> torch.dtype:
     """Choose the dtype of weights and activations.
 
@@ -199,6 +206,9 @@ def resolve_dtype(
         bfloat16 natively, bfloat16.
     device
         Where the model will run.
+    quantized
+        Whether its projections are in codes. Then float16, too, becomes bfloat16 on a CPU by
+        ``"auto"``: the kernels for codes there do not compute in float16.
 
     Raises
     ------
@@ -229,6 +239,9 @@ def resolve_dtype(
             chosen = "float16"
         elif chosen == "float32" and device.type == "cpu" and cpu_has_bfloat16():
             chosen = "bfloat16"
+        elif chosen == "float16" and device.type == "cpu" and quantized:
+            chosen = "bfloat16"
+            logger.info("what is not quantized is kept in bfloat16, not in float16")
     dtype: torch.dtype = getattr(torch, chosen)
     return dtype
 

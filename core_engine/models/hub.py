@@ -24,7 +24,10 @@ BESIDE_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 """Files of a model that are not weights: configuration and tokenizer, as shell patterns."""
 
 _HOSTS = {"huggingface.co", "www.huggingface.co", "hf.co"}
-_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors", "*.pt")
+"""Which weights are wanted: those of the first pattern that a model has files of. The last two are
+older quantized models'."""
+
 _IN_FOLDERS = ["*/*"]  # where repositories keep the same weights in other formats
 _NAME = re.compile(r"(?=.{1,96}$)\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
@@ -195,8 +198,9 @@ def _from_hugging_face(
             # Which format there is has to be known first: many models come in both. Asked in the
             # way that fails at once where there is no connection; listing files tries for long.
             files = HfApi(token=token).model_info(name, revision=revision).siblings or []
-            preferred = any(fnmatch(file.rfilename, _WEIGHTS[0]) for file in files)
-            allow_patterns = (*BESIDE_WEIGHTS, _WEIGHTS[0] if preferred else _WEIGHTS[1])
+            names = [file.rfilename for file in files if "/" not in file.rfilename]
+            weights = [each for each in _WEIGHTS if any(fnmatch(name, each) for name in names)]
+            allow_patterns = (*BESIDE_WEIGHTS, *weights[:1])
         return Path(
             snapshot_download(
                 name,

@@ -12,6 +12,7 @@ from quire.models.weights import Weights
 
 if TYPE_CHECKING:
     from quire.kernels import Backend
+    from quire.kernels.quantized import QuantizedWeight
 
 Apply = Callable[[torch.Tensor], torch.Tensor]
 
@@ -48,7 +49,7 @@ class Linear:
 
 
 class LinearMethod(Protocol):
-    """How a projection's weight is stored and applied; one per weight format."""
+    """How a projection's weight is stored and applied."""
 
     def create(self, linear: Linear, weights: Weights) -> None:
         """Allocate the parameters of `linear`."""
@@ -60,11 +61,14 @@ class LinearMethod(Protocol):
         """
 
     def read(self, linear: Linear, weights: Weights) -> torch.Tensor:
-        """Return a copy of the weight, ``[out_features, in_features]``, on the CPU."""
+        """Return a copy of the weight, ``[out_features, in_features]``, on the CPU.
+
+        In float32 where it is in codes.
+        """
 
 
-class DenseMethod:
-    """Weights as they are: ``[out_features, in_features]`` in the model's dtype."""
+class WeightMethod:
+    """By what the weight is: ``[out_features, in_features]`` in the model's dtype, or codes."""
 
     def create(self, linear: Linear, weights: Weights) -> None:
         """See `LinearMethod.create`."""
@@ -76,14 +80,37 @@ class DenseMethod:
 
     def bind(self, linear: Linear, weights: Weights, kernels: Backend) -> Apply:
         """See `LinearMethod.bind`."""
-        multiply = kernels.linear
-        weight, bias = weights[f"{linear.name}.weight"], weights.get(f"{linear.name}.bias")
-
-        def apply(x: torch.Tensor) -> torch.Tensor:
-            return multiply(x, weight, bias)
-
-        return apply
+        bias = weights.get(f"{linear.name}.bias")
+        coded = weights.coded(f"{linear.name}.weight")
+        if coded is None:
+            return _bind_plain(weights[f"{linear.name}.weight"], bias, kernels)
+        products: list[Apply] = []
+        first = 0
+        for piece in coded.pieces:
+            end = first + (len(piece) if isinstance(piece, torch.Tensor) else piece.out_features)
+            part = None if bias is None else bias[first:end]
+            if isinstance(piece, torch.Tensor):
+                products.append(_bind_plain(piece, part, kernels))
+            else:
+                products.append(_bind_codes(piece, part, kernels))
+            first = end
+        if len(products) == 1:
+            return products[0]
+        return lambda x: torch.cat([product(x) for product in products], dim=1)
 
     def read(self, linear: Linear, weights: Weights) -> torch.Tensor:
         """See `LinearMethod.read`."""
+        coded = weights.coded(f"{linear.name}.weight")
+        if coded is not None:
+            return coded.read()
         return weights[f"{linear.name}.weight"].to("cpu", copy=True)
+
+
+def _bind_plain(weight: torch.Tensor, bias: torch.Tensor | None, kernels: Backend) -> Apply:
+    multiply = kernels.linear
+    return lambda x: multiply(x, weight, bias)
+
+
+def _bind_codes(weight: QuantizedWeight, bias: torch.Tensor | None, kernels: Backend) -> Apply:
+    multiply = kernels.quantized_linear
+    return lambda x: multiply(x, weight, bias)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from quire.errors import ModelLoadError
-from quire.models.checkpoint import WeightFile, open_file, weight_files
+from quire.models.checkpoint import weight_files
 from quire.models.decoder import Decoder
-from quire.models.family import Family, Place
+from quire.models.family import Family, To
 from quire.models.registry import build_spec, family_of
+from quire.models.sources import Source, Sources
+from quire.quantization.format import Kinds, Quantizer, WeightFormat
+from quire.utils.freed_memory import return_freed_memory
 
 if TYPE_CHECKING:
     from quire.kernels import Backend
@@ -24,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 _NAMES_SHOWN = 10
 _ROWS_COMPARED = 4096
+
+_CACHE_SCALES = re.compile(r"\.(k|v|q|kv|prob)(_cache)?_(scale|zero_point)$")
+"""What quantized checkpoints have for a KV cache in codes; here each of its rows has its own."""
 
 
 def load_model(
@@ -35,6 +42,8 @@ def load_model(
     kernels: Backend,
     max_model_len: int | None = None,
     max_adapters: int = 0,
+    weight_format: WeightFormat | None = None,
+    quantizer: Quantizer | None = None,
 ) -> Decoder:
     """Load the model of a folder. No code that lies in the folder is run.
 
@@ -53,6 +62,10 @@ def load_model(
         rotary embeddings depend on it, see `quire.models.rotary.rotary_spec`.
     max_adapters
         How many adapters a step may be computed with; 0: none.
+    weight_format
+        How the checkpoint keeps its projections; None: they are plain.
+    quantizer
+        What makes codes of plain projections while they are read; None: they stay as they are.
 
     Raises
     ------
@@ -67,90 +80,268 @@ def load_model(
     _, family = family_of(config)
     files = weight_files(folder)
     decoder = Decoder(spec, device=device, dtype=dtype, kernels=kernels, max_adapters=max_adapters)
-    _Loading(decoder, family, folder).run(files)
+    with Sources(files) as sources:
+        _Loading(decoder, family, folder, sources, weight_format, quantizer).run()
     decoder.bind()
     return decoder
+
+
+@dataclass
+class _Module:
+    """A module of the checkpoint: where it goes, and its tensors by kind, each perhaps twice."""
+
+    name: str
+    to: To
+    tensors: dict[str, list[Source]] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> list[Source]:
+        return [source for each in self.tensors.values() for source in each]
 
 
 class _Loading:
     """One checkpoint on its way into one decoder."""
 
-    def __init__(self, decoder: Decoder, family: Family, folder: Path) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        family: Family,
+        folder: Path,
+        sources: Sources,
+        weight_format: WeightFormat | None,
+        quantizer: Quantizer | None,
+    ) -> None:
         self._decoder = decoder
         self._family = family
         self._folder = folder
+        self._sources = sources
+        self._format = weight_format
+        self._quantizer = quantizer
+        self._projections = {*decoder.linears(), "project_in", "project_out"}
         self._unexpected: list[str] = []
-        self._tied_heads: list[tuple[Path, str]] = []
+        self._missing: list[str] = []
+        self._modules: dict[str, dict[str, _Module]] = {}  # by target, and by name
 
-    def run(self, files: Sequence[Path]) -> None:
-        for path in files:
-            with open_file(path) as file:
-                for name in file.names():
-                    self._take(file, name)
-        for path, name in self._tied_heads:
-            with open_file(path) as file:
-                self._take_tied_head(file, name)
+    def run(self) -> None:
+        for source in self._sources.all:
+            self._sort(source)
+        self._settle_tied_head()
+        targets = dict.fromkeys(name.rpartition(".")[0] for name in self._decoder.weights.names())
+        for target in [*targets, *(self._modules.keys() - targets.keys())]:
+            for module in self._modules.get(target, {}).values():
+                self._take(module)
+                self._sources.done(module.sources)
+            if f"{target}.weight" in self._decoder.weights:
+                self._decoder.settle(target)
+                if self._format is not None or self._quantizer is not None:
+                    return_freed_memory()  # what was needed to make codes
         self._check()
 
-    def _take(self, file: WeightFile, name: str) -> None:
-        place = self._family.place(name)
-        weights = self._decoder.weights
-        if place is not None and place.parameter in weights:
-            self._fill(file, name, place)
-        elif (
-            place is not None
-            and place.parameter == "lm_head.weight"
-            and self._decoder.spec.tie_word_embeddings
+    def _sort(self, source: Source) -> None:
+        found = self._family.find(source.name)
+        if found is None or (
+            found.kind not in ("weight", "bias") and self._is_ignored(source.name)
         ):
-            self._tied_heads.append((file.path, name))
-        elif not self._family.ignores(name):
-            self._unexpected.append(name)
+            if not self._is_ignored(source.name):
+                self._unexpected.append(source.name)
+            self._sources.done([source])
+            return
+        modules = self._modules.setdefault(found.to.module, {})
+        module = modules.setdefault(found.module, _Module(found.module, found.to))
+        module.tensors.setdefault(found.kind, []).append(source)
 
-    def _fill(self, file: WeightFile, name: str, place: Place) -> None:
-        def done(first_row: int, end_row: int) -> None:
-            file.release(name, first_row, end_row)
+    def _is_ignored(self, name: str) -> bool:
+        return self._family.ignores(name) or _CACHE_SCALES.search(name) is not None
 
+    # -- one module ------------------------------------------------------------------------------
+
+    def _take(self, module: _Module) -> None:
+        """Put everything of a module into its place, if the decoder has one."""
+        target, weights = module.to.module, self._decoder.weights
+        kinds = self._kinds(module)
+        if kinds is not None:
+            self._read_codes(module, kinds)
+        for kind, sources in module.tensors.items():
+            if kinds is not None and kind in kinds.required | kinds.optional:
+                continue
+            for source in sources:
+                if kind in ("weight", "bias") and f"{target}.{kind}" in weights:
+                    if kind == "weight" and self._quantize(module, source):
+                        continue
+                    self._fill(source, module.to, kind)
+                elif self._adds_nothing(module, kind, source, kinds):
+                    continue
+                elif not self._family.ignores(source.name):
+                    self._unexpected.append(source.name)
+
+    def _kinds(self, module: _Module) -> Kinds | None:
+        """Say which tensors of a module are its codes; None: it is not quantized."""
+        if self._format is None or module.to.module not in self._projections:
+            return None
+        kinds = self._format.kinds(module.name)
+        if kinds is None or f"{module.to.module}.weight" not in self._decoder.weights:
+            return None
+        if "weight" in kinds.required or not module.tensors.keys() & kinds.required:
+            # Whatever the configuration says: a module that has nothing but a plain weight is one.
+            plain = module.tensors.get("weight")
+            if plain and not module.tensors.keys() & (kinds.required | kinds.optional) - {"weight"}:
+                return None if self._is_plain(plain[0]) else kinds
+        return kinds
+
+    def _is_plain(self, source: Source) -> bool:
+        dtype = self._sources.tensor(source).dtype
+        return dtype.is_floating_point and dtype.itemsize >= 2
+
+    def _read_codes(self, module: _Module, kinds: Kinds) -> None:
+        assert self._format is not None
+        absent = sorted(kinds.required - module.tensors.keys())
+        if absent:
+            self._missing += [f"{module.name}.{kind}" for kind in absent]
+            return
+        named = {
+            kind: sources
+            for kind, sources in module.tensors.items()
+            if kind in kinds.required | kinds.optional
+        }
+        for sources in named.values():
+            if len(sources) > 1:
+                raise self._error(sources[1], sources[1].name, "comes twice")
+        name, part = f"{module.to.module}.weight", module.to.part
+        weights = self._decoder.weights
+        rows, columns = weights.part_shape(name, part)
+        [first, *_] = [sources[0] for sources in named.values()]
         try:
-            self._decoder.weights.fill(*place, file.tensor(name), done)
+            weight = self._format.read(
+                module.name,
+                {kind: self._sources.tensor(each[0]) for kind, each in named.items()},
+                (rows, columns),
+            )
+            if module.to.layout == "grouped":
+                weight = weight.select(weights.ungrouped_rows(name))
+            weights.put_codes(name, part, weight)
         except ModelLoadError as error:
-            raise ModelLoadError(f"{file.path.name} in {self._folder}: {name!r} {error}") from None
+            raise self._error(first, module.name, f": {error}") from None
+        for [source] in named.values():
+            self._release(source)
 
-    def _take_tied_head(self, file: WeightFile, name: str) -> None:
+    def _quantize(self, module: _Module, source: Source) -> bool:
+        """Make codes of a plain weight; False: it is to stay as it is."""
+        weights, name = self._decoder.weights, f"{module.to.module}.weight"
+        if self._quantizer is None:
+            return False
+        target = module.to.module
+        is_tied = target == "embed" and "lm_head.weight" not in weights
+        if not is_tied and target not in self._decoder.linears():
+            return False
+        tensor = self._sources.tensor(source)
+        try:
+            weights.check(name, module.to.part, module.to.layout, tensor)
+            plain = tensor.t() if module.to.layout == "transposed" else tensor
+            if module.to.layout == "grouped":
+                plain = plain[weights.ungrouped_rows(name)]
+            parts = [module.to.part] if module.to.part else weights.parts(name)
+            first = 0
+            for part in parts:
+                end = first + weights.part_shape(name, part)[0]
+                whole = "lm_head" if is_tied else f"{target}.{part}" if part else target
+                weight = self._quantizer.quantize(whole, plain[first:end].to(weights.device))
+                if weight is not None:
+                    weights.put_codes(name, part, weight)
+                else:
+                    weights.fill(name, part, "plain", plain[first:end])
+                first = end
+        except ModelLoadError as error:
+            raise self._error(source, source.name, str(error)) from None
+        del tensor, plain
+        self._release(source)
+        return True
+
+    def _fill(self, source: Source, to: To, kind: str) -> None:
+        tensor, weights = self._sources.tensor(source), self._decoder.weights
+        try:
+            weights.fill(
+                f"{to.module}.{kind}", to.part, to.layout, tensor,
+                partial(self._sources.release, source),
+            )  # fmt: skip
+        except ModelLoadError as error:
+            raise self._error(source, source.name, str(error)) from None
+
+    def _adds_nothing(
+        self, module: _Module, kind: str, source: Source, kinds: Kinds | None
+    ) -> bool:
+        """Whether it is a bias of zeros, as tools write one for each module that they quantize."""
+        if kind != "bias" or kinds is None:
+            return False
+        return not self._sources.tensor(source).count_nonzero()
+
+    def _release(self, source: Source) -> None:
+        tensor = self._sources.tensor(source)
+        if tensor.dim():
+            self._sources.release(source, 0, len(tensor))
+
+    def _error(self, source: Source, name: str, what: str) -> ModelLoadError:
+        space = "" if what.startswith(":") else " "
+        return ModelLoadError(f"{source.path.name} in {self._folder}: {name!r}{space}{what}")
+
+    # -- the output matrix -----------------------------------------------------------------------
+
+    def _settle_tied_head(self) -> None:
         """Deal with an output matrix in a checkpoint whose configuration ties it.
 
         As in transformers: the same values are left out, values where the embedding has none
         serve both, and other values mean that the configuration is wrong.
         """
-        decoder, weights = self._decoder, self._decoder.weights
-        if not weights.is_loaded("embed.weight"):
-            self._fill(file, name, Place("embed.weight", "", "plain"))
-        elif not self._equals_embedding(file, name):
-            logger.warning(
-                "%s: tie_word_embeddings is true, but %r differs from the embedding; both are used",
-                self._folder,
-                name,
-            )
-            decoder.create_lm_head()
-            decoder.spec = replace(decoder.spec, tie_word_embeddings=False)
-            self._fill(file, name, Place("lm_head.weight", "", "plain"))
+        decoder = self._decoder
+        if not decoder.spec.tie_word_embeddings or "lm_head" not in self._modules:
+            return
+        [*others, head] = self._modules["lm_head"].values()
+        embedding = next(iter(self._modules.get("embed", {}).values()), None)
+        if not others and head.tensors.keys() == {"weight"}:
+            source = head.tensors["weight"][0]
+            if embedding is None:
+                del self._modules["lm_head"]
+                self._modules["embed"] = {head.name: replace(head, to=To("embed"))}
+                return
+            if "weight" in embedding.tensors and self._are_equal(
+                embedding.tensors["weight"][0], source
+            ):
+                del self._modules["lm_head"]
+                self._sources.done(head.sources)
+                return
+        logger.warning(
+            "%s: tie_word_embeddings is true, but %r differs from the embedding; both are used",
+            self._folder,
+            head.sources[0].name,
+        )
+        decoder.create_lm_head()
+        decoder.spec = replace(decoder.spec, tie_word_embeddings=False)
 
-    def _equals_embedding(self, file: WeightFile, name: str) -> bool:
-        embedding, head = self._decoder.weights["embed.weight"], file.tensor(name)
-        if head.shape != embedding.shape:
+    def _are_equal(self, embedding: Source, head: Source) -> bool:
+        """Whether two tensors are the same to the decoder."""
+        one, other = self._sources.tensor(embedding), self._sources.tensor(head)
+        if one.shape != other.shape:
             return False
-        for first in range(0, len(head), _ROWS_COMPARED):
-            end = min(first + _ROWS_COMPARED, len(head))
-            rows = head[first:end].to(embedding.device, embedding.dtype)
-            if not torch.equal(rows, embedding[first:end]):
+        dtype = self._decoder.weights.dtype
+        for first in range(0, len(one), _ROWS_COMPARED):
+            end = min(first + _ROWS_COMPARED, len(one))
+            if not torch.equal(one[first:end].to(dtype), other[first:end].to(dtype)):
                 return False
-            file.release(name, first, end)
+            self._sources.release(embedding, first, end)
+            self._sources.release(head, first, end)
         return True
+
+    # -- what is left over -----------------------------------------------------------------------
 
     def _check(self) -> None:
         missing = self._decoder.weights.missing()
         problems = []
-        if missing:
-            names = dict.fromkeys(self._name_of(*each) for each in missing)
+        if missing or self._missing:
+            names = dict.fromkeys(self._missing)
+            known = {name.rpartition(".")[0] for name in names}
+            for each in missing:
+                name = self._name_of(*each)
+                if name.rpartition(".")[0] not in known:
+                    names |= dict.fromkeys(self._as_quantized(name))
             problems.append(f"{len(names)} missing: {_listed(list(names))}")
         if self._unexpected:
             problems.append(
@@ -161,6 +352,15 @@ class _Loading:
                 f"the weights in {self._folder} do not fit its config.json "
                 f"({self._decoder.spec.architecture}); {'; '.join(problems)}"
             )
+
+    def _as_quantized(self, name: str) -> list[str]:
+        """What a checkpoint would have in stead of this tensor."""
+        module, _, kind = name.rpartition(".")
+        found = self._family.find(name)
+        if self._format is None or kind != "weight" or found is None:
+            return [name]
+        kinds = self._format.kinds(module) if found.to.module in self._projections else None
+        return [name] if kinds is None else [f"{module}.{each}" for each in sorted(kinds.required)]
 
     def _name_of(self, parameter: str, part: str) -> str:
         """What a checkpoint would call this (part of a) parameter."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -12,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from quire.errors import OutOfMemoryError, QuireError
+from quire.errors import ConfigError, OutOfMemoryError
 from quire.kernels.cpu import structs
-from quire.kernels.cpu.blocks import dtype_of, unpack
+from quire.kernels.cpu.blocks import unpack
 from quire.kernels.cpu.packed_adapter import PackedAdapter, PlacedDelta
 from quire.models.adapter import Adapter
-from quire.models.spec import AttentionSpec, DecoderSpec, LayerSpec, NormSpec
+from quire.models.native_model import NativeModel, check
+from quire.models.spec import DecoderSpec
 from quire.models.weights import Weights
 
 if TYPE_CHECKING:
@@ -78,18 +78,17 @@ class NativeForward:
         self._tables = tables
         self._rotary_indices = rotary_indices
         self._caches: list[KVCache] | None = None
-        self._kept: list[torch.Tensor] = []  # what the structs point to and nobody else holds
         self._context = library.quire_context_new()
         if not self._context:
             raise OutOfMemoryError("no memory for the native kernels")
         finalizer = weakref.finalize(self, library.quire_context_free, self._context)
         finalizer.atexit = False  # a thread may be in a step until the process ends
-        self._layers = (structs.Layer * len(spec.layers))()
-        for number, layer in enumerate(spec.layers):
-            self._fill_layer(self._layers[number], f"layers.{number}", layer)
         self._adapters = (structs.Adapter * max_adapters)()
         self._in_slot: list[PackedAdapter | None] = [None] * max_adapters
-        self._model = self._make_model(embedding_scale)
+        made = NativeModel(library, spec, weights, embedding_scale)
+        made.model.adapters = ctypes.addressof(self._adapters)
+        self._made = made  # it holds what the structs point to
+        self._layers, self._model = made.layers, made.model
         self._with_own_head: dict[int, structs.Model] = {}  # by slot
         self._table_rows = 0
 
@@ -125,7 +124,7 @@ class NativeForward:
                 yield PlacedDelta(first + numbers["gate"], delta, 0, size)
                 yield PlacedDelta(first + numbers["up"], delta, size, size, shrinks=False)
             else:
-                num_rows = self._weights[f"{name}.weight"].shape[0]
+                num_rows = self._weights.shape(f"{name}.weight")[0]
                 yield PlacedDelta(first + numbers[projection], delta, 0, num_rows)
 
     def set_adapter(self, slot: int, form: PackedAdapter | None) -> None:
@@ -173,11 +172,14 @@ class NativeForward:
         ----------
         name : str
             ``embed``, ``lm_head`` (also where it is tied), or a projection's, such as
-            ``layers.0.mlp.gate_up``.
+            ``layers.0.mlp.gate_up``. In float32 where it is in codes, at least in part.
         """
         tied = "lm_head.weight" not in self._weights
         if name == "lm_head" and tied:
             name = "embed"
+        coded = self._weights.coded(f"{name}.weight")
+        if coded is not None:
+            return coded.read(unpack)
         weight = self._weights[f"{name}.weight"]
         if name == "embed" and not tied:
             return weight.clone()
@@ -221,7 +223,7 @@ class NativeForward:
             hidden.data_ptr(),
             None if slots is None else slots.data_ptr(),
         )
-        self._check(
+        check(
             self._library.quire_forward(self._context, self._model, call, torch.get_num_threads())
         )
         return hidden
@@ -261,7 +263,7 @@ class NativeForward:
         logits = torch.empty(
             hidden.shape[0], self._spec.vocab_size, dtype=torch.float32, device="cpu"
         )
-        self._check(
+        check(
             self._library.quire_logits(
                 self._context,
                 model,
@@ -320,7 +322,7 @@ class NativeForward:
         num_rows = indices.shape[0]
         token_ids = np.empty(num_rows, dtype=np.int64)
         highest = np.empty(num_rows, dtype=np.float32)
-        self._check(
+        check(
             self._library.quire_likeliest(
                 self._context,
                 model,
@@ -335,24 +337,29 @@ class NativeForward:
         )
         return token_ids, highest
 
-    @staticmethod
-    def _check(status: int) -> None:
-        if status == -1:
-            raise OutOfMemoryError(
-                "no memory for a step: lower max_num_batched_tokens, or max_num_seqs"
-            )
-        if status != 0:
-            raise QuireError(
-                "the native kernels cannot start a thread: lower torch.set_num_threads(), or "
-                "raise the limit on the number of processes"
-            )
-
     # -- what changes while it runs --------------------------------------------------------------
+
+    @staticmethod
+    def check_cache_dtype(dtype: torch.dtype) -> None:
+        """Refuse a KV cache of a type that the kernels do not read.
+
+        Raises
+        ------
+        ConfigError
+            The message has those that they do read.
+        """
+        name = str(dtype).removeprefix("torch.")
+        if name not in structs.CACHE_DTYPES:
+            raise ConfigError(
+                f"kv_cache_dtype={name!r} is none that the native CPU kernels read; set it to "
+                "'auto', 'float32', 'bfloat16', 'fp8' or 'int8', or use dtype='float16', which "
+                "runs without them"
+            )
 
     def _attach(self, caches: list[KVCache]) -> None:
         for layer, (key, value) in zip(self._layers, caches, strict=True):
             layer.key_cache, layer.value_cache = key.data_ptr(), value.data_ptr()
-            layer.cache_dtype = dtype_of(key)
+            layer.cache_dtype = structs.CACHE_DTYPES[str(key.dtype).removeprefix("torch.")]
         self._caches = caches
 
     def _extend_tables(self, max_length: int) -> None:
@@ -366,122 +373,3 @@ class NativeForward:
         for layer, index in zip(self._layers, self._rotary_indices, strict=True):
             if index is not None:
                 layer.cos, layer.sin = pointers[index]
-
-    # -- what does not ---------------------------------------------------------------------------
-
-    def _make_model(self, embedding_scale: float | None) -> structs.Model:
-        spec, weights = self._spec, self._weights
-        width = spec.embedding_size or spec.hidden_size
-        tied = "lm_head.weight" not in weights
-        head = self._matrix("embed.weight" if tied else "lm_head.weight")
-        embed = head if tied else structs.Matrix()
-        if not tied:
-            table = weights["embed.weight"]
-            embed = structs.Matrix(
-                table.data_ptr(), None, None, width, spec.vocab_size, dtype_of(table)
-            )
-        positions = None
-        if spec.learned_positions is not None:
-            table = weights["embed_positions.weight"]
-            positions = table[spec.learned_positions.offset :].data_ptr()
-        none = structs.Matrix()
-        projects = width != spec.hidden_size
-        return structs.Model(
-            self._layers,
-            len(spec.layers),
-            dtype_of(weights["embed.weight"]),
-            spec.hidden_size,
-            width,
-            tied,
-            embedding_scale or 0.0,
-            embed,
-            positions,
-            self._matrix("project_in.weight") if projects else none,
-            self._matrix("project_out.weight") if projects else none,
-            head,
-            self._norm("final_norm", spec.final_norm),
-            spec.logits_softcap or 0.0,
-            ctypes.addressof(self._adapters),
-        )
-
-    def _fill_layer(self, out: structs.Layer, name: str, spec: LayerSpec) -> None:
-        for norm in ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm"):
-            setattr(out, norm, self._norm(f"{name}.{norm}", getattr(spec, norm)))
-        attention, mlp = spec.attention, spec.mlp
-        for norm in ("q_norm", "k_norm"):
-            setattr(out, norm, self._norm(f"{name}.attention.{norm}", attention.qk_norm))
-        out.qkv = self._matrix(f"{name}.attention.qkv.weight")
-        out.out = self._matrix(f"{name}.attention.out.weight")
-        if mlp.gated:
-            size = mlp.intermediate_size
-            both = f"{name}.mlp.gate_up.weight"
-            out.gate = self._matrix(both, slice(0, size))
-            out.up = self._matrix(both, slice(size, 2 * size))
-        else:
-            out.up = self._matrix(f"{name}.mlp.up.weight")
-        out.down = self._matrix(f"{name}.mlp.down.weight")
-        out.residual = structs.RESIDUALS[spec.residual]
-        out.activation = structs.ACTIVATIONS[mlp.activation]
-        out.gated = mlp.gated
-        self._fill_attention(out, attention)
-
-    def _fill_attention(self, out: structs.Layer, spec: AttentionSpec) -> None:
-        out.num_heads, out.num_kv_heads = spec.num_heads, spec.num_kv_heads
-        out.head_dim = spec.head_dim
-        out.sliding_window = spec.sliding_window or 0
-        if spec.rotary is not None:
-            out.rotary_dim = 2 * len(spec.rotary.inv_freq)
-            out.interleaved = spec.rotary.interleaved
-        out.scale = spec.scale
-        out.softcap = spec.softcap or 0.0
-        out.clip_qkv = spec.clip_qkv or 0.0
-        if spec.alibi_slopes is not None:
-            slopes = torch.tensor(spec.alibi_slopes, dtype=torch.float32, device="cpu")
-            out.alibi_slopes = self._keep(slopes)
-
-    def _norm(self, name: str, spec: NormSpec | None) -> structs.Norm:
-        if spec is None:
-            return structs.Norm()
-        weight, bias = self._weights.get(f"{name}.weight"), self._weights.get(f"{name}.bias")
-        return structs.Norm(
-            structs.NORM_KINDS[spec.kind],
-            spec.eps,
-            None if weight is None else self._keep(weight.float() + spec.weight_offset),
-            None if bias is None else self._keep(bias.float()),
-        )
-
-    def _matrix(self, name: str, rows: slice = slice(None)) -> structs.Matrix:
-        """Pack a weight, or some of its rows, and describe it."""
-        weight = self._weights[name][rows]
-        out_features, in_features = weight.shape
-        tail = None
-        rest = out_features % structs.BLOCK
-        if rest:
-            tail = torch.zeros(structs.BLOCK * in_features, dtype=weight.dtype, device="cpu")
-        status = self._library.quire_pack(
-            weight.data_ptr(),
-            out_features,
-            in_features,
-            dtype_of(weight),
-            None if tail is None else self._keep(tail),
-            torch.get_num_threads(),
-        )
-        self._check(status)
-        bias = self._weights.get(name.removesuffix(".weight") + ".bias")
-        return structs.Matrix(
-            weight.data_ptr(),
-            None if tail is None else tail.data_ptr(),
-            None if bias is None else self._keep(_padded(bias[rows].float())),
-            in_features,
-            out_features,
-            dtype_of(weight),
-        )
-
-    def _keep(self, tensor: torch.Tensor) -> int:
-        self._kept.append(tensor)
-        return tensor.data_ptr()
-
-
-def _padded(bias: torch.Tensor) -> torch.Tensor:
-    size = math.ceil(len(bias) / structs.BLOCK) * structs.BLOCK
-    return torch.nn.functional.pad(bias, (0, size - len(bias)))

@@ -32,7 +32,6 @@ _BUILT_IN = {
 }
 
 _REFUSED_KEYS = {
-    "quantization_config": "quantized weights",
     "num_local_experts": "a mixture of experts",
     "num_experts": "a mixture of experts",
     "n_routed_experts": "a mixture of experts",

@@ -1,15 +1,17 @@
-"""Weights: a model's parameters, allocated once, and the tensors of a checkpoint put into them."""
+"""Weights: a model's parameters, each in memory once, and how a checkpoint's tensors get there."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
 from quire.errors import ModelLoadError, OutOfMemoryError
+from quire.kernels.quantized import QuantizedWeight
+from quire.models.coded import CodedWeight, Piece, on_device
 from quire.utils import huge_pages
 
 Layout = Literal["plain", "transposed", "grouped"]
@@ -23,26 +25,46 @@ class Parameter:
 
     Attributes
     ----------
-    tensor : Tensor[rows, ...]
-        Unwritten until loaded.
+    shape : tuple of int
+        Rows first.
     parts : dict
         Name -> number of rows of each part, in order; empty: a single whole.
     groups : int
         How many groups of heads a fused ``query, key, value`` has (the key/value heads).
+    tensor : Tensor[rows, ...] or None
+        Unwritten until loaded; None: nothing has asked for it yet, or it is in codes.
     loaded : set of str
         The parts that have their values; ``""`` is the whole.
+    codes : dict
+        Those of them that came in codes, until all are there.
+    coded : CodedWeight or None
+        All of them, in stead of `tensor`.
     """
 
-    tensor: torch.Tensor
+    shape: tuple[int, ...]
     parts: Mapping[str, int] = field(default_factory=dict)
     groups: int = 1
+    tensor: torch.Tensor | None = None
     loaded: set[str] = field(default_factory=set)
+    codes: dict[str, QuantizedWeight] = field(default_factory=dict)
+    coded: CodedWeight | None = None
 
     def missing(self) -> list[str]:
         """Parts without values (``[""]`` for the whole)."""
         if "" in self.loaded:
             return []
         return [part for part in self.parts or {"": 0} if part not in self.loaded]
+
+    def rows(self, part: str) -> slice:
+        """Where a part lies; ``""`` is the whole."""
+        first = 0
+        for name, num_rows in (self.parts if part else {}).items():
+            if name == part:
+                return slice(first, first + num_rows)
+            first += num_rows
+        if part:
+            raise KeyError(part)
+        return slice(0, self.shape[0])
 
 
 class Weights:
@@ -67,37 +89,56 @@ class Weights:
         parts: Mapping[str, int] | None = None,
         groups: int = 1,
     ) -> None:
-        """Allocate a parameter; its values come by `fill`.
+        """Enter a parameter; its values come by `fill` or `put_codes`.
 
-        Raises
-        ------
-        OutOfMemoryError
-            The device has no room for it.
+        It is allocated when it is first asked for.
         """
+        self._parameters[name] = Parameter(shape, parts or {}, groups)
+
+    def _allocated(self, name: str) -> torch.Tensor:
+        parameter = self._parameters[name]
+        if parameter.coded is not None:
+            raise ValueError(f"{name} is in codes; it has no tensor")
+        if parameter.tensor is None:
+            parameter.tensor = self._allocate(name, parameter.shape)
+        return parameter.tensor
+
+    def _allocate(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         try:
             if self.device.type == "cpu":
-                tensor = huge_pages.allocate(shape, self.dtype)
-            else:
-                tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
+                return huge_pages.allocate(shape, self.dtype)
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
         except (RuntimeError, MemoryError) as error:
             needed = math.prod(shape) * self.dtype.itemsize
             raise OutOfMemoryError(
                 f"no memory on {self.device} for {name} ({needed / 2**20:.0f} MiB) after "
-                f"{self.num_bytes() / 2**20:.0f} MiB of weights; a smaller model or a dtype of "
-                "fewer bytes is needed"
+                f"{self.num_bytes() / 2**20:.0f} MiB of weights; a smaller model, a dtype of "
+                "fewer bytes, or quantization= is needed"
             ) from error
-        self._parameters[name] = Parameter(tensor, parts or {}, groups)
 
     def __contains__(self, name: str) -> bool:
         return name in self._parameters
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._parameters[name].tensor
+        return self._allocated(name)
 
     def get(self, name: str) -> torch.Tensor | None:
         """Return a parameter that a spec may lack, such as a bias."""
-        parameter = self._parameters.get(name)
-        return None if parameter is None else parameter.tensor
+        return self._allocated(name) if name in self._parameters else None
+
+    def coded(self, name: str) -> CodedWeight | None:
+        """Return a weight that is in codes, at least in part; None: it is a plain tensor."""
+        return self._parameters[name].coded
+
+    def all_coded(self) -> dict[str, CodedWeight]:
+        """Return every weight that is in codes, by its name."""
+        return {
+            name: each.coded for name, each in self._parameters.items() if each.coded is not None
+        }
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter, however it is kept."""
+        return self._parameters[name].shape
 
     def names(self) -> list[str]:
         """Names of all parameters."""
@@ -105,7 +146,13 @@ class Weights:
 
     def num_bytes(self) -> int:
         """Bytes of all parameters together."""
-        return sum(each.tensor.nbytes for each in self._parameters.values())
+        total = 0
+        for each in self._parameters.values():
+            if each.coded is not None:
+                total += each.coded.num_bytes
+            elif each.tensor is not None:
+                total += each.tensor.nbytes
+        return total
 
     def is_loaded(self, name: str) -> bool:
         """Whether the parameter has all its values."""
@@ -149,8 +196,25 @@ class Weights:
             The shape or the dtype of `source` does not fit, or the place is taken.
         """
         parameter = self._parameters[name]
-        target = _rows_of(parameter, part)
-        expected = tuple(target.shape)
+        self.check(name, part, layout, source)
+        target = self._allocated(name)[parameter.rows(part)]
+        if layout == "grouped":
+            _copy_grouped(target, source, parameter)
+        elif layout == "transposed":
+            target.copy_(source.t() if source.dim() == 2 else source)
+        else:
+            _copy_rows(target, source, done)
+        parameter.loaded.add(part)
+
+    def check(self, name: str, part: str, layout: Layout, source: torch.Tensor) -> None:
+        """Check that a checkpoint's tensor fits its place, which is still free.
+
+        Raises
+        ------
+        ModelLoadError
+            See `fill`.
+        """
+        expected = self.part_shape(name, part)
         if layout == "transposed" and len(expected) == 2:
             expected = expected[::-1]
         if tuple(source.shape) != expected:
@@ -162,26 +226,77 @@ class Weights:
                 f"has the dtype {str(source.dtype).removeprefix('torch.')}; unquantized weights "
                 "are float16, bfloat16, float32 or float64"
             )
-        if part in parameter.loaded or "" in parameter.loaded:
+        self._check_free(name, part)
+
+    def part_shape(self, name: str, part: str) -> tuple[int, ...]:
+        """Shape of a part of a parameter; ``""`` is the whole."""
+        parameter = self._parameters[name]
+        rows = parameter.rows(part)
+        return (rows.stop - rows.start, *parameter.shape[1:])
+
+    def parts(self, name: str) -> list[str]:
+        """Names of a parameter's parts; ``[""]`` where it is of one."""
+        return list(self._parameters[name].parts) or [""]
+
+    def ungrouped_rows(self, name: str) -> torch.Tensor:
+        """Where each row of a parameter is when its rows lie ``"grouped"``."""
+        parameter = self._parameters[name]
+        rows = torch.arange(parameter.shape[0]).view(parameter.groups, -1)
+        sizes = [size // parameter.groups for size in parameter.parts.values()]
+        return torch.cat([each.reshape(-1) for each in rows.split_with_sizes(sizes, dim=1)])
+
+    def _check_free(self, name: str, part: str) -> None:
+        loaded = self._parameters[name].loaded
+        if part in loaded or "" in loaded or (loaded and not part):
             raise ModelLoadError("comes twice")
-        if layout == "grouped":
-            _copy_grouped(target, source, parameter)
-        elif layout == "transposed":
-            target.copy_(source.t() if source.dim() == 2 else source)
-        else:
-            _copy_rows(target, source, done)
+
+    def put_codes(self, name: str, part: str, weight: QuantizedWeight) -> None:
+        """Put a weight in codes, or a part of one, into its place.
+
+        Raises
+        ------
+        ModelLoadError
+            The shape does not fit, or the place is taken.
+        """
+        expected = self.part_shape(name, part)
+        if (weight.out_features, weight.in_features) != expected:
+            raise ModelLoadError(
+                f"stands for a weight of the shape {[weight.out_features, weight.in_features]}, "
+                f"the configuration needs {list(expected)}"
+            )
+        self._check_free(name, part)
+        parameter = self._parameters[name]
+        parameter.codes[part] = on_device(weight, self.device)
         parameter.loaded.add(part)
 
+    def settle_codes(self, name: str, cuts: Sequence[int] | None = None) -> CodedWeight | None:
+        """Make one weight of the parts that came in codes, and those beside them that did not.
 
-def _rows_of(parameter: Parameter, part: str) -> torch.Tensor:
-    if not part:
-        return parameter.tensor
-    first = 0
-    for name, num_rows in parameter.parts.items():
-        if name == part:
-            return parameter.tensor[first : first + num_rows]
-        first += num_rows
-    raise KeyError(part)
+        Parameters
+        ----------
+        name
+        cuts
+            See `CodedWeight`; None: the weight is one matrix.
+
+        Returns
+        -------
+        CodedWeight or None
+            None: nothing came in codes, or something is missing.
+        """
+        parameter = self._parameters[name]
+        if not parameter.codes or parameter.missing():
+            return None
+        pieces: list[Piece] = []
+        for part in [""] if "" in parameter.codes else parameter.parts:
+            weight = parameter.codes.pop(part, None)
+            if weight is not None:
+                pieces.append(weight)
+            else:
+                assert parameter.tensor is not None
+                pieces.append(parameter.tensor[parameter.rows(part)].clone())
+        parameter.tensor = None
+        parameter.coded = CodedWeight(pieces, cuts or (parameter.shape[0],))
+        return parameter.coded
 
 
 def _copy_rows(

@@ -53,6 +53,7 @@ def engine_flags() -> list[Flag]:
                     group=group,
                     help=told.get(spec.name, ""),
                     default=None if spec.default is dataclasses.MISSING else spec.default,
+                    spellings=_SPELLINGS.get(spec.name, ()),
                 )
             )
     known = {flag.name for flag in flags} | SERVER_NAMES

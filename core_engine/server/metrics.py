@@ -181,6 +181,7 @@ class Metrics:
         facts = {
             "engine": self._labels["engine"],
             "block_size": str(cache.block_size),
+            "cache_dtype": cache.kv_cache_dtype,
             "num_gpu_blocks": str(int(engine["num_kv_blocks"])),
             "num_gpu_blocks_override": str(cache.num_gpu_blocks_override),
             "enable_prefix_caching": str(cache.enable_prefix_caching),

@@ -216,7 +216,9 @@ def start_line(
     backend: str,
     plan: KVCachePlan,
     block_size: int,
+    cache_dtype: str = "auto",
     num_threads: int | None = None,
+    quantization: str | None = None,
 ) -> str:
     """Return the line that an engine logs when it starts.
 
@@ -226,12 +228,18 @@ def start_line(
     plan : KVCachePlan
     block_size : int
         Tokens per block.
+    cache_dtype : str
+        What was asked for by ``kv_cache_dtype``; ``"auto"`` goes without saying.
     num_threads : int, optional
         Threads on a CPU.
+    quantization : str, optional
+        What the weights are quantized to.
     """
+    weights = dtype if quantization is None else f"{dtype}, weights in {quantization},"
+    of_dtype = "" if cache_dtype == "auto" else f"{cache_dtype}, "
     threads = f" ({num_threads} threads)" if num_threads else ""
     return (
-        f"{model}: {dtype} on {device}{threads}, {backend} kernels; KV cache of "
+        f"{model}: {weights} on {device}{threads}, {backend} kernels; KV cache of {of_dtype}"
         f"{plan.num_blocks - 1} blocks of {block_size} tokens, room for {plan.num_full_requests} "
         f"requests of the full {plan.max_model_len} tokens"
     )

@@ -19,6 +19,8 @@ _FUNCTIONS = {
     "quire_choose_isa": (c_int, (c_char_p,)),
     "quire_pack": (c_int, (c_void_p, c_int64, c_int64, c_int32, c_void_p, c_int)),
     "quire_pack_copies": (None, (POINTER(structs.Packing), c_int64)),
+    "quire_pack_codes": (c_int, (POINTER(structs.CodesPacking), c_int)),
+    "quire_unpack_codes": (c_int, (POINTER(structs.CodesPacking), c_int)),
     "quire_context_new": (c_void_p, ()),
     "quire_context_free": (None, (c_void_p,)),
     "quire_forward": (c_int, (c_void_p, POINTER(structs.Model), POINTER(structs.Batch), c_int)),

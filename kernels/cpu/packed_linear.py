@@ -13,6 +13,8 @@ from quire.kernels.cpu import structs
 from quire.kernels.cpu.blocks import dtype_of
 from quire.kernels.cpu.library import load_library
 from quire.kernels.cpu.packed_adapter import Delta, PackedAdapter, PlacedDelta
+from quire.kernels.cpu.packed_codes import PackedCodes
+from quire.kernels.quantized import QuantizedWeight
 
 
 class PackedLinear:
@@ -20,7 +22,7 @@ class PackedLinear:
 
     Parameters
     ----------
-    weight : Tensor[out_features, in_features], float32 or bfloat16
+    weight : Tensor[out_features, in_features], float32 or bfloat16, or QuantizedWeight
         Copied; of an even number of inputs where it is bfloat16.
     bias : Tensor[out_features], float32, optional
     deltas : sequence of Delta, optional
@@ -30,17 +32,42 @@ class PackedLinear:
     ------
     LibraryError
         There is no native library.
+    ValueError
+        The library has no product with such a weight.
     MemoryError
         There is not enough memory.
     """
 
     def __init__(
         self,
-        weight: torch.Tensor,
+        weight: torch.Tensor | QuantizedWeight,
         bias: torch.Tensor | None = None,
         deltas: Sequence[Delta] = (),
     ) -> None:
         self._library = load_library()
+        self._context = self._library.quire_context_new()
+        if not self._context:
+            raise MemoryError("no memory for a product")
+        finalizer = weakref.finalize(self, self._library.quire_context_free, self._context)
+        finalizer.atexit = False
+        # A model that is nothing but its output matrix.
+        self._model = structs.Model()
+        if isinstance(weight, QuantizedWeight):
+            self._packed = PackedCodes(self._library, weight)
+            self._model.head = self._packed.matrix(bias)
+        else:
+            self._model.head = self._pack(weight, bias)
+        self._model.hidden_size = self._model.head.in_features
+        out_features = self._model.head.out_features
+        self._adapters = [
+            PackedAdapter(self._library, 1, [PlacedDelta(0, delta, 0, out_features)])
+            for delta in deltas
+        ]
+        table = (structs.Adapter * len(deltas))(*(each.struct for each in self._adapters))
+        self._model.adapters = ctypes.addressof(table)
+        self._table = table
+
+    def _pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> structs.Matrix:
         self._weight = weight.contiguous().clone()
         out_features, in_features = weight.shape
         dtype = dtype_of(weight)
@@ -55,18 +82,12 @@ class PackedLinear:
             self._tail.data_ptr(),
             torch.get_num_threads(),
         )
+        if status:
+            raise MemoryError("no memory for a packed weight")
         self._bias = None
         if bias is not None:
             self._bias = F.pad(bias.float(), (0, -out_features % structs.BLOCK))
-        self._context = self._library.quire_context_new()
-        if status or not self._context:
-            raise MemoryError("no memory for a packed weight")
-        finalizer = weakref.finalize(self, self._library.quire_context_free, self._context)
-        finalizer.atexit = False
-        # A model that is nothing but its output matrix.
-        self._model = structs.Model()
-        self._model.hidden_size = in_features
-        self._model.head = structs.Matrix(
+        return structs.Matrix(
             self._weight.data_ptr(),
             self._tail.data_ptr(),
             None if self._bias is None else self._bias.data_ptr(),
@@ -74,13 +95,6 @@ class PackedLinear:
             out_features,
             dtype,
         )
-        self._adapters = [
-            PackedAdapter(self._library, 1, [PlacedDelta(0, delta, 0, out_features)])
-            for delta in deltas
-        ]
-        table = (structs.Adapter * len(deltas))(*(each.struct for each in self._adapters))
-        self._model.adapters = ctypes.addressof(table)
-        self._table = table
 
     def __call__(self, x: torch.Tensor, adapter_slots: torch.Tensor | None = None) -> torch.Tensor:
         """Multiply rows.

@@ -6,6 +6,8 @@ import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 
 DTYPES = {"float32": 0, "bfloat16": 1}
+CODES = {"int8": 2, "int4": 3, "fp8": 4, "table4": 5}
+CACHE_DTYPES = {**DTYPES, "int8": CODES["int8"], "float8_e4m3fn": CODES["fp8"]}
 NORM_KINDS = {None: 0, "rms": 1, "layer": 2}
 ACTIVATIONS = {
     "silu": 0,
@@ -16,6 +18,7 @@ ACTIVATIONS = {
     "relu_squared": 5,
     "tanh": 6,
 }
+GATED_AT_ONCE, GATED_APART = 1, 2
 RESIDUALS = {"sequential": 0, "parallel": 1, "post": 2}
 
 BLOCK = 16
@@ -28,6 +31,26 @@ class Norm(ctypes.Structure):
     _fields_ = (("kind", c_int32), ("eps", c_float), ("weight", c_void_p), ("bias", c_void_p))
 
 
+class Codes(ctypes.Structure):
+    """What a weight in codes has besides its blocks."""
+
+    _fields_ = (
+        ("unit", c_int64),
+        ("block_bytes", c_int64),
+        ("scales_units", c_int32),
+        ("has_zeros", c_int32),
+        ("order", c_void_p),
+        ("factors", c_void_p),
+        ("tables", c_void_p),
+        ("has_tables", c_int32),
+        ("rounds_to_int8", c_int32),
+        ("activation_scale", c_float),
+        ("outlier_first", c_void_p),
+        ("outlier_columns", c_void_p),
+        ("outlier_values", c_void_p),
+    )
+
+
 class Matrix(ctypes.Structure):
     """A packed weight."""
 
@@ -38,6 +61,7 @@ class Matrix(ctypes.Structure):
         ("in_features", c_int64),
         ("out_features", c_int64),
         ("dtype", c_int32),
+        ("codes", c_void_p),
     )
 
 
@@ -91,6 +115,24 @@ class Packing(ctypes.Structure):
         ("in_features", c_int64),
         ("out_features", c_int64),
         ("dtype", c_int32),
+    )
+
+
+class CodesPacking(ctypes.Structure):
+    """A weight in codes, and the blocks that it is brought into or comes from."""
+
+    _fields_ = (
+        ("codes", c_void_p),
+        ("scales", c_void_p),
+        ("zeros", c_void_p),
+        ("blocks", c_void_p),
+        ("in_features", c_int64),
+        ("out_features", c_int64),
+        ("row_bytes", c_int64),
+        ("num_groups", c_int64),
+        ("units_per_group", c_int64),
+        ("dtype", c_int32),
+        ("layout", c_void_p),
     )
 
 

@@ -31,7 +31,7 @@ def paged_attention(
     layout = plan.layout(sliding_window)
     num_tokens, num_heads, head_dim = query.shape
     # A slot is one row, so that it is copied whole.
-    width = key_cache.shape[2] * head_dim
+    width = key_cache.shape[2] * key_cache.shape[3]
     keys, values = key_cache.view(-1, width), value_cache.view(-1, width)
     results = []
     for group, workspace in zip(

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from quire.kernels.kv_rows import SCALE_BYTES, is_coded
 from quire.kernels.reference.sequence_group import Integers, SequenceGroup
 from quire.kernels.reference.workspace import Workspace
 
@@ -59,7 +60,8 @@ class Layout:
     def _allocate(
         self, key_cache: torch.Tensor, query_dtype: torch.dtype, has_softcap: bool
     ) -> list[Workspace]:
-        num_kv_heads, head_dim = key_cache.shape[2:]
+        num_kv_heads, width = key_cache.shape[2:]
+        head_dim = width - SCALE_BYTES if is_coded(key_cache.dtype) else width
         buffers: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = {}
         dtypes = [
             _compute_dtype(query_dtype, key_cache.device, group.max_query_len, has_softcap)
@@ -68,7 +70,7 @@ class Layout:
         for dtype in {key_cache.dtype, *dtypes}:
             # The groups are computed one after the other, so they share the memory.
             num_slots = max(group.slots.shape[0] for group in self.groups)
-            size = (num_slots, num_kv_heads * head_dim)
+            size = (num_slots, num_kv_heads * (width if dtype is key_cache.dtype else head_dim))
             buffers[dtype] = (
                 torch.empty(size, dtype=dtype, device=key_cache.device),
                 torch.empty(size, dtype=dtype, device=key_cache.device),

@@ -12,6 +12,7 @@ from quire.kernels.reference.embedding import embedding
 from quire.kernels.reference.linear import linear
 from quire.kernels.reference.lora import lora_expand, lora_shrink
 from quire.kernels.reference.norm import add_rms_norm, layer_norm, rms_norm
+from quire.kernels.reference.quantized import quantized_embedding, quantized_linear
 from quire.kernels.reference.rotary import rotary_embedding
 from quire.kernels.reference.sampling import (
     apply_bitmask,
@@ -43,6 +44,8 @@ class ReferenceBackend:
     act_and_mul = staticmethod(act_and_mul)
     linear = staticmethod(linear)
     embedding = staticmethod(embedding)
+    quantized_linear = staticmethod(quantized_linear)
+    quantized_embedding = staticmethod(quantized_embedding)
     lora_shrink = staticmethod(lora_shrink)
     lora_expand = staticmethod(lora_expand)
     allocate_kv_cache = staticmethod(allocate_kv_cache)

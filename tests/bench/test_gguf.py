@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from quire.bench.contest import BenchError
-from quire.bench.gguf import gguf_file, write_gguf
+from quire.bench.gguf import _data, gguf_file, step_bytes, write_gguf
 from quire.models.hf_config import read_config
 
 gguf = pytest.importorskip("gguf", reason="gguf is in the extra 'dev'")
@@ -43,7 +44,7 @@ def expected(name: str, weights: dict[str, torch.Tensor], config: dict) -> torch
     return torch.cat([head[order] for head in heads])
 
 
-@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("name", ["llama", "qwen2-tied"])
 def test_the_formats_reader_finds_the_checkpoint(tiny_checkpoint, tmp_path, name, kind):
     """Every tensor is there once, to its type's precision; settings are the configuration's."""
@@ -65,7 +66,9 @@ def test_the_formats_reader_finds_the_checkpoint(tiny_checkpoint, tmp_path, name
         else:
             blocks = (got - want).reshape(-1, 32).abs().amax(1)
             most = want.reshape(-1, 32).abs().amax(1)
-            assert bool((blocks <= most * (0.5 / 127 + 2**-10)).all())
+            # Of 4 bits, what is as large as the largest and opposite to it is a step too far.
+            step = {"Q8_0": 0.5 / 127, "Q4_0": 1 / 8}[tensor.tensor_type.name]
+            assert bool((blocks <= most * (step + 2**-10)).all())
     assert types == {"F32", kind.upper()}  # F32: norms and biases
     fields = {key: field.contents() for key, field in reader.fields.items()}
     model = "qwen2" if name.startswith("qwen2") else "llama"
@@ -74,6 +77,35 @@ def test_the_formats_reader_finds_the_checkpoint(tiny_checkpoint, tmp_path, name
     assert fields[f"{model}.block_count"] == config["num_hidden_layers"]
     assert fields[f"{model}.attention.head_count_kv"] == config["num_key_value_heads"]
     assert fields[f"{model}.rope.freq_base"] == config["rope_parameters"]["rope_theta"]
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_codes_are_those_of_the_formats_own_quantizer(tmp_path, kind):
+    """Of 4 bits byte for byte, zeros and ties included; of 8 bits ties may go the other way."""
+    numbers = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    numbers[0] = 0
+    numbers[1] = torch.arange(256) % 17 - 8
+    numbers[2] = -numbers[1]
+    type_ = gguf.GGMLQuantizationType[kind.upper()]
+    want = gguf.quants.quantize(numbers.numpy(), type_)
+    got = numpy.frombuffer(_data(numbers, kind), dtype=numpy.uint8).reshape(want.shape)
+    if kind == "q4_0":
+        assert (got == want).all()
+    else:
+        values = [gguf.quants.dequantize(each, type_) for each in (got.copy(), want)]
+        steps = numpy.abs(numbers.numpy().reshape(-1, 32)).max(1) / 127
+        apart = numpy.abs(values[0] - values[1]).reshape(-1, 32).max(1)
+        assert (apart <= steps * 1.001).all()
+        assert (got != want).mean() < 0.01
+
+
+def test_a_step_reads_all_tensors_but_rows_of_an_embedding(tiny_checkpoint, tmp_path):
+    """As the reader counts them in the file; a tied embedding is read as the output matrix."""
+    for name in ("llama", "qwen2-tied"):
+        write_gguf(tiny_checkpoint(name), file := tmp_path / f"{name}.gguf", "q4_0")
+        sizes = {each.name: int(each.n_bytes) for each in gguf.GGUFReader(file).tensors}
+        rows = sizes["token_embd.weight"] if "output.weight" in sizes else 0
+        assert step_bytes(tiny_checkpoint(name), "q4_0") == sum(sizes.values()) - rows
 
 
 def test_a_file_is_made_once_for_a_checkpoint(tiny_checkpoint, tmp_path, monkeypatch):

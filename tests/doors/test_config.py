@@ -57,12 +57,15 @@ VALID = {
     "download_dir": ["/tmp/somewhere"],
     "hf_token": [True, False, "secret"],
     "hf_overrides": [{}, {"rope_theta": 1.0}],
+    "quantization": ["awq", "awq_marlin", "gptq", "compressed-tensors", "int8", "fp8"],
+    "quantization_config": [{}, {"group_size": 64}],
     "generation_config": ["auto", "vllm", "folder"],
     "override_generation_config": [{}, {"temperature": 0.5, "max_new_tokens": 3}],
     "chat_template": ["{{ messages }}"],
     "block_size": [1, 16, 1024],
     "kv_cache_memory_bytes": [1, 1 << 40],
     "num_gpu_blocks_override": [2, 1000],
+    "kv_cache_dtype": ["auto", "fp8", "fp8_e4m3", "int8", "bfloat16", torch.float32, torch.int8],
     "gpu_memory_utilization": [0.1, 1],
     "max_num_seqs": [1, 65536],
     "max_waiting_requests": [0, 5],
@@ -104,12 +107,15 @@ INVALID = {
     "download_dir": [" "],
     "hf_token": ["", 3],
     "hf_overrides": ["{}", [1], {1: 2}],
+    "quantization": ["", "gpqt", "int3", 8, True],
+    "quantization_config": ["{}", [1], {1: 2}],
     "generation_config": ["", 1],
     "override_generation_config": ["{}", [1], {"temperatur": 1}, {"seed": 1}],
     "chat_template": [""],
     "block_size": [0, -16, 1025, 16.0, True],
     "kv_cache_memory_bytes": [0, -1, "4GiB"],
     "num_gpu_blocks_override": [0, 1],
+    "kv_cache_dtype": ["int4", "float64", torch.float64, 8, True, ""],
     "gpu_memory_utilization": [0, -0.1, 1.01, float("nan"), "0.9", True],
     "max_num_seqs": [0, 65537, 2.0],
     "max_waiting_requests": [-1, 0.5, True],
@@ -215,11 +221,10 @@ def test_what_is_not_offered_says_so_and_its_off_values_pass(name):
     [
         {"tensor_parallel_size": 2},
         {"tensor_parallel_size": True},
-        {"quantization": "awq"},
         {"fully_sharded_loras": True},
         {"speculative_config": {"method": "ngram"}},
         {"cpu_offload_gb": 4},
-        {"kv_cache_dtype": "fp8"},
+        {"kv_cache_dtype": "fp8_e5m2"},
         {"tokenizer_mode": "mistral"},
         {"hf_overrides": lambda config: config},
     ],
@@ -261,7 +266,9 @@ def test_the_doors_check_before_anything_is_loaded(door):
     with pytest.raises(TypeError, match="did you mean 'max_num_seqs'"):
         door("no/such-model", max_num_seq=3)
     with pytest.raises(NotSupportedError):
-        door("no/such-model", quantization="gptq")
+        door("no/such-model", tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match=r"quantization must be one of .*did you mean 'gptq'"):
+        door("no/such-model", quantization="gpqt")
     with pytest.raises(TypeError, match="model"):
         door()
 

@@ -220,3 +220,12 @@ def test_the_start_line_is_one_line_with_all_that_was_decided():
     assert "\n" not in line
     for part in ("quire/demo", "bfloat16", "cpu", "reference", "100 blocks", "10 requests", "160"):
         assert part in line
+
+
+def test_the_start_line_names_a_cache_dtype_that_was_asked_for():
+    """Of a cache that is as the model is, nothing is said."""
+    plan = KVCachePlan(num_blocks=101, max_model_len=160, num_full_requests=10)
+    about = {"model": "m", "dtype": "bfloat16", "device": "cpu", "backend": "cpu", "plan": plan}
+    assert "KV cache of 100 blocks" in start_line(**about, block_size=16)
+    line = start_line(**about, block_size=16, cache_dtype="fp8")
+    assert "KV cache of fp8, 100 blocks" in line

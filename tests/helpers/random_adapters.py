@@ -11,7 +11,7 @@ import torch
 
 from quire.models.adapter import Adapter, DeltaSlice, EmbeddingDelta, LinearDelta
 from quire.models.decoder import Decoder
-from quire.models.linear import DenseMethod, Linear
+from quire.models.linear import Linear, WeightMethod
 
 if TYPE_CHECKING:
     from quire.kernels import Backend
@@ -96,7 +96,7 @@ def merged_weight(weight: torch.Tensor, delta: LinearDelta | None) -> torch.Tens
     return merged if delta.factor is None else merged * delta.factor.double()[:, None]
 
 
-class MergedMethod(DenseMethod):
+class MergedMethod(WeightMethod):
     """Projections with an adapter in their weights and biases, multiplied in float64."""
 
     def __init__(self, adapter: Adapter | None) -> None:

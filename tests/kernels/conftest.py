@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import cpu_backends
 
-from quire.kernels import Backend, available_backends, get_backend
+from quire.kernels import Backend, get_backend
 
 
-@pytest.fixture(scope="session", params=available_backends())
+@pytest.fixture(scope="session", params=cpu_backends())
 def backend(request) -> Backend:
     """Every backend that is installed and works on this machine's CPU."""
     found = get_backend("cpu", request.param)

@@ -1,4 +1,4 @@
-"""The native library's attention over a bfloat16 cache, against its definition in float64."""
+"""The native library's attention, over caches of every type, against its definition in float64."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from isas import rounds_activations
 from quire.kernels import available_backends
 from quire.kernels.cpu import structs
 from quire.kernels.cpu.library import load_library
+from quire.kernels.kv_rows import is_coded, row_width
+from quire.kernels.reference.cache import decode_rows, encode_rows
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in available_backends(), reason="the native kernels were not built: no compiler"
@@ -22,6 +24,14 @@ pytestmark = pytest.mark.skipif(
 
 HIDDEN = 16
 VOCAB = 50
+CODES = [torch.int8, torch.float8_e4m3fn]
+
+
+def as_cached(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What a cache of that type keeps of rows, in float64."""
+    if is_coded(dtype):
+        return decode_rows(encode_rows(rows, dtype), dtype).double()
+    return rows.to(dtype).double()
 
 
 @dataclass
@@ -43,7 +53,15 @@ class Shape:
 class OneLayer:
     """A model that is an embedding, and one layer that is attention alone."""
 
-    def __init__(self, shape: Shape, block_size: int, num_slots: int, seed: int) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        block_size: int,
+        num_slots: int,
+        seed: int,
+        cache_dtype: torch.dtype = torch.bfloat16,
+        qkv: torch.Tensor | None = None,
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.library = load_library()
         self.context = self.library.quire_context_new()
@@ -51,12 +69,14 @@ class OneLayer:
         self.embed = torch.randn(VOCAB, HIDDEN, generator=generator)
         width = (shape.heads + 2 * shape.kv_heads) * shape.dim
         self.qkv = torch.randn(width, HIDDEN, generator=generator) / HIDDEN**0.5
+        if qkv is not None:
+            self.embed, self.qkv = torch.eye(HIDDEN).repeat(4, 1)[:VOCAB], qkv
         self.out = torch.randn(HIDDEN, shape.heads * shape.dim, generator=generator)
         self.slopes = torch.rand(shape.heads, generator=generator) / 4
-        # What was never written is no number; block 0 is always zero.
-        self.caches = torch.full((2, num_slots, shape.kv_heads, shape.dim), torch.nan)
-        self.caches = self.caches.bfloat16()
-        self.caches[:, :block_size] = 0
+        self.cache_dtype = cache_dtype
+        row = row_width(shape.dim, cache_dtype) * cache_dtype.itemsize
+        self.caches = torch.zeros(2, num_slots, shape.kv_heads, row, dtype=torch.uint8)
+        self.forget()
         self.kept: list[torch.Tensor] = []
         layer = structs.Layer(
             qkv=self.pack(self.qkv),
@@ -69,7 +89,7 @@ class OneLayer:
             sliding_window=shape.window,
             scale=shape.dim**-0.5,
             softcap=shape.softcap,
-            cache_dtype=structs.DTYPES["bfloat16"],
+            cache_dtype=structs.CACHE_DTYPES[str(cache_dtype).removeprefix("torch.")],
             alibi_slopes=self.slopes.data_ptr() if shape.has_alibi else None,
             key_cache=self.caches[0].data_ptr(),
             value_cache=self.caches[1].data_ptr(),
@@ -81,6 +101,10 @@ class OneLayer:
             embedding_size=HIDDEN,
             embed=structs.Matrix(blocks=self.embed.data_ptr()),
         )
+
+    def forget(self) -> None:
+        """What was never written is no number; block 0 is always zero."""
+        self.caches[:, self.block_size :] = 255
 
     def pack(self, weight: torch.Tensor) -> structs.Matrix:
         out_features, in_features = weight.shape
@@ -126,8 +150,8 @@ class OneLayer:
         qkv = self.embed[tokens].double() @ self.qkv.double().T
         heads = qkv.view(count, -1, shape.dim).transpose(0, 1)
         query, key, value = heads.split([shape.heads, shape.kv_heads, shape.kv_heads])
-        key = key.bfloat16().double().repeat_interleave(shape.group, 0)
-        value = value.bfloat16().double().repeat_interleave(shape.group, 0)
+        key = as_cached(key.float(), self.cache_dtype).repeat_interleave(shape.group, 0)
+        value = as_cached(value.float(), self.cache_dtype).repeat_interleave(shape.group, 0)
         scores = query @ key.transpose(1, 2) * shape.dim**-0.5
         if shape.softcap:
             scores = torch.tanh(scores / shape.softcap) * shape.softcap
@@ -159,7 +183,7 @@ def run(
         for i, part in zip(rows, added.split([len(new) for _, new in parts]), strict=True):
             results[i].append(part)
         done += chunk
-    layer.caches[:, layer.block_size :] = torch.nan
+    layer.forget()
     return [torch.cat(parts) for parts in results]
 
 
@@ -177,15 +201,22 @@ def run(
     lengths=st.lists(st.integers(1, 150), min_size=1, max_size=3),
     chunk=st.integers(1, 80),
     seed=st.integers(0, 2**32 - 1),
+    cache_dtype=st.sampled_from([torch.bfloat16, torch.float32, *CODES]),
 )
 def test_attention_is_right_and_the_same_however_it_is_run(
-    isa: str, shape: Shape, block_size: int, lengths: list[int], chunk: int, seed: int
+    isa: str,
+    shape: Shape,
+    block_size: int,
+    lengths: list[int],
+    chunk: int,
+    seed: int,
+    cache_dtype: torch.dtype,
 ) -> None:
     """For heads of any size; the same bits alone, among others, in chunks and in any blocks."""
     rng = random.Random(seed)
     prompts = [[rng.randrange(VOCAB) for _ in range(length)] for length in lengths]
     num_slots = block_size * (1 + len(lengths) * -(-max(lengths) // block_size))
-    layer = OneLayer(shape, block_size, num_slots, seed)
+    layer = OneLayer(shape, block_size, num_slots, seed, cache_dtype)
     together = run(layer, prompts, max(lengths), 2, seed)
     if chunk < 4:  # few tokens at a time: of a shorter sequence
         prompts = [prompt[:40] for prompt in prompts]
@@ -211,3 +242,70 @@ def test_parts_of_a_long_sequence_are_merged_alike(isa: str) -> None:
     expected = layer.expected(prompts[0])
     assert (alone - expected).norm() <= 0.02 * expected.norm()
     layer.library.quire_context_free(layer.context)
+
+
+def keep(layer: OneLayer, tokens: list[int]) -> torch.Tensor:
+    """Compute tokens of one sequence, in blocks 1, 2 and so on; return its part of the caches."""
+    tables = torch.arange(1, layer.caches.shape[1] // layer.block_size, dtype=torch.int32)[None]
+    layer.step(tables, [(0, tokens)], 1)
+    return layer.caches[:, layer.block_size :][:, : len(tokens)].clone()
+
+
+@given(
+    dim=st.sampled_from([4, 5, 16, 33, 64, 80]),
+    kv_heads=st.integers(1, 3),
+    size=st.sampled_from([1.0, 1e-42, 1e-20, 1e30, 1e36]),
+    has_none=st.booleans(),
+    cache_dtype=st.sampled_from(CODES),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_codes_are_those_of_the_reference(
+    isa: str,
+    dim: int,
+    kv_heads: int,
+    size: float,
+    has_none: bool,
+    cache_dtype: torch.dtype,
+    seed: int,
+) -> None:
+    """The same bytes for the same keys and values, of any size, and of rows that are no numbers."""
+    shape = Shape(1, kv_heads, dim, 0, 0.0, False)
+    generator = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(3 * kv_heads * dim, HIDDEN, generator=generator) * size
+    if has_none:
+        qkv[::dim, 3], qkv[dim - 1 :: dim, 5] = torch.nan, torch.inf
+    tokens = list(range(HIDDEN))
+    rows = keep(OneLayer(shape, 16, 48, seed, torch.float32, qkv), tokens).view(torch.float32)
+    layer = OneLayer(shape, 16, 48, seed, cache_dtype, qkv)
+    expected, got = encode_rows(rows, cache_dtype), keep(layer, tokens)
+    # One NaN is as good as another.
+    for each in (expected, got):
+        each[..., dim:][rows.isnan().any(-1)] = 255
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("cache_dtype", CODES)
+@pytest.mark.parametrize("dim", [5, 24, 64])
+def test_codes_stand_for_what_they_are_in_floats(
+    isa: str, dim: int, cache_dtype: torch.dtype
+) -> None:
+    """Numbers that the codes have exactly give the bits that a bfloat16 cache of them gives."""
+    generator = torch.Generator().manual_seed(dim)
+    qkv = torch.randn(6 * dim, HIDDEN, generator=generator) / 500
+    if cache_dtype == torch.int8:
+        numbers, largest = torch.arange(-126.0, 127.0), 127.0
+    else:
+        numbers = torch.arange(256).to(torch.uint8).view(cache_dtype).float()
+        numbers, largest = numbers[numbers.isfinite()], 448.0
+    picks = torch.randint(len(numbers), (4 * dim, HIDDEN), generator=generator)
+    qkv[2 * dim :] = numbers[picks]
+    qkv[2 * dim :: dim] = largest  # with which the scale is 1
+    shape = Shape(1, 2, dim, 0, 0.0, False)
+    rng = random.Random(dim)
+    prompts = [[rng.randrange(HIDDEN) for _ in range(length)] for length in (600, 70, 9)]
+    results = []
+    for dtype in (torch.bfloat16, cache_dtype):
+        layer = OneLayer(shape, 16, 16 * 128, 0, dtype, qkv)
+        results.append(run(layer, prompts, 50, 2, 0))
+    for plain, coded in zip(*results, strict=True):
+        assert torch.equal(plain, coded)

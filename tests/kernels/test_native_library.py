@@ -69,10 +69,11 @@ def test_structs_are_those_of_the_header(repo_root: Path) -> None:
     declared = re.findall(r"struct (\w+) \{(.*?)\};", header, flags=re.DOTALL)
     assert {"Norm", "Matrix", "Layer", "Model", "Batch"} < {name for name, _ in declared}
     renamed = {"in": "in_features", "out": "out_features"}
+    with_sizes = ("Matrix", "Packing", "CodesPacking")
     for struct, body in declared:
         fields = []
-        for kind, pointer, name in re.findall(r"(?:const )?(\w+)(\*?) (\w+);", body):
-            name = renamed.get(name, name) if struct in ("Matrix", "Packing") else name
+        for kind, pointer, name in re.findall(r"(?:const )?(\w+)(\*?) (\w+)(?: = \w+)?;", body):
+            name = renamed.get(name, name) if struct in with_sizes else name
             fields.append((name, "pointer" if pointer else C_TYPES[kind].__name__))
         mirrored = [
             (name, "pointer" if kind in (ctypes.c_void_p, POINTER_TO_LAYER) else kind.__name__)

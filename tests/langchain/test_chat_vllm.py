@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 from collections.abc import Iterator
+from threading import Event
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from langchain_core.rate_limiters import InMemoryRateLimiter
 from pydantic import create_model
 
 from quire.errors import ConfigError, EngineClosedError, InvalidRequestError
-from quire.integrations.langchain import VLLM
+from quire.integrations.langchain import VLLM, gathering
 from quire.integrations.langchain.chat_vllm import ChatVLLM
 from quire.sampling_params import SamplingParams
 
@@ -141,6 +142,7 @@ def test_a_batch_is_one_batch_of_the_engine(
 ) -> None:
     """All conversations of a batch reach the engine at once, and are answered as alone."""
     alone = {question: chat.invoke(question).content for question in QUESTIONS}
+    monkeypatch.setattr(gathering, "_PATIENCE", 60.0)  # a busy machine holds threads up
     submissions = Submissions(chat, monkeypatch)
     answers = chat.batch(QUESTIONS * times)
     assert [answer.content for answer in answers] == [alone[q] for q in QUESTIONS] * times
@@ -153,6 +155,24 @@ def test_a_batch_is_one_batch_of_the_engine(
     assert result.llm_output["token_usage"]["total_tokens"] == sum(u["total_tokens"] for u in used)
     assert result.run is not None
     assert len({run.run_id for run in result.run}) == len(QUESTIONS)
+
+
+def test_a_batch_goes_ahead_of_a_conversation_that_is_held_up(chat: ChatVLLM) -> None:
+    """One that does not come to the engine keeps the others from their answers no longer."""
+    answered, in_time = Event(), []
+
+    class HoldsUp(BaseCallbackHandler):
+        def on_chat_model_start(self, *_: Any, **__: Any) -> None:
+            in_time.append(answered.wait(60))
+
+    class Tells(BaseCallbackHandler):
+        def on_llm_end(self, *_: Any, **__: Any) -> None:
+            answered.set()
+
+    configs: list[Any] = [{"callbacks": [HoldsUp()]}, {"callbacks": [Tells()]}]
+    alone = [chat.invoke(question).content for question in QUESTIONS[:2]]
+    assert [answer.content for answer in chat.batch(QUESTIONS[:2], configs)] == alone
+    assert in_time == [True]
 
 
 def test_max_concurrency_bounds_a_batch(chat: ChatVLLM, monkeypatch: pytest.MonkeyPatch) -> None:

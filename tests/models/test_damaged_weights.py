@@ -89,8 +89,8 @@ def test_a_folder_without_weights_lists_what_it_has(
 ) -> None:
     """No weight file of a known name: the error says which there would have to be."""
     folder = copy_of(tiny_llama, tmp_path)
-    (folder / "model.safetensors").rename(folder / "weights.safetensors")
-    with pytest.raises(ModelLoadError, match=r"no model\.safetensors.*weights\.safetensors"):
+    (folder / "model.safetensors").rename(folder / "weights.gguf")
+    with pytest.raises(ModelLoadError, match=r"no model\.safetensors.*weights\.gguf"):
         load(folder)
 
 
@@ -164,6 +164,17 @@ def test_a_pickle_is_not_executed(
     with pytest.raises(ModelLoadError, match=r"pytorch_model\.bin"):
         load(folder)
     assert not trace.exists()
+
+
+def test_a_tensor_of_more_values_than_its_file_is_refused(
+    tiny_llama: Path, tmp_path: Path, load: Load
+) -> None:
+    """One value that claims to be a tebibyte, as strides of 0 can, is not spread out in memory."""
+    folder = copy_of(tiny_llama, tmp_path)
+    (folder / "model.safetensors").unlink()
+    torch.save({"vals": torch.zeros(1).expand(1 << 38)}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelLoadError, match=r"pytorch_model\.bin.*'vals'.*274877906944.*4 bytes"):
+        load(folder)
 
 
 def test_a_bin_file_must_be_tensors_by_name(tiny_llama: Path, tmp_path: Path, load: Load) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends import cpu_backends
 from checkpoints import VOCAB_SIZE
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ from paged import PagedRunner
 from random_adapters import MergedMethod, merged_decoder, random_adapter
 
 from quire.errors import AdapterError
-from quire.kernels import available_backends, get_backend
+from quire.kernels import get_backend
 from quire.models.adapter import Adapter, DeltaSlice, EmbeddingDelta, LinearDelta
 from quire.models.decoder import Decoder
 
@@ -28,7 +29,7 @@ Load = Callable[..., Decoder]
 Make = Callable[[str], Path]
 
 KERNELS = get_backend("cpu", "reference")
-BACKENDS = available_backends()
+BACKENDS = cpu_backends()
 NAMES = (
     "llama",
     "llama-mha-bias-tied",

@@ -164,6 +164,36 @@ def test_a_hub_that_is_down_leaves_what_is_cached(hub: Hub, tmp_path: Path) -> N
     assert "the hub cannot be used now" in missing.stderr
 
 
+@pytest.mark.parametrize(
+    ("weights", "others"),
+    [
+        ("gptq_model-4bit-128g.safetensors", ["sq-model-w4.pt"]),
+        ("sq-model-w4.pt", ["weights.gguf"]),
+        ("pytorch_model.bin", ["consolidated.safetensors"]),
+    ],
+)
+def test_weights_of_other_names_are_downloaded_where_there_are_no_usual_ones(
+    weights: str, others: list[str], tmp_path: Path
+) -> None:
+    """As older quantized models have them; of several kinds one comes."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in (weights, *others, "config.json", "quantize_config.json"):
+        (folder / name).write_bytes(b"{}")
+    program = f"""
+from quire.models.hub import resolve
+print(sorted(path.name for path in resolve({NAME!r}).iterdir()))
+"""
+    with Hub(folder) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        first = run(program, tmp_path / "home", server.endpoint)
+        offline = run(program, tmp_path / "home", server.endpoint, HF_HUB_OFFLINE="1")
+        server.shutdown()
+    expected = sorted([weights, "config.json", "quantize_config.json"])
+    assert first.stdout == f"{expected}\n", first.stderr
+    assert offline.stdout == first.stdout, offline.stderr
+
+
 def test_an_adapter_is_downloaded_by_its_name_and_then_found_offline(tmp_path: Path) -> None:
     """Its two files come, once, and it says what it says from a folder."""
     program = f"""

@@ -40,7 +40,6 @@ def test_a_config_must_name_its_architecture(value: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "override", "message"),
     [
-        ("llama", {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         ("llama", {"num_local_experts": 8}, "num_local_experts.*mixture of experts"),
         ("llama", {"rope_scaling": None, "rope_parameters": {"rope_type": "xrope"}}, "'xrope'"),
         ("llama", {"rope_parameters": {"full_attention": {}}}, "differ from layer to layer"),

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from backends import cpu_backends
 
-from quire.kernels import Backend, available_backends, get_backend
+from quire.kernels import Backend, get_backend
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -18,7 +19,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session", params=available_backends())
+@pytest.fixture(scope="session", params=cpu_backends())
 def kernels(request: pytest.FixtureRequest) -> Backend:
     """Every backend that is installed and works on this machine's CPU."""
     return get_backend("cpu", request.param)

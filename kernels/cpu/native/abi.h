@@ -7,7 +7,14 @@ namespace quire {
 
 inline int64_t padded(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
 
-enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1 };
+enum Dtype : int32_t {
+  kFloat32 = 0,
+  kBFloat16 = 1,
+  kInt8 = 2,
+  kInt4 = 3,
+  kFloat8 = 4,  // e4m3, without infinities
+  kTable4 = 5,
+};
 enum NormKind : int32_t { kNoNorm = 0, kRmsNorm = 1, kLayerNorm = 2 };
 enum Activation : int32_t {
   kSilu = 0,
@@ -18,6 +25,9 @@ enum Activation : int32_t {
   kReluSquared = 5,
   kTanh = 6,
 };
+// How a layer's gate and up projection are read: by one product, or, where they are not kept alike,
+// one after the other.
+enum Gated : int32_t { kNoGate = 0, kGatedAtOnce = 1, kGatedApart = 2 };
 enum Residual : int32_t { kSequential = 0, kParallel = 1, kPost = 2 };
 
 struct Norm {
@@ -25,6 +35,31 @@ struct Norm {
   float eps;
   const float* weight;  // with its offset added
   const float* bias;
+};
+
+// What a weight in codes has besides: quire/kernels/quantized.py says what each part means. Its
+// blocks of 16 outputs lie `block_bytes` apart, the last filled up with outputs whose scales are
+// zero. A block is a head and then its units, which are `unit` columns each, the last filled up.
+// Without `scales_units` the head is float scales[16]; else there is none, and each unit begins with
+// its own float scales[16]. With `has_zeros` int16 zeros[16] follow the scales, wherever these are.
+//
+// int8 and fp8 codes lie as [unit / 4][16 outputs][4 inputs], int4 as [unit / 8][16] words whose
+// bytes have the first four inputs in their lower halves. How those of a table lie is in
+// table_layout.h.
+struct Codes {
+  int64_t unit;            // a multiple of 8
+  int64_t block_bytes;
+  int32_t scales_units;
+  int32_t has_zeros;
+  const int32_t* order;    // [in]: which input each column is of; null: its own
+  const float* factors;    // [in], by column: what inputs are multiplied with; null: nothing
+  const float* tables;     // [16], or [round_up(out, 16)][16] with `has_tables`
+  int32_t has_tables;
+  int32_t rounds_to_int8;  // inputs, by the row's largest, or by:
+  float activation_scale;  // 0: by the row's largest
+  const int64_t* outlier_first;  // [out + 1], null: there are none
+  const int32_t* outlier_columns;  // columns, not inputs
+  const float* outlier_values;
 };
 
 // A weight [out, in] in blocks of 16 output features. float32: [in][16] per block. bfloat16:
@@ -36,6 +71,7 @@ struct Matrix {
   int64_t in;
   int64_t out;
   int32_t dtype;
+  const Codes* codes = nullptr;  // null: the weight is no weight in codes
 };
 
 // Some outputs of a projection that gain by an adapter, and what makes their share.
@@ -81,6 +117,22 @@ struct Packing {
   int32_t dtype;
 };
 
+// A weight in codes as quire/kernels/quantized.py has it, and the blocks that it is brought into, or
+// that are brought back into it.
+struct CodesPacking {
+  void* codes;     // [out], `row_bytes` apart
+  float* scales;   // [out][num_groups]
+  int16_t* zeros;  // [out][num_groups], where the blocks have some
+  void* blocks;
+  int64_t in;
+  int64_t out;
+  int64_t row_bytes;
+  int64_t num_groups;
+  int64_t units_per_group;
+  int32_t dtype;
+  const Codes* layout;
+};
+
 struct Layer {
   Norm attention_norm;
   Norm mlp_norm;
@@ -95,7 +147,7 @@ struct Layer {
   Matrix down;
   int32_t residual;
   int32_t activation;
-  int32_t gated;
+  int32_t gated;  // a Gated
   int32_t num_heads;
   int32_t num_kv_heads;
   int32_t head_dim;
@@ -105,18 +157,18 @@ struct Layer {
   float scale;
   float softcap;   // 0: none
   float clip_qkv;  // 0: none
-  int32_t cache_dtype;
+  int32_t cache_dtype;  // of int8 and float8, rows have a float scale behind their codes
   const float* alibi_slopes;
   const float* cos;  // [max_position][rotary_dim / 2]
   const float* sin;
-  void* key_cache;  // [num_slots][num_kv_heads][head_dim]
+  void* key_cache;  // [num_slots][num_kv_heads][head_dim, or head_dim + 4 in codes]
   void* value_cache;
 };
 
 struct Model {
   const Layer* layers;
   int32_t num_layers;
-  int32_t dtype;       // of embeddings and KV caches
+  int32_t dtype;       // of embeddings
   int64_t hidden_size;
   int64_t embedding_size;
   int32_t embed_is_packed;

@@ -19,15 +19,19 @@ inline void load_chunk(const Attention& a, int sequence, int head, int64_t first
   const int64_t dim = layer.head_dim, wide = padded(dim, kBlock);
   const T *keys[kChunk], *values[kChunk];
   find_rows(a, sequence, head, first, low, count, keys, values);
+  float scales[kChunk];  // of keys
   for (int i = 0; i < count; ++i) {
     const T* value = values[i];
+    const float scale = row_scale(value, dim);
+    scales[i] = row_scale(keys[i], dim);
     int64_t d = 0;
     for (; d + kBlock <= dim; d += kBlock) {
       float* out = s.value + (d / kBlock * kChunk + i) * kBlock;
-      for (int v = 0; v < kBlock; v += kLanes) store(out + v, load_row(value + d + v));
+      for (int v = 0; v < kBlock; v += kLanes) store(out + v, load_part(value, d + v, scale));
     }
     for (; d < wide; ++d) {
-      s.value[(d / kBlock * kChunk + i) * kBlock + d % kBlock] = d < dim ? load_one(value + d) : 0;
+      s.value[(d / kBlock * kChunk + i) * kBlock + d % kBlock] =
+          d < dim ? load_element(value, d, scale) : 0;
     }
   }
   for (int64_t b = 0; b < wide / kBlock; ++b) {
@@ -40,18 +44,30 @@ inline void load_chunk(const Attention& a, int sequence, int head, int64_t first
     for (int64_t d = 0; d < whole_dim; d += kLanes) {
       vf rows[kLanes];
 #pragma GCC unroll 16
-      for (int l = 0; l < kLanes; ++l) rows[l] = load_row(keys[i + l] + d);
+      for (int l = 0; l < kLanes; ++l) rows[l] = load_part(keys[i + l], d, scales[i + l]);
       transpose(rows);
 #pragma GCC unroll 16
       for (int l = 0; l < kLanes; ++l) store(out + (d + l) * kBlock, rows[l]);
     }
     for (int64_t d = whole_dim; d < dim; ++d) {
-      for (int l = 0; l < kLanes; ++l) out[d * kBlock + l] = load_one(keys[i + l] + d);
+      for (int l = 0; l < kLanes; ++l) {
+        out[d * kBlock + l] = load_element(keys[i + l], d, scales[i + l]);
+      }
     }
   }
   for (int i = whole; i < padded(count, kBlock); ++i) {
     float* out = s.key + i / kBlock * dim * kBlock + i % kBlock;
-    for (int64_t d = 0; d < dim; ++d) out[d * kBlock] = i < count ? load_one(keys[i] + d) : 0.0f;
+    if (i >= count) {
+      for (int64_t d = 0; d < dim; ++d) out[d * kBlock] = 0.0f;
+      continue;
+    }
+    for (int64_t d = 0; d < whole_dim; d += kLanes) {
+      const vf part = load_part(keys[i], d, scales[i]);
+      for (int l = 0; l < kLanes; ++l) out[(d + l) * kBlock] = part[l];
+    }
+    for (int64_t d = whole_dim; d < dim; ++d) {
+      out[d * kBlock] = load_element(keys[i], d, scales[i]);
+    }
   }
 }
 
@@ -129,7 +145,7 @@ inline void attend_piece(const Attention& a, const Piece& piece, int head, Atten
   const int64_t dim = layer.head_dim, wide = padded(dim, kBlock);
   const int group = layer.num_heads / layer.num_kv_heads;
   const int64_t rows = static_cast<int64_t>(piece.num_queries) * group;
-  constexpr bool by_tiles = kTiles && sizeof(T) == 2;
+  constexpr bool by_tiles = kTiles && !std::is_same_v<T, float>;
   s.lay_out(by_tiles ? padded(rows, 16) : rows, dim);
   const int64_t start = batch.query_start_loc[piece.sequence];
   const int64_t num_new = batch.query_start_loc[piece.sequence + 1] - start;
@@ -164,7 +180,8 @@ inline void attend_piece(const Attention& a, const Piece& piece, int head, Atten
       const int count = static_cast<int>(std::min<int64_t>(kChunk, end - first));
       const int low = static_cast<int>(std::max<int64_t>(0, first_seen - first));
       if constexpr (by_tiles) {
-        attend_chunk_by_tiles(a, piece.sequence, head, rows, first, low, count, first_position, s);
+        attend_chunk_by_tiles<T>(a, piece.sequence, head, rows, first, low, count, first_position,
+                                 s);
       } else {
         load_chunk<T>(a, piece.sequence, head, first, low, count, s);
         attend_chunk(layer, head, rows, first, count, first_position, s);
@@ -209,11 +226,9 @@ inline void attend(Thread& thread, const Attention& a, AttentionScratch& s) {
   thread.share(num_pieces * num_kv_heads, [&](int64_t item) {
     const Piece& piece = a.plan->pieces[item / num_kv_heads];
     const int head = static_cast<int>(item % num_kv_heads);
-    if (a.layer->cache_dtype == kBFloat16) {
-      attend_piece<uint16_t>(a, piece, head, s);
-    } else {
-      attend_piece<float>(a, piece, head, s);
-    }
+    with_cache_type(a.layer->cache_dtype, [&](auto* type) {
+      attend_piece<std::remove_pointer_t<decltype(type)>>(a, piece, head, s);
+    });
   });
   if (a.plan->merges.empty()) return;
   const auto num_merges = static_cast<int64_t>(a.plan->merges.size());

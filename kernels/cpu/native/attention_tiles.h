@@ -1,5 +1,6 @@
 // Attention over a bfloat16 cache by tiles: scores are keys times queries, so that rows of the cache
-// are tiles as they lie there; what they weigh of the values is weights times values.
+// are tiles as they lie there; what they weigh of the values is weights times values. What codes
+// stand for is rounded to bfloat16 first.
 //
 // The borders are those of attention.h, and the softmax is its own. Queries and weights are rounded
 // to bfloat16. A row's sums are made by the same instructions whatever rows are beside it, and keys
@@ -17,6 +18,7 @@ void tile_queries(const Attention& a, int64_t first_token, int head, int64_t row
                   AttentionScratch& s);
 
 // One chunk for all rows: as load_chunk and attend_chunk do it.
+template <typename T>
 void attend_chunk_by_tiles(const Attention& a, int sequence, int head, int64_t rows, int64_t first,
                            int low, int count, int64_t first_position, AttentionScratch& s);
 
@@ -58,6 +60,18 @@ inline void tile_queries(const Attention& a, int64_t first_token, int head, int6
   }
 }
 
+template <typename T>
+inline void copy_head(const T* row, int64_t dim, uint16_t* out) {
+  if constexpr (kIsCode<T>) {
+    const float scale = row_scale(row, dim);
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) store_row(out + d, load_part(row, d, scale));
+    for (; d < dim; ++d) out[d] = narrow(load_element(row, d, scale));
+  } else {
+    std::copy_n(row, dim, out);
+  }
+}
+
 // Values as tiles of 32 keys, in pairs, and 16 dims, those of one 16 dims in order of their keys.
 // Keys that are missing of the last tile are zero.
 inline void tile_values(const uint16_t* const (&values)[kChunk], int count, int64_t dim,
@@ -84,25 +98,30 @@ inline void tile_values(const uint16_t* const (&values)[kChunk], int count, int6
   }
 }
 
-// Keys as tiles [16 keys][32 dims], where they lie if whole tiles lie in whole blocks, else copied.
+// Keys as tiles [16 keys][32 dims], where they lie if whole tiles of bfloat16 lie in whole blocks,
+// else copied.
 struct KeyTiles {
   const uint16_t* first[kChunk / 16];
   int64_t stride;  // bytes
 };
 
-inline KeyTiles tile_keys(const Attention& a, const uint16_t* const (&keys)[kChunk], int low,
-                          int count, AttentionScratch& s) {
-  const int64_t dim = a.layer->head_dim, width = a.layer->num_kv_heads * dim;
+template <typename T>
+inline KeyTiles tile_keys(const Attention& a, const T* const (&keys)[kChunk], int low, int count,
+                          AttentionScratch& s) {
+  const int64_t dim = a.layer->head_dim;
   const int used = static_cast<int>(padded(count, 16));
   KeyTiles tiles{};
-  if (dim % kDepth == 0 && a.batch->block_size % 16 == 0) {
-    tiles.stride = 2 * width;
-    for (int i = 0; i < used; i += 16) {
-      // By a key that is seen: those before it may be anywhere, by their own pointers.
-      const int seen = low < i + 16 ? std::max(low, i) : i;
-      tiles.first[i / 16] = keys[seen] - (seen - i) * width;
+  if constexpr (!kIsCode<T>) {
+    const int64_t width = a.layer->num_kv_heads * dim;
+    if (dim % kDepth == 0 && a.batch->block_size % 16 == 0) {
+      tiles.stride = 2 * width;
+      for (int i = 0; i < used; i += 16) {
+        // By a key that is seen: those before it may be anywhere, by their own pointers.
+        const int seen = low < i + 16 ? std::max(low, i) : i;
+        tiles.first[i / 16] = keys[seen] - (seen - i) * width;
+      }
+      return tiles;
     }
-    return tiles;
   }
   const int64_t wide = padded(dim, kDepth);
   auto* copy = reinterpret_cast<uint16_t*>(s.key);
@@ -110,7 +129,7 @@ inline KeyTiles tile_keys(const Attention& a, const uint16_t* const (&keys)[kChu
   for (int i = 0; i < used; ++i, copy += wide) {
     if (i % 16 == 0) tiles.first[i / 16] = copy;
     const int64_t size = i < count ? dim : 0;
-    std::copy_n(keys[std::min(i, count - 1)], size, copy);
+    if (i < count) copy_head(keys[i], dim, copy);
     std::fill(copy + size, copy + wide, 0);
   }
   return tiles;
@@ -168,15 +187,28 @@ inline void weigh_tiles(int64_t rows, int used, int64_t dim, AttentionScratch& s
   }
 }
 
+template <typename T>
 inline void attend_chunk_by_tiles(const Attention& a, int sequence, int head, int64_t rows,
                                   int64_t first, int low, int count, int64_t first_position,
                                   AttentionScratch& s) {
   const int64_t dim = a.layer->head_dim;
   const int used = static_cast<int>(padded(count, 32));
-  const uint16_t *keys[kChunk], *values[kChunk];
+  const T *keys[kChunk], *values[kChunk];
   find_rows(a, sequence, head, first, low, count, keys, values);
   const KeyTiles tiles = tile_keys(a, keys, low, count, s);
-  tile_values(values, count, dim, reinterpret_cast<uint16_t*>(s.value));
+  auto* value_tiles = reinterpret_cast<uint16_t*>(s.value);
+  if constexpr (kIsCode<T>) {
+    // Tiles take the first half of this memory.
+    uint16_t* halves = value_tiles + padded(dim, kBlock) * kChunk;
+    const uint16_t* rows_of_halves[kChunk];
+    for (int i = 0; i < count; ++i, halves += dim) {
+      copy_head(values[i], dim, halves);
+      rows_of_halves[i] = halves;
+    }
+    tile_values(rows_of_halves, count, dim, value_tiles);
+  } else {
+    tile_values(values, count, dim, value_tiles);
+  }
   score_tiles(tiles, rows, static_cast<int>(padded(count, 16)), dim, s);
   weigh_rows<true>(*a.layer, head, rows, first, count, used, first_position, s);
   weigh_tiles(rows, used, dim, s);

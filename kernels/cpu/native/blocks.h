@@ -15,6 +15,12 @@ inline const W* block_of(const Matrix& a, int64_t index) {
                                 : static_cast<const W*>(a.tail);
 }
 
+// From one block to the next.
+inline int64_t block_bytes(const Matrix& a) {
+  if (a.codes != nullptr) return a.codes->block_bytes;
+  return kBlock * a.in * (a.dtype == kBFloat16 ? 2 : 4);
+}
+
 inline const float* widen_block(const uint16_t* block, int64_t depth, float* out) {
   for (int64_t k = 0; k < depth; k += 2) {
     for (int v = 0; v < kBlock; v += kLanes) {

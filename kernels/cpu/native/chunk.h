@@ -101,12 +101,12 @@ template <typename T>
 inline void find_rows(const Attention& a, int sequence, int head, int64_t first, int low,
                       int count, const T* (&keys)[kChunk], const T* (&values)[kChunk]) {
   const Layer& layer = *a.layer;
-  const int64_t dim = layer.head_dim, width = layer.num_kv_heads * dim;
+  const int64_t size = row_size<T>(layer.head_dim), width = layer.num_kv_heads * size;
   const int32_t* block = a.batch->block_tables + sequence * a.batch->block_table_stride +
                          (first + low) / a.batch->block_size;
   int64_t offset = (first + low) % a.batch->block_size;
   for (int i = 0; i < count; ++i) {
-    int64_t at = head * dim;
+    int64_t at = head * size;
     if (i >= low) {
       at += (*block * a.batch->block_size + offset) * width;
       if (++offset == a.batch->block_size) {
@@ -117,7 +117,7 @@ inline void find_rows(const Attention& a, int sequence, int head, int64_t first,
     keys[i] = static_cast<const T*>(layer.key_cache) + at;
     values[i] = static_cast<const T*>(layer.value_cache) + at;
     // Blocks lie anywhere: ask for all of them before the first is waited for.
-    for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) {
+    for (int64_t d = 0; d < size; d += 64 / static_cast<int64_t>(sizeof(T))) {
       __builtin_prefetch(keys[i] + d);
       __builtin_prefetch(values[i] + d);
     }

@@ -20,8 +20,9 @@ constexpr uint64_t kTileState = 0x60000;
 
 struct Features {
   bool avx512 = false;
+  bool vnni = false;
   bool avx512_bf16 = false;
-  bool amx_bf16 = false;
+  bool amx = false;
 };
 
 Features read_features() {
@@ -36,8 +37,10 @@ Features read_features() {
   const uint32_t f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31;
   const uint32_t all = f | dq | bw | vl;
   found.avx512 = (b & all) == all && (state & kAvx512State) == kAvx512State;
-  const uint32_t bf16 = 1u << 22, tile = 1u << 24;
-  found.amx_bf16 = (d & bf16) != 0 && (d & tile) != 0 && (state & kTileState) == kTileState;
+  found.vnni = (c >> 11 & 1) != 0;
+  const uint32_t bf16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25;
+  const uint32_t tiles = bf16 | tile | int8;
+  found.amx = (d & tiles) == tiles && (state & kTileState) == kTileState;
   if (last >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) found.avx512_bf16 = (a >> 5 & 1) != 0;
   return found;
 }
@@ -57,7 +60,7 @@ bool ask_for_tiles() {
 
 bool cpu_has_avx512bf16() {
   const Features found = read_features();
-  return found.avx512 && found.avx512_bf16;
+  return found.avx512 && found.vnni && found.avx512_bf16;
 }
 
 bool cpu_has_amx() {
@@ -66,7 +69,7 @@ bool cpu_has_amx() {
   int known = answer.load(std::memory_order_acquire);
   if (known < 0) {
     const Features found = read_features();
-    known = found.avx512 && found.avx512_bf16 && found.amx_bf16 && ask_for_tiles();
+    known = found.avx512 && found.vnni && found.avx512_bf16 && found.amx && ask_for_tiles();
     answer.store(known, std::memory_order_release);
   }
   return known == 1;

@@ -4,7 +4,9 @@
 // As there, an output is accumulated in float32 in one order, which the instructions set (of tiles,
 // the even and the odd inputs apart), whatever the number of rows.
 #pragma once
+#include "float_codes.h"
 #include "gemm.h"
+#include "int_codes.h"
 #include "plan.h"
 #include "tiles.h"
 
@@ -185,10 +187,19 @@ inline void multiply_rounded(Thread& thread, const Product& p, uint16_t* halves)
 #endif
 
 // A product whose inputs were shrunk for what adapters add to it, if there are any.
-inline void multiply_shrunk(Thread& thread, const Product& p, [[maybe_unused]] uint16_t* halves) {
-  if (p.weight->dtype == kFloat32) {
-    multiply_blocks<float>(thread, p);
-    return;
+inline void multiply_shrunk(Thread& thread, const Product& p, uint16_t* halves) {
+  switch (p.weight->dtype) {
+    case kFloat32:
+      multiply_blocks<float>(thread, p);
+      return;
+    case kInt8:
+    case kInt4:
+      multiply_codes(thread, p, halves);
+      return;
+    case kFloat8:
+    case kTable4:
+      multiply_float_codes(thread, p, halves);
+      return;
   }
 #if defined(QUIRE_TILES) || defined(QUIRE_PAIRS)
   multiply_rounded(thread, p, halves);

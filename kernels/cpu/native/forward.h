@@ -83,11 +83,10 @@ inline void run_attention(Thread& thread, const Model& model, const Place& place
   multiply(thread, p, rows.halves);
   thread.share(count, [&](int64_t t) {
     float* qkv = rows.qkv + t * width;
-    if (layer.cache_dtype == kBFloat16) {
-      prepare_heads<uint16_t>(layer, batch.positions[t], batch.slot_mapping[t], qkv);
-    } else {
-      prepare_heads<float>(layer, batch.positions[t], batch.slot_mapping[t], qkv);
-    }
+    with_cache_type(layer.cache_dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      prepare_heads<T>(layer, batch.positions[t], batch.slot_mapping[t], qkv);
+    });
   });
   attend(thread,
          {&layer, &batch, rows.qkv, width, rows.attended, &plan, rows.partial, rows.partial_width},
@@ -106,11 +105,19 @@ inline void run_mlp(Thread& thread, const Model& model, const Place& place, cons
   up.delta = up.factor_delta = place.first_delta + kUp;
   if (layer.gated) {
     up.weight = &layer.gate;
-    up.factor = &layer.up;
-    up.then = Then::kActivateAndMultiply;
     up.delta = place.first_delta + kGate;
   }
+  if (layer.gated == kGatedAtOnce) {
+    up.factor = &layer.up;
+    up.then = Then::kActivateAndMultiply;
+  }
   multiply(thread, up, rows.halves);
+  if (layer.gated == kGatedApart) {
+    up.weight = &layer.up;
+    up.delta = up.factor_delta;
+    up.then = Then::kMultiply;
+    multiply_shrunk(thread, up, rows.halves);  // for adapters, the gate's inputs were shrunk
+  }
   add_product(thread, rows.inner, size, count, layer.down, place.first_delta + kDown,
               layer.mlp_post_norm, rows);
 }
@@ -203,12 +210,18 @@ inline void likeliest(Thread& thread, const Model& model, const Likeliest& what)
   p.y = what.logits;
   p.ldy = what.width;
   const Matrix& head = model.head;
-  const int64_t width = head.dtype == kBFloat16 ? 2 : 4;
   for (int64_t first = 0; first < head.out; first += what.width) {
     Matrix part = head;
     part.out = std::min(what.width, head.out - first);
-    part.blocks = static_cast<const char*>(head.blocks) + first * head.in * width;
+    part.blocks = static_cast<const char*>(head.blocks) + first / kBlock * block_bytes(head);
     if (head.bias != nullptr) part.bias = head.bias + first;
+    Codes codes{};
+    if (head.codes != nullptr) {
+      codes = *head.codes;
+      if (codes.has_tables) codes.tables += first * 16;
+      if (codes.outlier_first != nullptr) codes.outlier_first += first;
+      part.codes = &codes;
+    }
     p.weight = &part;
     p.skipped = first;
     multiply_shrunk(thread, p, what.halves);

@@ -11,8 +11,10 @@ namespace quire {
 namespace QUIRE_ISA {
 
 // Rows computed at once: as many as there are registers for.
-#if defined(__AVX512F__) || defined(QUIRE_WIDE)
+#if defined(__AVX512F__)
 constexpr int kMostRows = 14;
+#elif defined(QUIRE_WIDE)
+constexpr int kMostRows = 5;  // of wide vectors that are made of others; and compiled in less time
 #elif defined(__AVX2__)
 constexpr int kMostRows = 6;
 #elif defined(__aarch64__)
@@ -199,7 +201,14 @@ inline vf activate(vf x, int kind) {
 }
 
 // What becomes of x @ weight^T + bias.
-enum class Then { kStore, kAdd, kActivate, kActivateAndMultiply };
+enum class Then { kStore, kAdd, kMultiply, kActivate, kActivateAndMultiply };
+
+// It and what stands at its place already.
+template <typename T>
+inline T joined(Then then, T old, T value) {
+  if (then == Then::kAdd) return old + value;
+  return then == Then::kMultiply ? old * value : value;
+}
 
 struct Product {
   const float* x;
@@ -231,9 +240,27 @@ inline void prefetch_gains(const Product& p, int64_t first) {
   if (p.factor != nullptr) prefetch_gains(*p.adapters, p.factor_delta, p.skipped + first);
 }
 
+// What values that stand beside a weight in codes add to sums of a block: row by row the same.
+// `x` are inputs in the order of the weight's columns.
+inline void add_outliers(const Matrix& weight, int64_t first, const float* x, int64_t ldx,
+                         int64_t rows, float* values) {
+  if (weight.codes == nullptr || weight.codes->outlier_first == nullptr) return;
+  const Codes& codes = *weight.codes;
+  const int64_t count = std::min<int64_t>(kBlock, weight.out - first);
+  for (int64_t o = 0; o < count; ++o) {
+    const int64_t end = codes.outlier_first[first + o + 1];
+    for (int64_t e = codes.outlier_first[first + o]; e < end; ++e) {
+      const float* inputs = x + codes.outlier_columns[e];
+      const float value = codes.outlier_values[e];
+      for (int64_t r = 0; r < rows; ++r) values[r * kBlock + o] += value * inputs[r * ldx];
+    }
+  }
+}
+
 inline void finish_row(const Product& p, const float* values, const float* factors, int64_t first,
                        float* y) {
   const int64_t count = std::min<int64_t>(kBlock, p.weight->out - first);
+  const bool is_joined = p.then == Then::kAdd || p.then == Then::kMultiply;
   float result[kBlock];
   for (int i = 0; i < kBlock; i += kLanes) {
     vf v = load(values + i);
@@ -247,11 +274,11 @@ inline void finish_row(const Product& p, const float* values, const float* facto
     if (count < kBlock) {
       store(result + i, v);
     } else {
-      store(y + i, p.then == Then::kAdd ? load(y + i) + v : v);
+      store(y + i, is_joined ? joined(p.then, load(y + i), v) : v);
     }
   }
   if (count < kBlock) {
-    for (int i = 0; i < count; ++i) y[i] = p.then == Then::kAdd ? y[i] + result[i] : result[i];
+    for (int i = 0; i < count; ++i) y[i] = is_joined ? joined(p.then, y[i], result[i]) : result[i];
   }
 }
 
@@ -284,6 +311,8 @@ inline void multiply_block(const Product& p, const W* block, const W* other, int
         tile<false>(some, x, p.ldx, depth, other, factors + r * kBlock, kBlock);
       }
     }
+    add_outliers(*p.weight, first, p.x + row * p.ldx, p.ldx, rows, values);
+    if (other != nullptr) add_outliers(*p.factor, first, p.x + row * p.ldx, p.ldx, rows, factors);
     adapt(p, false, first, row, rows, values, kBlock);
     if (other != nullptr) adapt(p, true, first, row, rows, factors, kBlock);
     for (int64_t r = 0; r < rows; ++r) {

@@ -1,6 +1,7 @@
 #include "isa.h"
 
-#if defined(__AMX_BF16__) || defined(__AMXBF16__)  // the latter in older clang
+// Older clang writes the latter.
+#if (defined(__AMX_BF16__) && defined(__AMX_INT8__)) || (defined(__AMXBF16__) && defined(__AMXINT8__))
 #define QUIRE_TILES
 #define QUIRE_ISA amx
 #include "cpu_x86.h"

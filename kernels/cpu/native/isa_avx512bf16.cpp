@@ -1,6 +1,6 @@
 #include "isa.h"
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 #define QUIRE_PAIRS
 #define QUIRE_ISA avx512bf16
 #include "cpu_x86.h"

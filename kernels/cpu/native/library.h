@@ -24,6 +24,10 @@ QUIRE_API int quire_pack(void* weight, int64_t out, int64_t in, int32_t dtype, v
 // Bring copies of several weights into blocks, on this thread alone.
 QUIRE_API void quire_pack_copies(const quire::Packing* packings, int64_t count);
 
+// Bring a weight in codes into blocks, or back.
+QUIRE_API int quire_pack_codes(const quire::CodesPacking* packing, int num_threads);
+QUIRE_API int quire_unpack_codes(const quire::CodesPacking* packing, int num_threads);
+
 // Memory for the steps of one model; null when there is not enough.
 QUIRE_API void* quire_context_new();
 QUIRE_API void quire_context_free(void* context);

@@ -5,20 +5,31 @@
 #include <algorithm>
 #include <new>
 
+#include "codes.h"
+
 namespace quire {
 
 namespace {
 // Numbers that partial results may take at most: beyond, there is work enough for all threads.
 constexpr int64_t kMostPartial = 1 << 23;
 
-// Inputs of the widest product.
-int64_t widest_input(const Model& model) {
-  int64_t widest = std::max({model.head.in, model.project_in.in, model.project_out.in});
+// Call `with` with every matrix that rows are multiplied with.
+template <typename With>
+void each_matrix(const Model& model, With with) {
+  with(model.head);
+  with(model.project_in);
+  with(model.project_out);
   for (int32_t i = 0; i < model.num_layers; ++i) {
     const Layer& layer = model.layers[i];
-    widest = std::max({widest, layer.qkv.in, layer.out.in, layer.up.in, layer.down.in});
+    for (const Matrix* m : {&layer.qkv, &layer.out, &layer.gate, &layer.up, &layer.down}) with(*m);
   }
-  return widest;
+}
+
+// Bytes of a row of inputs, once it is rounded, or brought into order, for a product.
+int64_t row_bytes(const Matrix& m) {
+  if (m.dtype == kFloat8 || m.dtype == kTable4) return arranged_row_bytes(*m.codes, m.in);
+  if (m.codes != nullptr) return rounded_row_bytes(*m.codes, m.in);
+  return padded(m.in, kDepth) * 2;
 }
 }  // namespace
 
@@ -103,7 +114,9 @@ AdapterPlan plan_adapters(const Model& model, const int32_t* slots, int64_t num_
 
 int64_t scratch_size(const Model& model) {
   // Of products, two blocks of 16 outputs, widened.
-  int64_t size = 2 * 16 * widest_input(model);
+  int64_t widest = 0;
+  each_matrix(model, [&](const Matrix& m) { widest = std::max(widest, m.in); });
+  int64_t size = 2 * 16 * widest;
   for (int32_t i = 0; i < model.num_layers; ++i) {
     const Layer& layer = model.layers[i];
     const int64_t rows = padded(kQueries * (layer.num_heads / layer.num_kv_heads), 16);
@@ -114,7 +127,9 @@ int64_t scratch_size(const Model& model) {
 }
 
 int64_t halves_size(const Model& model, int64_t num_rows) {
-  return padded(num_rows, 16) * padded(widest_input(model), kDepth) / 2;
+  int64_t widest = 0;
+  each_matrix(model, [&](const Matrix& m) { widest = std::max(widest, row_bytes(m)); });
+  return padded(num_rows, 16) * widest / 4;
 }
 
 Memory::~Memory() {

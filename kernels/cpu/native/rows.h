@@ -1,6 +1,9 @@
 // What is done token by token: embedding, norms, rotation, and the way into the KV cache.
 #pragma once
+#include "cache_rows.h"
+#include "float_values.h"
 #include "gemm.h"
+#include "int_codes.h"
 
 namespace quire {
 namespace QUIRE_ISA {
@@ -53,6 +56,14 @@ inline void copy_row(const T* row, int64_t size, float* out) {
 // One row of an embedding that is packed for the product with the output matrix.
 inline void unpack_row(const Matrix& table, int64_t id, float* out) {
   const int64_t column = id % kBlock;
+  if (table.dtype == kFloat8 || table.dtype == kTable4) {
+    read_values(table, id, out);
+    return;
+  }
+  if (table.codes != nullptr) {
+    read_codes(table, id, out);
+    return;
+  }
   if (table.dtype == kBFloat16) {
     const uint16_t* block = block_of<uint16_t>(table, id / kBlock) + 2 * column;
     for (int64_t k = 0; k < table.in; k += 2) {
@@ -125,13 +136,6 @@ inline void rotate(const Layer& layer, int64_t position, float* head) {
   }
 }
 
-template <typename T>
-inline void write_row(const float* x, int64_t size, T* out) {
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) store_row(out + i, load(x + i));
-  for (; i < size; ++i) store_one(out + i, x[i]);
-}
-
 // Norms and rotation of a token's queries and keys; its keys and values into the cache.
 template <typename T>
 inline void prepare_heads(const Layer& layer, int64_t position, int64_t slot, float* qkv) {
@@ -149,10 +153,12 @@ inline void prepare_heads(const Layer& layer, int64_t position, int64_t slot, fl
     if (norm.kind != kNoNorm) normalize(norm, head, dim, head);
     if (layer.rotary_dim > 0) rotate(layer, position, head);
   }
-  const int64_t width = num_kv_heads * dim;
-  const float* key = qkv + num_heads * dim;
-  write_row(key, width, static_cast<T*>(layer.key_cache) + slot * width);
-  write_row(key + width, width, static_cast<T*>(layer.value_cache) + slot * width);
+  const int64_t size = row_size<T>(dim), first = slot * num_kv_heads * size;
+  const float *key = qkv + num_heads * dim, *value = key + num_kv_heads * dim;
+  for (int64_t h = 0; h < num_kv_heads; ++h) {
+    write_head(key + h * dim, dim, static_cast<T*>(layer.key_cache) + first + h * size);
+    write_head(value + h * dim, dim, static_cast<T*>(layer.value_cache) + first + h * size);
+  }
 }
 
 }  // namespace QUIRE_ISA

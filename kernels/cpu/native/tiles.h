@@ -1,5 +1,5 @@
-// Instructions for bfloat16 that compilers' vectors have no operator for: dot products of pairs
-// (AVX512-BF16) and of tiles (AMX-BF16).
+// Instructions that compilers' vectors have no operator for: dot products of pairs of bfloat16
+// (AVX512-BF16), and of tiles of these or of bytes (AMX-BF16, AMX-INT8).
 //
 // QUIRE_EMULATE computes what they would, on any CPU: bit by bit as their descriptions in the
 // Intel 64 and IA-32 Architectures Software Developer's Manual say. Denormals are zero, on the way
@@ -114,6 +114,33 @@ inline void tile_dot() {
   }
 }
 
+// Bytes: of A signed or not, of B signed.
+template <typename T, int Sums, int A, int B>
+inline void tile_dot_bytes() {
+  for (int k = 0; k < 16; ++k) {
+    const vu fours = load_as<vu>(tile_rows(B)[k]);
+    for (int i = 0; i < 4; ++i) {
+      const vi b = (vi)(fours << (24 - 8 * i)) >> 24;
+      for (int r = 0; r < 16; ++r) {
+        const int32_t a = reinterpret_cast<const T*>(tile_rows(A)[r])[4 * k + i];
+        uint32_t* sums = tile_rows(Sums)[r];
+        const vi sum = load_as<vi>(sums) + b * a;
+        std::memcpy(sums, &sum, sizeof sum);
+      }
+    }
+  }
+}
+
+template <int Sums, int A, int B>
+inline void tile_dot_signed() {
+  tile_dot_bytes<int8_t, Sums, A, B>();
+}
+
+template <int Sums, int A, int B>
+inline void tile_dot_unsigned() {
+  tile_dot_bytes<uint8_t, Sums, A, B>();
+}
+
 #else
 
 // How tiles are seen: 16 rows of 64 bytes, all 8 of them.
@@ -153,6 +180,17 @@ inline void tile_store(void* to, int64_t stride) {
 template <int Sums, int A, int B>
 inline void tile_dot() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(A), "i"(B));
+}
+
+// Bytes: of A signed or not, of B signed.
+template <int Sums, int A, int B>
+inline void tile_dot_signed() {
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(A), "i"(B));
+}
+
+template <int Sums, int A, int B>
+inline void tile_dot_unsigned() {
+  asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(A), "i"(B));
 }
 
 #endif

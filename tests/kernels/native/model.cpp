@@ -82,7 +82,7 @@ void LayerWeights::connect() {
 Shape draw_shape(Random& random) {
   Shape s;
   s.dtype = random.one_of<int32_t>({kFloat32, kBFloat16});
-  s.cache_dtype = s.dtype;
+  s.cache_dtype = random.one_of<int32_t>({s.dtype, kFloat32, kBFloat16, kInt8, kFloat8});
   // A bfloat16 weight has an even number of inputs.
   const int64_t odd = s.dtype == kFloat32 ? random.between(0, 1) : 0;
   s.hidden = 2 * random.between(8, 24) + odd;

@@ -121,6 +121,25 @@ inline Estimate as_bfloat16(Estimate x) {
   return {value, square(std::max(high - value, value - low))};
 }
 
+// To the nearest number of e4m3, and to even from halfway; of a size of 448 at most.
+inline double to_float8(double x) {
+  const double size = std::min(std::fabs(x), 448.0);
+  const double step = size < 0x1p-6 ? 0x1p-9 : std::exp2(std::floor(std::log2(size)) - 3);
+  return std::copysign(std::nearbyint(size / step) * step, x);
+}
+
+// What a code stands for, and what the codes of numbers that are close do.
+inline Estimate as_code(Estimate x, double scale, bool is_int8) {
+  auto near = [&](double number) {
+    const double steps = number / scale;
+    const double code = is_int8 ? std::clamp(std::nearbyint(steps), -127.0, 127.0) : to_float8(steps);
+    return code * scale;
+  };
+  const double value = near(x.value), off = 4 * std::sqrt(x.variance);
+  const double low = near(x.value - off), high = near(x.value + off);
+  return {value, square(std::max(high - value, value - low))};
+}
+
 // The largest error seen, as a part of what was allowed.
 class Worst {
  public:

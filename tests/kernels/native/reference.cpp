@@ -59,8 +59,27 @@ void rotate(const Layer& layer, int64_t position, Estimate* head) {
   }
 }
 
+// Bring a key or a value of one head to what its codes stand for.
+void round_to_codes(Estimate* row, int dim, int32_t dtype, bool is_rounded_again) {
+  double largest = 0, off = 0;
+  for (int d = 0; d < dim; ++d) {
+    largest = std::max(largest, std::fabs(row[d].value));
+    off = std::max(off, std::sqrt(row[d].variance));
+  }
+  const double scale = largest / (dtype == kInt8 ? 127 : 448);
+  if (scale == 0) return;
+  // Relatively, and with room: it is one error for the whole row.
+  const double scale_off = 4 * off / largest + kUnit;
+  for (int d = 0; d < dim; ++d) {
+    const Estimate x{row[d].value, row[d].variance + square(scale_off * row[d].value)};
+    row[d] = as_code(x, scale, dtype == kInt8);
+    row[d].variance += square((scale_off + kUnit) * row[d].value);
+    if (is_rounded_again) row[d] = as_bfloat16(row[d]);
+  }
+}
+
 // Queries, keys and values of a token, as attention finds them.
-Row prepared(const Layer& layer, Row qkv, int64_t position) {
+Row prepared(const Layer& layer, Row qkv, int64_t position, const Rounding& rounding) {
   const int dim = layer.head_dim, num_keys = layer.num_kv_heads;
   if (layer.clip_qkv > 0) {
     for (Estimate& x : qkv) {
@@ -76,6 +95,10 @@ Row prepared(const Layer& layer, Row qkv, int64_t position) {
   }
   if (layer.cache_dtype == kBFloat16) {
     for (size_t i = layer.num_heads * dim; i < qkv.size(); ++i) qkv[i] = as_bfloat16(qkv[i]);
+  } else if (layer.cache_dtype != kFloat32) {
+    for (size_t i = layer.num_heads * dim; i < qkv.size(); i += dim) {
+      round_to_codes(&qkv[i], dim, layer.cache_dtype, rounding.attention > 0);
+    }
   }
   return qkv;
 }
@@ -95,7 +118,8 @@ void attend(const Layer& layer, const std::vector<Row>& tokens, int64_t position
     Sum products;
     for (int64_t d = 0; d < dim; ++d) {
       const Estimate query = tokens[position][h * dim + d] * Estimate(layer.scale);
-      products.add(blurred(query, blur) * tokens[j][key + d]);
+      // Twice as much: a query's rounding is one error for all keys.
+      products.add(blurred(query, 2 * blur) * tokens[j][key + d]);
     }
     Estimate score = soft_capped(products.result(), layer.softcap);
     if (layer.alibi_slopes != nullptr) {
@@ -152,7 +176,7 @@ void run_layer(const LayerWeights& w, std::vector<Row>& x, const Rounding& round
   std::vector<Row> tokens;
   for (size_t t = 0; t < x.size(); ++t) {
     const Row input = layer.residual == kPost ? x[t] : normalized(layer.attention_norm, x[t]);
-    tokens.push_back(prepared(layer, multiply(input, w.qkv, rounding), t));
+    tokens.push_back(prepared(layer, multiply(input, w.qkv, rounding), t, rounding));
   }
   for (size_t t = 0; t < x.size(); ++t) {
     Row attended(layer.num_heads * layer.head_dim);

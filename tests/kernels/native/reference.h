@@ -10,10 +10,10 @@ using Row = std::vector<Estimate>;
 // Where an instruction set rounds to bfloat16: how far off that makes a term, relatively, at most.
 struct Rounding {
   double products = 0;   // activations, where the weight is bfloat16
-  double attention = 0;  // queries and attention weights, where the cache is bfloat16
+  double attention = 0;  // queries and attention weights, where the cache is not float32
 
   double of_product(int32_t dtype) const { return dtype == kBFloat16 ? products : 0.0; }
-  double of_attention(int32_t dtype) const { return dtype == kBFloat16 ? attention : 0.0; }
+  double of_attention(int32_t dtype) const { return dtype == kFloat32 ? 0.0 : attention; }
 };
 
 Estimate activate(Estimate x, int32_t kind);

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-from quire.errors import AdapterError
+from quire.errors import QuireError
 
 _MOST_REPEATS = 6
 _MOST_CHARACTERS = 4096
@@ -20,7 +20,7 @@ _WAYS_OF_REPEAT = 8
 _PLAIN = re.compile(r"[\w.\-]*", re.ASCII)
 
 
-def compiled(around: str, pattern: str, where: str) -> re.Pattern[str]:
+def compiled(around: str, pattern: str, where: str, error: type[QuireError]) -> re.Pattern[str]:
     """Compile a configuration's expression.
 
     Parameters
@@ -31,24 +31,21 @@ def compiled(around: str, pattern: str, where: str) -> re.Pattern[str]:
         What the configuration has.
     where
         The field and the file, for messages.
-
-    Raises
-    ------
-    AdapterError
-        It is no regular expression, or one that is not safe to match.
+    error
+        What is raised where it is no regular expression, or one that is not safe to match.
     """
     why, _ = _looked_through(pattern)
     if why:
-        raise AdapterError(
+        raise error(
             f"{where} has the pattern {pattern!r:.200}, which {why} and so may take forever to "
             "match; write a plainer one, or a list of names"
         )
     try:
         return re.compile(around.replace("{}", pattern))
-    except (re.error, RecursionError, OverflowError) as error:
-        raise AdapterError(
-            f"{where} has {pattern!r:.200}, which is no regular expression: {error}"
-        ) from error
+    except (re.error, RecursionError, OverflowError) as cause:
+        raise error(
+            f"{where} has {pattern!r:.200}, which is no regular expression: {cause}"
+        ) from cause
 
 
 def num_ways(pattern: str) -> int:

@@ -1,0 +1,1 @@
+"""Quantized model folders, made from plain ones; what stands behind ``quire quantize``."""

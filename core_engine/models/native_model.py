@@ -1,0 +1,222 @@
+"""NativeModel: a decoder's weights in the native kernels' order, and described to them."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+
+from quire.errors import OutOfMemoryError, QuireError
+from quire.kernels.cpu import structs
+from quire.kernels.cpu.blocks import dtype_of
+from quire.kernels.cpu.packed_codes import PackedCodes
+from quire.kernels.quantized import QuantizedWeight
+from quire.models.spec import AttentionSpec, DecoderSpec, LayerSpec, NormSpec
+from quire.models.weights import Weights
+from quire.utils import huge_pages
+
+
+def pack(library: ctypes.CDLL, weight: QuantizedWeight) -> PackedCodes | None:
+    """Bring a weight in codes into the native kernels' order; None: they cannot multiply it."""
+    try:
+        return PackedCodes(library, weight, _allocate)
+    except ValueError:
+        return None
+    except MemoryError as error:
+        size = weight.num_bytes / 2**20
+        raise OutOfMemoryError(f"no memory for a weight in codes of {size:.0f} MiB") from error
+
+
+def _allocate(num_bytes: int) -> torch.Tensor:
+    return huge_pages.allocate((num_bytes,), torch.uint8)
+
+
+def check(status: int) -> None:
+    """Raise what a call of the library answered, unless it is 0."""
+    if status == -1:
+        raise OutOfMemoryError(
+            "no memory for a step: lower max_num_batched_tokens, or max_num_seqs"
+        )
+    if status != 0:
+        raise QuireError(
+            "the native kernels cannot start a thread: lower torch.set_num_threads(), or "
+            "raise the limit on the number of processes"
+        )
+
+
+class NativeModel:
+    """The structs of a decoder, and what they point to.
+
+    Plain weights of projections are brought into another order, in place.
+
+    Parameters
+    ----------
+    library
+        From :func:`quire.kernels.cpu.library.load_library`.
+    spec, weights
+        The model, its parameters filled, codes packed by `pack`.
+    embedding_scale : float or None
+
+    Attributes
+    ----------
+    layers : ctypes array of structs.Layer
+        Without rotary tables and KV caches.
+    model : structs.Model
+        Without adapters.
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        spec: DecoderSpec,
+        weights: Weights,
+        embedding_scale: float | None,
+    ) -> None:
+        self._library = library
+        self._weights = weights
+        self._spec = spec
+        self._kept: list[torch.Tensor] = []  # what the structs point to and nobody else holds
+        self.layers = (structs.Layer * len(spec.layers))()
+        for number, layer in enumerate(spec.layers):
+            self._fill_layer(self.layers[number], f"layers.{number}", layer)
+        self.model = self._make_model(embedding_scale)
+
+    def _make_model(self, embedding_scale: float | None) -> structs.Model:
+        spec, weights = self._spec, self._weights
+        width = spec.embedding_size or spec.hidden_size
+        tied = "lm_head.weight" not in weights
+        head = self._matrix("embed.weight" if tied else "lm_head.weight")
+        embed = head if tied else structs.Matrix()
+        if not tied:
+            table = weights["embed.weight"]
+            embed = structs.Matrix(
+                table.data_ptr(), None, None, width, spec.vocab_size, dtype_of(table)
+            )
+        positions = None
+        if spec.learned_positions is not None:
+            table = weights["embed_positions.weight"]
+            positions = table[spec.learned_positions.offset :].data_ptr()
+        none = structs.Matrix()
+        projects = width != spec.hidden_size
+        return structs.Model(
+            self.layers,
+            len(spec.layers),
+            structs.DTYPES[str(weights.dtype).removeprefix("torch.")],
+            spec.hidden_size,
+            width,
+            tied,
+            embedding_scale or 0.0,
+            embed,
+            positions,
+            self._matrix("project_in.weight") if projects else none,
+            self._matrix("project_out.weight") if projects else none,
+            head,
+            self._norm("final_norm", spec.final_norm),
+            spec.logits_softcap or 0.0,
+        )
+
+    def _fill_layer(self, out: structs.Layer, name: str, spec: LayerSpec) -> None:
+        for norm in ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm"):
+            setattr(out, norm, self._norm(f"{name}.{norm}", getattr(spec, norm)))
+        attention, mlp = spec.attention, spec.mlp
+        for norm in ("q_norm", "k_norm"):
+            setattr(out, norm, self._norm(f"{name}.attention.{norm}", attention.qk_norm))
+        out.qkv = self._matrix(f"{name}.attention.qkv.weight")
+        out.out = self._matrix(f"{name}.attention.out.weight")
+        if mlp.gated:
+            size = mlp.intermediate_size
+            both = f"{name}.mlp.gate_up.weight"
+            out.gate = self._matrix(both, slice(0, size))
+            out.up = self._matrix(both, slice(size, 2 * size))
+        else:
+            out.up = self._matrix(f"{name}.mlp.up.weight")
+        out.down = self._matrix(f"{name}.mlp.down.weight")
+        out.residual = structs.RESIDUALS[spec.residual]
+        out.activation = structs.ACTIVATIONS[mlp.activation]
+        if mlp.gated:
+            at_once = self._are_alike(f"{name}.mlp.gate_up.weight")
+            out.gated = structs.GATED_AT_ONCE if at_once else structs.GATED_APART
+        self._fill_attention(out, attention)
+
+    def _fill_attention(self, out: structs.Layer, spec: AttentionSpec) -> None:
+        out.num_heads, out.num_kv_heads = spec.num_heads, spec.num_kv_heads
+        out.head_dim = spec.head_dim
+        out.sliding_window = spec.sliding_window or 0
+        if spec.rotary is not None:
+            out.rotary_dim = 2 * len(spec.rotary.inv_freq)
+            out.interleaved = spec.rotary.interleaved
+        out.scale = spec.scale
+        out.softcap = spec.softcap or 0.0
+        out.clip_qkv = spec.clip_qkv or 0.0
+        if spec.alibi_slopes is not None:
+            slopes = torch.tensor(spec.alibi_slopes, dtype=torch.float32, device="cpu")
+            out.alibi_slopes = self._keep(slopes)
+
+    def _norm(self, name: str, spec: NormSpec | None) -> structs.Norm:
+        if spec is None:
+            return structs.Norm()
+        weight, bias = self._weights.get(f"{name}.weight"), self._weights.get(f"{name}.bias")
+        return structs.Norm(
+            structs.NORM_KINDS[spec.kind],
+            spec.eps,
+            None if weight is None else self._keep(weight.float() + spec.weight_offset),
+            None if bias is None else self._keep(bias.float()),
+        )
+
+    def _matrix(self, name: str, rows: slice = slice(None)) -> structs.Matrix:
+        """Pack a weight, or some of its rows, and describe it."""
+        bias = self._weights.get(name.removesuffix(".weight") + ".bias")
+        if bias is not None:
+            bias = bias[rows]
+        coded = self._weights.coded(name)
+        if coded is None:
+            return self._plain_matrix(self._weights[name][rows], bias)
+        matrix = coded.matrix(rows.start or 0)
+        if isinstance(matrix, torch.Tensor):
+            return self._plain_matrix(matrix, bias)
+        assert isinstance(matrix, PackedCodes)  # by `pack`
+        return matrix.matrix(bias)
+
+    def _are_alike(self, name: str) -> bool:
+        """Whether both matrices of a weight can be multiplied in one pass over the inputs."""
+        coded = self._weights.coded(name)
+        if coded is None:
+            return True
+        first, second = coded.matrices() or (None, None)
+        if isinstance(first, PackedCodes) and isinstance(second, PackedCodes):
+            return first.is_like(second)
+        return isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)
+
+    def _plain_matrix(self, weight: torch.Tensor, bias: torch.Tensor | None) -> structs.Matrix:
+        out_features, in_features = weight.shape
+        tail = None
+        rest = out_features % structs.BLOCK
+        if rest:
+            tail = torch.zeros(structs.BLOCK * in_features, dtype=weight.dtype, device="cpu")
+        status = self._library.quire_pack(
+            weight.data_ptr(),
+            out_features,
+            in_features,
+            dtype_of(weight),
+            None if tail is None else self._keep(tail),
+            torch.get_num_threads(),
+        )
+        check(status)
+        return structs.Matrix(
+            weight.data_ptr(),
+            None if tail is None else tail.data_ptr(),
+            None if bias is None else self._keep(_padded(bias.float())),
+            in_features,
+            out_features,
+            dtype_of(weight),
+        )
+
+    def _keep(self, tensor: torch.Tensor) -> int:
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def _padded(bias: torch.Tensor) -> torch.Tensor:
+    size = math.ceil(len(bias) / structs.BLOCK) * structs.BLOCK
+    return torch.nn.functional.pad(bias, (0, size - len(bias)))

@@ -1,0 +1,1 @@
+"""Weight formats: each file reads one, or makes one while a model is loaded."""

@@ -1,0 +1,1 @@
+"""Codes as the tensors of checkpoint formats that other engines read."""
