@@ -31,6 +31,8 @@ _NF4_BLOCK = 64
 # How far codes are from 0 on average (root of the mean square), as they are drawn here.
 _SPREAD_4_BITS = math.sqrt((16**2 - 1) / 12)
 _SPREAD_8_BITS = math.sqrt((256**2 - 1) / 12)
+_MOST_FLOAT = 448.0
+_SPREAD_FLOATS = _MOST_FLOAT / 4  # scales are such that the largest weight is the largest code
 
 Tensors = dict[str, "torch.Tensor"]
 Make = Callable[["torch.Generator", int, int], Tensors]
@@ -219,20 +221,21 @@ def _int8_outputs(generator: torch.Generator, rows: int, columns: int) -> Tensor
 def _floats(generator: torch.Generator, rows: int, columns: int) -> torch.Tensor:
     import torch
 
-    return torch.randn(rows, columns, generator=generator).to(torch.float8_e4m3fn)
+    drawn = torch.randn(rows, columns, generator=generator) * _SPREAD_FLOATS
+    return drawn.clamp(-_MOST_FLOAT, _MOST_FLOAT).to(torch.float8_e4m3fn)
 
 
 def _fp8_channels(generator: torch.Generator, rows: int, columns: int) -> Tensors:
     return {
         "weight": _floats(generator, rows, columns),
-        "weight_scale": _scales(generator, 1.0, rows, 1).bfloat16(),
+        "weight_scale": _scales(generator, _SPREAD_FLOATS, rows, 1).bfloat16(),
     }
 
 
 def _fp8_blocks(generator: torch.Generator, rows: int, columns: int) -> Tensors:
     return {
         "weight": _floats(generator, rows, columns),
-        "weight_scale_inv": _scales(generator, 1.0, rows // GROUP, columns // GROUP),
+        "weight_scale_inv": _scales(generator, _SPREAD_FLOATS, rows // GROUP, columns // GROUP),
     }
 
 

@@ -143,7 +143,7 @@ def outlier_sizes(weight: QuantizedWeight) -> torch.Tensor:
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 17])
 @pytest.mark.parametrize("group_size", [None, 32, 128])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["fp8", "table"])
 def test_codes_and_floats_make_the_same_bits(
     isa: str, kind: str, group_size: int | None, rows: int
 ) -> None:

@@ -2,7 +2,8 @@
 //
 // A weight is its code's value times its scale, rounded to float32; products with these, and the
 // order in which they are added up, are those of float32 weights in gemm.h. So a row has the same
-// bits as with the dequantized weight in float32, alone and in company.
+// bits as with the dequantized weight in float32, alone and in company. Tables of outputs have an
+// order of their own: see table_sums.h.
 #pragma once
 #include <type_traits>
 
@@ -11,77 +12,51 @@
 #include "gemm.h"
 #include "int_codes.h"
 #include "table_codes.h"
+#include "table_sums.h"
 
 namespace quire {
 namespace QUIRE_ISA {
 
 // Four inputs of 16 outputs, a byte each. e4m3 is float32 with fewer digits, but for the bias of its
 // exponent: moved to their places, its bits make a number 2^-120 as large, of subnormal codes a
-// subnormal one. CPUs are slow with these, and hardly a weight is one. For what a decoder is, see
-// table_codes.h.
+// subnormal one. CPUs are slow with these: a weight with `Subnormals` in numbers has its codes made
+// numbers in a way that takes twice as long, but the same time whatever they are. For what a decoder
+// is, see table_codes.h.
+template <bool Subnormals>
 struct Float8Codes {
   static constexpr int kStep = 4;  // inputs that are decoded together
   static constexpr int kBytes = 64;
-  static constexpr float kScale = kFloat8Bias;
-  static constexpr int kPhases = 1, kParts = 1;
-  struct Found {
-    vu quads[kVectors];
-  };
+  static constexpr float kScale = Subnormals ? 1.0f : kFloat8Bias;
 
   Float8Codes(const Codes&, int64_t) {}
 
-  void begin(const char* codes, int, Found& found) const {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) found.quads[v] = load_as<vu>(codes + v * kLanes * 4);
+  static vf value(vu moved) {
+    if constexpr (!Subnormals) return (vf)(moved & 0x87f00000u);
+    // With the exponent's bias put right, one of 0 would have a leading digit, as others do: 2^-7,
+    // where it should have none, and twice the other digits.
+    const vu size = moved & 0x07f00000u;
+    const vf number = (vf)(size + (120u << 23));
+    const vf small = number + number - 0x1p-6f;
+    const vu bits = (vu)(size < (1u << 23) ? small : number);
+    return (vf)(bits | (moved & 0x80000000u));
   }
 
   template <typename Use>
-  void take(const Found& found, int, int, Use use) const {
+  void decode(const char* codes, Use use) const {
+    vu quads[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) quads[v] = load_as<vu>(codes + v * kLanes * 4);
 #pragma GCC unroll 4
     for (int k = 0; k < kStep; ++k) {
       vf values[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        const vi moved = (vi)(found.quads[v] << (24 - 8 * k)) >> 4;
-        values[v] = (vf)((vu)moved & 0x87f00000u);
+        values[v] = value((vu)((vi)(quads[v] << (24 - 8 * k)) >> 4));
       }
       use(k, values);
     }
   }
 };
-
-// Go over the codes of one step of a block.
-template <typename Decoder, typename Use>
-inline void decode(const Decoder& decoder, const char* codes, Use use) {
-#pragma GCC unroll 2
-  for (int phase = 0; phase < Decoder::kPhases; ++phase) {
-    typename Decoder::Found found;
-    decoder.begin(codes, phase, found);
-#pragma GCC unroll 4
-    for (int part = 0; part < Decoder::kParts; ++part) decoder.take(found, phase, part, use);
-  }
-}
-
-// The same of several blocks, part by part in turns.
-template <typename Decoder, int Blocks, typename Use>
-inline void decode_in_turns(const Decoder* const (&decoders)[Blocks],
-                            const char* const (&codes)[Blocks], Use use) {
-#pragma GCC unroll 2
-  for (int phase = 0; phase < Decoder::kPhases; ++phase) {
-    typename Decoder::Found found[Blocks];
-#pragma GCC unroll 2
-    for (int b = 0; b < Blocks; ++b) decoders[b]->begin(codes[b], phase, found[b]);
-#pragma GCC unroll 4
-    for (int part = 0; part < Decoder::kParts; ++part) {
-#pragma GCC unroll 2
-      for (int b = 0; b < Blocks; ++b) {
-        decoders[b]->take(found[b], phase, part, [&](int i, const vf(&values)[kVectors]) {
-          use(b, i, values);
-        });
-      }
-    }
-  }
-}
 
 // Where the codes of some columns lie that have their scales in common.
 struct Stretch {
@@ -145,21 +120,13 @@ inline void sum_codes(const Stretches& all_of, const Decoder* const (&decoders)[
     const float* inputs = x + s * all_of.length;
     int64_t k = 0;
     for (; k + Decoder::kStep <= columns; k += Decoder::kStep) {
-      // Scales are loaded again: to keep them would take registers that sums are in.
-      if constexpr (Decoder::kParts == 1) {
 #pragma GCC unroll 2
-        for (int b = 0; b < Blocks; ++b) {
-          decode(*decoders[b], codes[b], [&](int i, const vf(&values)[kVectors]) {
-            add(b, inputs + k + i, values);
-          });
-          asm volatile("" ::: "memory");
-        }
-      } else {
-        decode_in_turns<Decoder, Blocks>(
-            decoders, codes, [&](int b, int i, const vf(&values)[kVectors]) {
-              add(b, inputs + k + i, values);
-              if (i % 2 == 1) asm volatile("" ::: "memory");
-            });
+      for (int b = 0; b < Blocks; ++b) {
+        decoders[b]->decode(codes[b], [&](int i, const vf(&values)[kVectors]) {
+          add(b, inputs + k + i, values);
+        });
+        // Scales are loaded again: to keep them would take registers that sums are in.
+        asm volatile("" ::: "memory");
       }
 #pragma GCC unroll 2
       for (int b = 0; b < Blocks; ++b) {
@@ -172,7 +139,7 @@ inline void sum_codes(const Stretches& all_of, const Decoder* const (&decoders)[
     }
     if (k == columns) continue;
     for (int b = 0; b < Blocks; ++b) {
-      decode(*decoders[b], codes[b], [&](int i, const vf(&values)[kVectors]) {
+      decoders[b]->decode(codes[b], [&](int i, const vf(&values)[kVectors]) {
         if (k + i < columns) add(b, inputs + k + i, values);
       });
     }
@@ -210,10 +177,10 @@ inline const float* dequantize_block(const Stretches& all_of, const Decoder& dec
     };
     int64_t k = 0;
     for (; k + Decoder::kStep <= columns; k += Decoder::kStep, codes += Decoder::kBytes) {
-      decode(decoder, codes, [&](int i, const vf(&values)[kVectors]) { put(k + i, values); });
+      decoder.decode(codes, [&](int i, const vf(&values)[kVectors]) { put(k + i, values); });
     }
     if (k == columns) continue;
-    decode(decoder, codes, [&](int i, const vf(&values)[kVectors]) {
+    decoder.decode(codes, [&](int i, const vf(&values)[kVectors]) {
       if (k + i < columns) put(k + i, values);
     });
   }
@@ -241,11 +208,15 @@ inline void sum_few(int64_t rows, const Stretches& all_of, const Decoder* const 
 template <typename With>
 inline void with_decoder(const Matrix& weight, With with) {
   if (weight.dtype == kFloat8) {
-    with(static_cast<const Float8Codes*>(nullptr));
+    if (weight.codes->has_subnormals) {
+      with(static_cast<const Float8Codes<true>*>(nullptr));
+    } else {
+      with(static_cast<const Float8Codes<false>*>(nullptr));
+    }
   } else if (!weight.codes->has_tables) {
     with(static_cast<const OneTableCodes*>(nullptr));
-  } else if (inputs_together(*weight.codes) == ManyTablesCodes::kStep) {
-    with(static_cast<const ManyTablesCodes*>(nullptr));
+  } else if (inputs_together(*weight.codes) == kTablesTogether) {
+    with(static_cast<const PlainTableCodes<kTablesTogether>*>(nullptr));
   } else {
     with(static_cast<const PlainTableCodes<8>*>(nullptr));
   }
@@ -263,6 +234,7 @@ inline const float* dequantize_block(const Matrix& weight, int64_t b, float* out
 inline bool are_alike(const Matrix& a, const Matrix& b) {
   return a.dtype == b.dtype && a.codes->unit == b.codes->unit &&
          a.codes->scales_units == b.codes->scales_units &&
+         a.codes->has_subnormals == b.codes->has_subnormals &&
          a.codes->has_tables == b.codes->has_tables;
 }
 
@@ -322,6 +294,12 @@ inline void multiply_float_codes(Thread& thread, const Product& product, uint16_
   Product p = product;
   p.x = arrange_inputs(thread, product, reinterpret_cast<float*>(halves));
   if (p.x != product.x) p.ldx = p.weight->in;
+#if defined(QUIRE_TABLE_SUMS)
+  if (has_table_sums(*p.weight) && (p.factor == nullptr || has_table_sums(*p.factor))) {
+    multiply_tables(thread, p);
+    return;
+  }
+#endif
   const bool is_alike = p.factor == nullptr || are_alike(*p.weight, *p.factor);
   const bool is_few = p.rows <= kFewRows && is_alike;
   const int64_t num_blocks = (p.weight->out + kBlock - 1) / kBlock;

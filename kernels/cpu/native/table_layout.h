@@ -8,9 +8,11 @@ namespace quire {
 // 16 of them bring the floats of 16 outputs into order. With a table for each output, 32 do: 16
 // bytes have 32 codes of one output, and its neighbour is the one 4 further on, beside which it is
 // wanted in a vector of 8. Units that are no multiple of 32 have 8 together.
+constexpr int kTablesTogether = 32;
+
 inline int64_t inputs_together(const Codes& codes) {
   if (!codes.has_tables) return 4;
-  return codes.unit % 32 == 0 ? 32 : 8;
+  return codes.unit % kTablesTogether == 0 ? kTablesTogether : 8;
 }
 
 inline int64_t place_among_outputs(int64_t output) {
