@@ -131,9 +131,6 @@ inline void add_unit(const uint32_t* wide, int64_t unit, const UnitScales& scale
   }
 }
 
-// Rows that a block is widened for at once.
-constexpr int64_t kRowsOfCodes = 48;
-
 // sums[r][0:16]: what a block makes of rows `row` to row + rows - 1, but for the block's scales.
 template <bool Nibbles>
 inline void sum_many(const Matrix& weight, const CodesLayout& layout, const RoundedRows& x,
@@ -153,21 +150,8 @@ inline void sum_many(const Matrix& weight, const CodesLayout& layout, const Roun
   }
 }
 
-// sums[r][0:16]: what a block makes of rows `row` to row + rows - 1, at most kRowsOfCodes.
-template <bool Nibbles>
-inline void sum_block(const Matrix& weight, const CodesLayout& layout, const RoundedRows& x,
-                      int64_t row, int64_t rows, const char* block, float* sums) {
-  std::fill(sums, sums + rows * kBlock, 0.0f);
-#if defined(QUIRE_TILES)
-  if (x.as_bytes && weight.codes->rounds_to_int8) {
-    sum_tiles<Nibbles, true>(weight, layout, x, row, rows, block, sums);
-  } else if (x.as_bytes) {
-    sum_tiles<Nibbles, false>(weight, layout, x, row, rows, block, sums);
-  } else
-#endif
-  {
-    sum_many<Nibbles>(weight, layout, x, row, rows, block, sums);
-  }
+// Multiplies sums of rows with a block's scales, where these are not the units'.
+inline void scale_sums(const CodesLayout& layout, const char* block, int64_t rows, float* sums) {
   if (layout.front > 0) return;
   for (int64_t r = 0; r < rows; ++r) {
     for (int v = 0; v < kBlock; v += kLanes) {
@@ -177,27 +161,68 @@ inline void sum_block(const Matrix& weight, const CodesLayout& layout, const Rou
   }
 }
 
+// To their places, of block `b`: what it makes of rows `row` to row + rows - 1, and its factor if
+// there is one.
+inline void finish_codes(const Product& p, int64_t b, int64_t row, int64_t rows, float* values,
+                         float* factors) {
+  const int64_t first = b * kBlock;
+  adapt(p, false, first, row, rows, values, kBlock);
+  if (p.factor != nullptr) adapt(p, true, first, row, rows, factors, kBlock);
+  for (int64_t r = 0; r < rows; ++r) {
+    finish_row(p, values + r * kBlock, factors + r * kBlock, first, p.y + (row + r) * p.ldy + first);
+  }
+}
+
 // The product of all rows with block `b`, and with its factor if there is one.
 template <bool Nibbles>
 inline void multiply_codes_block(const Product& p, const CodesLayout& layout, const RoundedRows& x,
                                  int64_t b) {
-  const int64_t first = b * kBlock;
-  prefetch_gains(p, first);
+  prefetch_gains(p, b * kBlock);
   alignas(64) float values[kRowsOfCodes * kBlock], factors[kRowsOfCodes * kBlock];
   for (int64_t row = 0; row < p.rows; row += kRowsOfCodes) {
     const int64_t rows = std::min(kRowsOfCodes, p.rows - row);
-    sum_block<Nibbles>(*p.weight, layout, x, row, rows, codes_block(*p.weight, b), values);
-    adapt(p, false, first, row, rows, values, kBlock);
-    if (p.factor != nullptr) {
-      sum_block<Nibbles>(*p.factor, layout, x, row, rows, codes_block(*p.factor, b), factors);
-      adapt(p, true, first, row, rows, factors, kBlock);
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      finish_row(p, values + r * kBlock, factors + r * kBlock, first,
-                 p.y + (row + r) * p.ldy + first);
-    }
+    auto sum = [&](const Matrix& weight, float* sums) {
+      const char* block = codes_block(weight, b);
+      std::fill(sums, sums + rows * kBlock, 0.0f);
+      sum_many<Nibbles>(weight, layout, x, row, rows, block, sums);
+      scale_sums(layout, block, rows, sums);
+    };
+    sum(*p.weight, values);
+    if (p.factor != nullptr) sum(*p.factor, factors);
+    finish_codes(p, b, row, rows, values, factors);
   }
 }
+
+#if defined(QUIRE_TILES)
+// The same of inputs as bytes, with some blocks from `b` on. Returns which block comes next.
+template <bool Nibbles>
+inline int64_t multiply_codes_tiles(const Product& p, const CodesLayout& layout,
+                                    const RoundedRows& x, int64_t b, int64_t end) {
+  const int step = p.factor != nullptr ? 2 : 1;
+  CodeBlocks all;
+  int64_t next = b;
+  for (; next < end && all.count < kTileBlocks; ++next) {
+    prefetch_gains(p, next * kBlock);
+    all.add(*p.weight, next);
+    if (p.factor != nullptr) all.add(*p.factor, next);
+  }
+  alignas(64) float sums[kTileBlocks][kRowsOfCodes * kBlock];
+  for (int64_t row = 0; row < p.rows; row += kRowsOfCodes) {
+    const int64_t rows = std::min(kRowsOfCodes, p.rows - row);
+    for (int i = 0; i < all.count; ++i) std::fill(sums[i], sums[i] + rows * kBlock, 0.0f);
+    if (p.weight->codes->rounds_to_int8) {
+      sum_tiles<Nibbles, true>(all, layout, x, row, rows, sums);
+    } else {
+      sum_tiles<Nibbles, false>(all, layout, x, row, rows, sums);
+    }
+    for (int i = 0; i < all.count; ++i) scale_sums(layout, all.blocks[i], rows, sums[i]);
+    for (int i = 0; i < all.count; i += step) {
+      finish_codes(p, b + i / step, row, rows, sums[i], sums[i + step - 1]);
+    }
+  }
+  return next;
+}
+#endif
 
 // The product of a few rows with two blocks: `b` and its factor, or else the one after it.
 template <bool Nibbles>
@@ -240,6 +265,12 @@ inline void multiply_codes(Thread& thread, const Product& p, const RoundedRows& 
   thread.share(num_items, [&](int64_t item) {
     const int64_t end = std::min(num_blocks, (item + 1) * at_once);
     for (int64_t b = item * at_once; b < end;) {
+#if defined(QUIRE_TILES)
+      if (x.as_bytes) {
+        b = multiply_codes_tiles<Nibbles>(p, layout, x, b, end);
+        continue;
+      }
+#endif
       if (p.rows <= kFewRows && b + step <= end) {
         multiply_codes_two<Nibbles>(p, layout, x, b);
         b += step;

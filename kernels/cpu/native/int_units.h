@@ -29,12 +29,14 @@ inline void widen_codes(vu codes, vu (&pairs)[kPairs<Nibbles>]) {
 struct UnitScales {
   vf scales[kVectors];
   vi zeros[kVectors];
+  bool has_zeros;
 };
 
 inline UnitScales load_scales(const Matrix& weight, const CodesLayout& layout, const char* block,
                               int64_t u) {
   const char* from = layout.front > 0 ? block + u * layout.unit_bytes : block;
   UnitScales result;
+  result.has_zeros = weight.codes->has_zeros || weight.dtype == kInt4;
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
     const int64_t first = v * kLanes;

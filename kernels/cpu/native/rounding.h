@@ -6,11 +6,18 @@
 #include "blocks.h"
 #include "codes.h"
 #include "tiles.h"
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace quire {
 namespace QUIRE_ISA {
 
-constexpr int64_t kMostUnit = 128;
+// Columns of a unit. Of more, sums of products of 16 bits and 8 would not fit 32.
+constexpr int64_t kMostUnit = 256;
+
+// Rows that a block is gone over for at once.
+constexpr int64_t kRowsOfCodes = 48;
 
 // The rounded inputs of a product.
 struct RoundedRows {
@@ -108,12 +115,26 @@ inline void store_pairs(const int32_t* codes, int64_t unit, char* out) {
   }
 }
 
+typedef int8_t vbytes __attribute__((vector_size(kLanes)));
+
+inline vbytes lowest_bytes(vi v) {
+#if defined(__AVX512F__)
+  return (vbytes)_mm512_cvtepi32_epi8((__m512i)v);
+#else
+  return __builtin_convertvector(v, vbytes);
+#endif
+}
+
 template <bool To8Bits>
 inline void store_bytes(const int32_t* codes, int64_t unit, char* out) {
-  for (int64_t i = 0; i < unit; ++i) {
+  static_assert(64 % kLanes == 0);
+  for (int64_t i = 0; i < unit; i += kLanes) {
+    const vi some = load_as<vi>(codes + i);
     char* at = out + i / 64 * 128 + i % 64;
-    at[0] = static_cast<char>(To8Bits ? codes[i] : codes[i] >> 8);
-    at[64] = static_cast<char>(To8Bits ? 0 : codes[i]);
+    const vbytes upper = lowest_bytes(To8Bits ? some : some >> 8);
+    const vbytes lower = lowest_bytes(To8Bits ? vi{} : some);
+    std::memcpy(at, &upper, sizeof upper);
+    std::memcpy(at + 64, &lower, sizeof lower);
   }
 }
 
