@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -127,6 +128,59 @@ class QuantizedWeight:
             table=self.table[index] if per_output and self.table is not None else self.table,
             outliers=outliers,
         )
+
+    def columns(self, first: int, end: int) -> QuantizedWeight:
+        """Return the weight of some inputs, which makes their share of every output.
+
+        Groups stay what they are where the inputs begin and end with one. Elsewhere they are as
+        long as the parts have in common that the cut, or the order, makes of them. With activations
+        in ``"int8"`` that have no fixed step, shares are rounded by their own largest.
+
+        Parameters
+        ----------
+        first, end : int
+            Inputs, not columns.
+
+        Raises
+        ------
+        ValueError
+            There are no such inputs.
+        """
+        if not 0 <= first < end <= self.in_features:
+            raise ValueError(f"inputs {first} to {end} of {self.in_features}")
+        device = self.codes.device
+        order = torch.arange(self.in_features, device=device) if self.order is None else self.order
+        kept = ((order >= first) & (order < end)).nonzero()[:, 0]
+        groups = kept // self.group_size
+        starts = (groups[1:] != groups[:-1]).nonzero()[:, 0] + 1
+        size = math.gcd(*starts.tolist()) or end - first
+        return replace(
+            self,
+            codes=_select_codes(self, kept),
+            scales=self.scales[:, groups[::size]],
+            in_features=end - first,
+            group_size=size,
+            zeros=None if self.zeros is None else self.zeros[:, groups[::size]],
+            order=None if self.order is None else self.order[kept] - first,
+            input_factors=None if self.input_factors is None else self.input_factors[first:end],
+            outliers=None if self.outliers is None else _outliers_of(self.outliers, first, end),
+        )
+
+
+def _select_codes(weight: QuantizedWeight, columns: torch.Tensor) -> torch.Tensor:
+    if weight.kind == "fp8":
+        return weight.codes.view(torch.uint8)[:, columns].view(weight.codes.dtype)
+    if weight.kind == "int8":
+        return weight.codes[:, columns]
+    codes = torch.stack((weight.codes & 15, weight.codes >> 4), dim=2).flatten(1)[:, columns]
+    codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
+    return codes[:, ::2] | codes[:, 1::2] << 4
+
+
+def _outliers_of(outliers: Outliers, first: int, end: int) -> Outliers:
+    kept = (outliers.columns >= first) & (outliers.columns < end)
+    before = torch.cat((kept.new_zeros(1, dtype=torch.int64), kept.cumsum(0)))
+    return Outliers(before[outliers.first], outliers.columns[kept] - first, outliers.values[kept])
 
 
 def _select_outliers(outliers: Outliers, index: slice | torch.Tensor) -> Outliers:

@@ -139,6 +139,12 @@ def test_the_largest_sums_do_not_overflow(isa: str) -> None:
             )
             result = multiply(weight, torch.full((rows, 256), -3.0))
             assert torch.equal(result, torch.full((rows, 20), -3.0 * 256 * (code - zero)))
+        for kind, code, value in (("int8", -128, -128), ("int8", 127, 127), ("int4", 0, -8)):
+            dtype, width = (torch.int8, 512) if kind == "int8" else (torch.uint8, 256)
+            codes, scales = torch.full((20, width), code, dtype=dtype), torch.ones(20, 1)
+            weight = QuantizedWeight(kind, codes, scales, in_features=512, group_size=512)
+            result = multiply(weight, torch.full((rows, 512), -3.0))
+            assert torch.equal(result, torch.full((rows, 20), -3.0 * 512 * value))
 
 
 @given(draw=coded_weights(max_in=150), rows=st.sampled_from([2, 9, 20]))

@@ -62,6 +62,29 @@ WEIGHTS = st.builds(
 )
 
 
+@given(WEIGHTS, st.integers(0, 40), st.integers(1, 40), st.booleans())
+def test_some_inputs_of_a_weight_stand_for_what_they_did(
+    weight: QuantizedWeight, first: int, count: int, is_ordered: bool
+) -> None:
+    """However groups, order and outliers are cut: so a weight can be shared out by its inputs."""
+    if not is_ordered:
+        weight = replace(weight, order=None)
+    first = min(first, weight.in_features - 1)
+    end = min(first + count, weight.in_features)
+    part = weight.columns(first, end)
+    assert torch.equal(dequantize(part), dequantize(weight)[:, first:end])
+    assert part.scales.shape[1] == -(-part.in_features // part.group_size)
+    if not is_ordered and first % weight.group_size == 0 == end % weight.group_size:
+        assert part.group_size == weight.group_size or part.scales.shape[1] == 1
+
+
+@pytest.mark.parametrize(("first", "end"), [(-1, 3), (2, 2), (0, 9), (8, 9)])
+def test_inputs_that_are_not_there_are_refused(first: int, end: int) -> None:
+    """By their numbers."""
+    with pytest.raises(ValueError, match=f"inputs {first} to {end} of 8"):
+        random_weight("int8", 2, 8, 4, 0).columns(first, end)
+
+
 def value_of(weight: QuantizedWeight, row: int, column: int) -> float:
     """One number of a weight, by its definition, as slowly as it reads."""
     code: float
