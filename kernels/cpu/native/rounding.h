@@ -34,7 +34,7 @@ struct RoundedRows {
 };
 
 // From so many rows on, tiles are worth it.
-constexpr int64_t kTilesFrom = 8;
+constexpr int64_t kTilesFrom = 4;
 
 inline RoundedRows place_rows(const Matrix& weight, int64_t rows, void* memory) {
   const int64_t columns = padded(weight.in, weight.codes->unit);
