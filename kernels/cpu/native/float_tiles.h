@@ -67,7 +67,6 @@ struct Float8Tiles {
     const __m512i exponents = _mm512_set1_epi8(0x78);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-      __builtin_prefetch(codes + i * 64 + kCodesAhead);
       const __m512i quads = _mm512_loadu_si512(codes + i * 64);
       const __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(quads, 8), 4);
       const __m512i odd = _mm512_srai_epi16(quads, 4);
@@ -129,7 +128,6 @@ struct TableTiles {
     const __m512i uppers = twice(upper), lowers = twice(lower);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      __builtin_prefetch(codes + i * 64 + kCodesAhead);
       const __m512i bytes = _mm512_loadu_si512(codes + i * 64);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
@@ -159,7 +157,8 @@ struct TableTiles {
 
 // Inputs in two, as tiles: of up to 16 rows that follow each other, for each 32 columns, first those
 // of the upper parts, then those of the lower. Of up to 8 rows both parts are in one tile, in as many
-// rows of it; the others are whatever follows.
+// rows of it; further rows are whatever follows. These have their upper parts alone, too, with zeros
+// for the lower.
 struct SplitRows {
   uint16_t* first;
   int64_t rows, wide;
@@ -167,36 +166,42 @@ struct SplitRows {
   static constexpr int64_t kGroup = 16, kFew = 8;
 
   int64_t rows_of(int64_t row) const { return std::min(kGroup, rows - row / kGroup * kGroup); }
-  // From a chunk to the next, and from an upper part to its lower one.
-  int64_t step(int64_t row) const { return 2 * part(row); }
-  int64_t part(int64_t row) const {
-    const int64_t count = rows_of(row);
-    return (count <= kFew ? count : kGroup) * kDepth;
-  }
+  bool are_few(int64_t row) const { return rows_of(row) <= kFew; }
   uint16_t* at(int64_t row, int64_t k) const {
     return first + row / kGroup * kGroup * 2 * wide + k / kDepth * step(row) +
            row % kGroup * kDepth;
   }
+  // From there to the lower part, to the next 32 columns, and to the same upper part alone.
+  int64_t part(int64_t row) const { return (are_few(row) ? rows_of(row) : kGroup) * kDepth; }
+  int64_t step(int64_t row) const { return 2 * part(row); }
+  int64_t alone() const { return 2 * kFew * wide; }
 };
 
-// Some columns of a row, which may end before the last 32 do.
-inline void split_columns(const float* x, int64_t columns, uint16_t* upper, int64_t part,
-                          int64_t step) {
-  for (int64_t k = 0; k < columns; k += kDepth, upper += step) {
+// Columns `begin` to end - 1 of row `r`, `x`; `begin` is a multiple of 32.
+inline void split_columns(const SplitRows& rows, int64_t r, const float* x, int64_t begin,
+                          int64_t end) {
+  const int64_t part = rows.part(r), step = rows.step(r), alone = rows.alone();
+  const bool are_few = rows.are_few(r);
+  uint16_t* upper = rows.at(r, begin);
+  for (int64_t k = begin; k < end; k += kDepth, upper += step) {
     float rest[kDepth];
     const float* from = x + k;
-    if (k + kDepth > columns) {
-      std::fill(std::copy(from, x + columns, rest), rest + kDepth, 0.0f);
+    if (k + kDepth > end) {
+      std::fill(std::copy(from, x + end, rest), rest + kDepth, 0.0f);
       from = rest;
     }
 #pragma GCC unroll 2
     for (int i = 0; i < kDepth; i += kLanes) {
-      const vf four = load(from + i);
+      const vf fours = load(from + i);
       vf parts[2];
-      split(shuffle<0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15>(four, four), parts[0],
+      split(shuffle<0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15>(fours, fours), parts[0],
             parts[1]);
       store_row(upper + i, parts[0]);
       store_row(upper + part + i, parts[1]);
+      if (are_few) {
+        store_row(upper + alone + i, parts[0]);
+        store_row(upper + alone + part + i, all(0.0f));
+      }
     }
   }
 }
@@ -227,8 +232,7 @@ inline SplitRows split_inputs(Thread& thread, Product& p, uint16_t* halves) {
       arrange_columns(codes, from, begin, end, to);
       from = to;
     }
-    split_columns(from + begin, end - begin, split_rows.at(r, begin), split_rows.part(r),
-                  split_rows.step(r));
+    split_columns(split_rows, r, from, begin, end);
   });
   return split_rows;
 }
@@ -243,71 +247,60 @@ inline int64_t columns_of_stretch(const Codes& codes) {
   return codes.scales_units ? codes.unit : kMostTiles / 2 / Decoder::kParts * kDepth;
 }
 
-// Sums of 16 rows by 16 outputs: of upper parts with a block's upper ones in tile `b`, of lower with
-// upper ones in 2 + b, of upper with lower ones in 4 + b. `Few`: upper and lower parts of inputs are
-// rows of the same tile.
-template <int Parts, bool Few, int Blocks>
-inline void add_chunks(const uint16_t* x, int64_t part, int64_t step, const uint16_t* weights,
-                       int64_t count) {
+// Sums of 16 rows by 16 outputs of upper parts of inputs with block `b` in tile `b`, of lower parts in
+// tile 2 + b. `Few`: both are rows of tile `b`. `weights_of` says where the weights of a chunk are.
+template <int Parts, bool Few, int Blocks, typename Weights>
+inline void add_chunks(const SplitRows& rows, int64_t row, int64_t k, int64_t count,
+                       Weights weights_of) {
   static_assert(Parts == 1 || Parts == 2);
-  tile_zero<0>();
-  if constexpr (Blocks == 2) tile_zero<1>();
-  if constexpr (!Few) tile_zero<2>();
-  if constexpr (!Few && Blocks == 2) tile_zero<3>();
-  if constexpr (Parts == 2) tile_zero<4>();
-  if constexpr (Parts == 2 && Blocks == 2) tile_zero<5>();
-  for (int64_t c = 0; c < count; ++c, x += step, weights += Blocks * Parts * kTile) {
-    const uint16_t* second = weights + Parts * kTile;  // block
-    tile_load<6>(x, 2 * kDepth);
-    tile_load<7>(weights, 64);
-    tile_dot<0, 6, 7>();
-    if constexpr (Parts == 2) {
-      tile_load<7>(weights + kTile, 64);
-      tile_dot<4, 6, 7>();
-      if constexpr (Blocks == 2) {
-        tile_load<7>(second + kTile, 64);
-        tile_dot<5, 6, 7>();
-      }
-    }
+  const uint16_t* x = rows.at(row, k);
+  const int64_t step = rows.step(row), second = Few ? rows.alone() : rows.part(row);
+  zero_sums<Few ? 1 : 2, Blocks>();
+  for (int64_t c = 0; c < count; ++c, x += step) {
+    const uint16_t* weights = weights_of(c);
+    tile_load<4>(x, 2 * kDepth);
+    tile_load<6>(weights, 64);
+    tile_dot<0, 4, 6>();
     if constexpr (Blocks == 2) {
-      tile_load<7>(second, 64);
-      tile_dot<1, 6, 7>();
+      tile_load<7>(weights + Parts * kTile, 64);
+      tile_dot<1, 4, 7>();
     }
+    if constexpr (!Few || Parts == 2) tile_load<5>(x + second, 2 * kDepth);
     if constexpr (!Few) {
-      tile_load<6>(x + part, 2 * kDepth);
-      if constexpr (Blocks == 2) tile_dot<3, 6, 7>();
-      tile_load<7>(weights, 64);
-      tile_dot<2, 6, 7>();
+      tile_dot<2, 5, 6>();
+      if constexpr (Blocks == 2) tile_dot<3, 5, 7>();
+    }
+    if constexpr (Parts == 2) {
+      tile_load<6>(weights + kTile, 64);
+      tile_dot<0, Few ? 5 : 4, 6>();
+      if constexpr (Blocks == 2) {
+        tile_load<7>(weights + 3 * kTile, 64);
+        tile_dot<1, Few ? 5 : 4, 7>();
+      }
     }
   }
 }
 
-// What a stretch adds to sums of some rows of one group.
-template <int Parts, int Blocks>
-inline void add_stretch(const SplitRows& x, int64_t row, int64_t k, const uint16_t* weights,
-                        int64_t count, const vf (&scales)[2], float* sums) {
-  alignas(64) float found[6][16 * kBlock];
-  const int64_t rows = x.rows_of(row), part = x.part(row), step = x.step(row);
-  const bool is_few = rows <= SplitRows::kFew;
-  if (is_few) {
-    add_chunks<Parts, true, Blocks>(x.at(row, k), part, step, weights, count);
+// What a stretch adds to sums of the rows of a group.
+template <int Parts, int Blocks, typename Weights>
+inline void add_stretch(const SplitRows& x, int64_t row, int64_t k, int64_t count,
+                        const vf (&scales)[2], float* sums, Weights weights_of) {
+  alignas(64) float found[2 * 16 * kPairWidth];
+  const int64_t count_of_rows = x.rows_of(row);
+  const float* lower = found + 16 * kPairWidth;
+  if (count_of_rows <= SplitRows::kFew) {
+    add_chunks<Parts, true, Blocks>(x, row, k, count, weights_of);
+    store_sums<1, Blocks>(found, kPairWidth);
+    lower = found + count_of_rows * kPairWidth;
   } else {
-    add_chunks<Parts, false, Blocks>(x.at(row, k), part, step, weights, count);
-    tile_store<2>(found[2], 64);
-    if constexpr (Blocks == 2) tile_store<3>(found[3], 64);
+    add_chunks<Parts, false, Blocks>(x, row, k, count, weights_of);
+    store_sums<2, Blocks>(found, kPairWidth);
   }
-  tile_store<0>(found[0], 64);
-  if constexpr (Blocks == 2) tile_store<1>(found[1], 64);
-  if constexpr (Parts == 2) tile_store<4>(found[4], 64);
-  if constexpr (Parts == 2 && Blocks == 2) tile_store<5>(found[5], 64);
-  for (int64_t r = 0; r < rows; ++r, sums += kPairWidth) {
+  for (int64_t r = 0; r < count_of_rows; ++r) {
 #pragma GCC unroll 2
     for (int b = 0; b < Blocks; ++b) {
-      const float* lower = is_few ? found[b] + rows * kBlock : found[2 + b];
-      vf rest = load(lower + r * kBlock);
-      if constexpr (Parts == 2) rest += load(found[4 + b] + r * kBlock);
-      const vf sum = load(found[b] + r * kBlock) + rest;
-      store(sums + b * kBlock, sum * scales[b] + load(sums + b * kBlock));
+      const int64_t at = r * kPairWidth + b * kBlock;
+      store(sums + at, (load(found + at) + load(lower + at)) * scales[b] + load(sums + at));
     }
   }
 }
@@ -342,33 +335,59 @@ inline void sum_blocks(const CodedBlocks& blocks, const SplitRows& x, int64_t ro
   }
   // Of the last unit, columns may be missing that fill up the last chunk.
   const int64_t end = padded(weight.in, codes.unit);
+  constexpr int64_t kChunkTiles = Blocks * kParts * kTile;
+  const int64_t stretch_bytes =
+      codes.scales_units ? layout.unit_bytes : stretch / kDepth * Decoder::kBytes;
   for (int64_t k = 0, s = 0; k < weight.in; k += stretch, ++s) {
     const int64_t columns = std::min(stretch, weight.in - k);
     const int64_t count = (columns + kDepth - 1) / kDepth;
+    const char* from[Blocks];
 #pragma GCC unroll 2
     for (int b = 0; b < Blocks; ++b) {
-      const char* from = all_codes[b] + layout.head + layout.front;
+      from[b] = all_codes[b] + s * stretch_bytes;
       if (codes.scales_units) {
-        from += s * layout.unit_bytes;
-        scales[b] = load(reinterpret_cast<const float*>(from - layout.front)) * Decoder::kScale;
-      } else {
-        from += k / kDepth * Decoder::kBytes;
+        scales[b] = load(reinterpret_cast<const float*>(from[b])) * Decoder::kScale;
       }
-      uint16_t* tile = tiles + b * kParts * kTile;
-      for (int64_t c = 0; c < count; ++c) {
-        const int64_t left = end - k - c * kDepth;
-        if (left < kDepth) {
-          char rest[Decoder::kBytes + kCodesAhead] = {};
-          std::copy_n(from + c * Decoder::kBytes, left * Decoder::kBytes / kDepth, rest);
-          decoders[b].decode(rest, tile);
-        } else {
-          decoders[b].decode(from + c * Decoder::kBytes, tile);
-        }
-        tile += Blocks * kParts * kTile;
-      }
+      from[b] += layout.head + layout.front;
     }
+    auto prefetch = [&](int b, int64_t c, int64_t ahead) {
+#pragma GCC unroll 8
+      for (int64_t line = 0; line < Decoder::kBytes; line += 64) {
+        __builtin_prefetch(from[b] + c * Decoder::kBytes + line + ahead);
+      }
+    };
+    auto decode = [&](int64_t c, uint16_t* tile) {
+      const int64_t left = end - k - c * kDepth;
+#pragma GCC unroll 2
+      for (int b = 0; b < Blocks; ++b, tile += kParts * kTile) {
+        const char* chunk = from[b] + c * Decoder::kBytes;
+        if (left >= kDepth) {
+          decoders[b].decode(chunk, tile);
+          continue;
+        }
+        char rest[Decoder::kBytes] = {};
+        std::copy_n(chunk, left * Decoder::kBytes / kDepth, rest);
+        decoders[b].decode(rest, tile);
+      }
+    };
+    if (rows <= SplitRows::kGroup) {
+      // Chunk by chunk, so that memory is read all the time.
+      add_stretch<kParts, Blocks>(x, row, k, count, scales, sums, [&](int64_t c) {
+        uint16_t* tile = tiles + c % (kMostTiles * kTile / kChunkTiles) * kChunkTiles;
+        for (int b = 0; b < Blocks; ++b) prefetch(b, c, kCodesAhead);
+        decode(c, tile);
+        return tile;
+      });
+      continue;
+    }
+    for (int64_t c = 0; c < count; ++c) decode(c, tiles + c * kChunkTiles);
     for (int64_t r = 0; r < rows; r += SplitRows::kGroup) {
-      add_stretch<kParts, Blocks>(x, row + r, k, tiles, count, scales, sums + r * kPairWidth);
+      add_stretch<kParts, Blocks>(x, row + r, k, count, scales, sums + r * kPairWidth,
+                                  [&](int64_t c) {
+                                    const int b = static_cast<int>(r / SplitRows::kGroup);
+                                    if (b < Blocks) prefetch(b, c, stretch_bytes);
+                                    return tiles + c * kChunkTiles;
+                                  });
     }
   }
   if (codes.scales_units) return;
