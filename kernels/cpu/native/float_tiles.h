@@ -338,22 +338,34 @@ inline void sum_blocks(const CodedBlocks& blocks, const SplitRows& x, int64_t ro
   constexpr int64_t kChunkTiles = Blocks * kParts * kTile;
   const int64_t stretch_bytes =
       codes.scales_units ? layout.unit_bytes : stretch / kDepth * Decoder::kBytes;
+  const bool is_one_group = rows <= SplitRows::kGroup;
+  const int64_t ahead = is_one_group ? padded(kCodesAhead, codes.scales_units ? stretch_bytes : 64)
+                                     : stretch_bytes;
+  const int64_t skipped =
+      Blocks == 2 && blocks.weights[0] == blocks.weights[1] ? codes.block_bytes : 0;
   for (int64_t k = 0, s = 0; k < weight.in; k += stretch, ++s) {
     const int64_t columns = std::min(stretch, weight.in - k);
     const int64_t count = (columns + kDepth - 1) / kDepth;
-    const char* from[Blocks];
+    const char *from[Blocks], *later[Blocks];
 #pragma GCC unroll 2
     for (int b = 0; b < Blocks; ++b) {
       from[b] = all_codes[b] + s * stretch_bytes;
       if (codes.scales_units) {
         scales[b] = load(reinterpret_cast<const float*>(from[b])) * Decoder::kScale;
       }
+      // What follows the block is the other one, which is read already.
+      later[b] = from[b] + ahead;
+      if (s * stretch_bytes + ahead >= codes.block_bytes) later[b] += skipped;
+      if (codes.scales_units) {
+        __builtin_prefetch(later[b]);
+        later[b] += layout.front;
+      }
       from[b] += layout.head + layout.front;
     }
-    auto prefetch = [&](int b, int64_t c, int64_t ahead) {
+    auto prefetch = [&](int b, int64_t c) {
 #pragma GCC unroll 8
       for (int64_t line = 0; line < Decoder::kBytes; line += 64) {
-        __builtin_prefetch(from[b] + c * Decoder::kBytes + line + ahead);
+        __builtin_prefetch(later[b] + c * Decoder::kBytes + line);
       }
     };
     auto decode = [&](int64_t c, uint16_t* tile) {
@@ -370,11 +382,11 @@ inline void sum_blocks(const CodedBlocks& blocks, const SplitRows& x, int64_t ro
         decoders[b].decode(rest, tile);
       }
     };
-    if (rows <= SplitRows::kGroup) {
+    if (is_one_group) {
       // Chunk by chunk, so that memory is read all the time.
       add_stretch<kParts, Blocks>(x, row, k, count, scales, sums, [&](int64_t c) {
         uint16_t* tile = tiles + c % (kMostTiles * kTile / kChunkTiles) * kChunkTiles;
-        for (int b = 0; b < Blocks; ++b) prefetch(b, c, kCodesAhead);
+        for (int b = 0; b < Blocks; ++b) prefetch(b, c);
         decode(c, tile);
         return tile;
       });
@@ -385,7 +397,7 @@ inline void sum_blocks(const CodedBlocks& blocks, const SplitRows& x, int64_t ro
       add_stretch<kParts, Blocks>(x, row + r, k, count, scales, sums + r * kPairWidth,
                                   [&](int64_t c) {
                                     const int b = static_cast<int>(r / SplitRows::kGroup);
-                                    if (b < Blocks) prefetch(b, c, stretch_bytes);
+                                    if (b < Blocks) prefetch(b, c);
                                     return tiles + c * kChunkTiles;
                                   });
     }
