@@ -34,4 +34,7 @@ inline int64_t arranged_row_bytes(const Codes& codes, int64_t in) {
   return codes.order == nullptr && codes.factors == nullptr ? 0 : padded(4 * in, 64);
 }
 
+// And where they go in two, 16 bits each, 32 columns at a time.
+inline int64_t split_row_bytes(int64_t in) { return 2 * 2 * padded(in, 32); }
+
 }  // namespace quire

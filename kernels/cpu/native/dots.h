@@ -4,8 +4,9 @@
 // As there, an output is accumulated in float32 in one order, which the instructions set (of tiles,
 // the even and the odd inputs apart), whatever the number of rows.
 #pragma once
+#include "block_pairs.h"
 #include "float_codes.h"
-#include "gemm.h"
+#include "float_tiles.h"
 #include "int_codes.h"
 #include "plan.h"
 #include "tiles.h"
@@ -32,37 +33,14 @@ inline void round_row(const float* x, int64_t depth, int64_t row, uint16_t* halv
   for (int64_t i = 0; i < kDepth; ++i) out[i] = k + i < depth ? narrow(x[k + i]) : 0;
 }
 
-// Two blocks that all rows are multiplied with at once: neighbours, or, where there is a factor,
-// one of either matrix; the second may be missing.
 struct BlockPair {
-  const uint16_t* blocks[2];
-  int64_t first;  // output
+  const uint16_t* blocks[2];  // see block_pairs.h
+  int64_t first;              // output
 
   int count() const { return blocks[1] != nullptr ? 2 : 1; }
 };
 
-constexpr int64_t kPairWidth = 2 * kBlock;
-
-// Sums [rows][32] of a pair, to their places.
-inline void finish_pair(const Product& p, const BlockPair& pair, float* sums, int64_t row,
-                        int64_t rows) {
-  const bool is_gated = p.factor != nullptr;
-  adapt(p, false, pair.first, row, rows, sums, kPairWidth);
-  if (pair.count() == 2) {
-    adapt(p, is_gated, is_gated ? pair.first : pair.first + kBlock, row, rows, sums + kBlock,
-          kPairWidth);
-  }
-  for (int64_t r = 0; r < rows; ++r, sums += kPairWidth) {
-    float* y = p.y + (row + r) * p.ldy + pair.first;
-    finish_row(p, sums, sums + kBlock, pair.first, y);
-    if (!is_gated && pair.count() == 2) {
-      finish_row(p, sums + kBlock, nullptr, pair.first + kBlock, y + kBlock);
-    }
-  }
-}
-
 #if defined(QUIRE_TILES)
-constexpr int64_t kTile = kDepth * 16;   // numbers
 constexpr int kTilesAhead = 8;           // of each block
 constexpr int64_t kRowsOfTiles = 2 * 16;
 
@@ -92,7 +70,7 @@ inline void multiply_pair(const Product& p, const BlockPair& pair, const uint16_
       }
       store_sums<as(), bs()>(sums, kPairWidth);
     });
-    finish_pair(p, pair, sums, row, rows);
+    finish_pair(p, pair.first, pair.count(), sums, row, rows);
   }
 }
 #endif
@@ -156,7 +134,7 @@ inline void multiply_pair(const Product& p, const BlockPair& pair, const uint16_
   for (int64_t row = 0; row < p.rows; row += step) {
     const int64_t rows = std::min(step, p.rows - row);
     sum_rows(rows, halves + row * wide, wide, depth, pair, sums);
-    finish_pair(p, pair, sums, row, rows);
+    finish_pair(p, pair.first, pair.count(), sums, row, rows);
   }
 }
 #endif
@@ -198,6 +176,12 @@ inline void multiply_shrunk(Thread& thread, const Product& p, uint16_t* halves) 
       return;
     case kFloat8:
     case kTable4:
+#if defined(QUIRE_TILES)
+      if (has_float_tiles(*p.weight) && (p.factor == nullptr || has_float_tiles(*p.factor))) {
+        multiply_float_tiles(thread, p, halves);
+        return;
+      }
+#endif
       multiply_float_codes(thread, p, halves);
       return;
   }

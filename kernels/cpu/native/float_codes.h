@@ -3,7 +3,7 @@
 // A weight is its code's value times its scale, rounded to float32; products with these, and the
 // order in which they are added up, are those of float32 weights in gemm.h. So a row has the same
 // bits as with the dequantized weight in float32, alone and in company. Tables of outputs have an
-// order of their own: see table_sums.h.
+// order of their own: see table_sums.h; and so have CPUs with tiles: see float_tiles.h.
 #pragma once
 #include <type_traits>
 
@@ -268,18 +268,22 @@ inline int64_t multiply_few(const Product& p, int64_t b, int64_t end) {
   return is_gated || !are_two ? b + 1 : b + 2;
 }
 
+// Inputs of a row as some columns of a weight want them.
+inline void arrange_columns(const Codes& codes, const float* x, int64_t begin, int64_t end,
+                            float* out) {
+  for (int64_t k = begin; k < end; ++k) {
+    const float input = codes.order == nullptr ? x[k] : x[codes.order[k]];
+    out[k] = codes.factors == nullptr ? input : input * codes.factors[k];
+  }
+}
+
 // Inputs as the columns of a weight want them: `p.x`, or where they are copied to in `rows`.
 inline const float* arrange_inputs(Thread& thread, const Product& p, float* rows) {
   const Codes& codes = *p.weight->codes;
   if (codes.order == nullptr && codes.factors == nullptr) return p.x;
   const int64_t depth = p.weight->in;
   thread.share(p.rows, [&](int64_t r) {
-    const float* x = p.x + r * p.ldx;
-    float* out = rows + r * depth;
-    for (int64_t k = 0; k < depth; ++k) {
-      const float input = codes.order == nullptr ? x[k] : x[codes.order[k]];
-      out[k] = codes.factors == nullptr ? input : input * codes.factors[k];
-    }
+    arrange_columns(codes, p.x + r * p.ldx, 0, depth, rows + r * depth);
   });
   return rows;
 }

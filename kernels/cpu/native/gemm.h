@@ -240,10 +240,11 @@ inline void prefetch_gains(const Product& p, int64_t first) {
   if (p.factor != nullptr) prefetch_gains(*p.adapters, p.factor_delta, p.skipped + first);
 }
 
-// What values that stand beside a weight in codes add to sums of a block: row by row the same.
+// What values that stand beside a weight in codes add to sums of a block, `ld` apart: row by row the
+// same.
 // `x` are inputs in the order of the weight's columns.
 inline void add_outliers(const Matrix& weight, int64_t first, const float* x, int64_t ldx,
-                         int64_t rows, float* values) {
+                         int64_t rows, float* values, int64_t ld = kBlock) {
   if (weight.codes == nullptr || weight.codes->outlier_first == nullptr) return;
   const Codes& codes = *weight.codes;
   const int64_t count = std::min<int64_t>(kBlock, weight.out - first);
@@ -252,7 +253,7 @@ inline void add_outliers(const Matrix& weight, int64_t first, const float* x, in
     for (int64_t e = codes.outlier_first[first + o]; e < end; ++e) {
       const float* inputs = x + codes.outlier_columns[e];
       const float value = codes.outlier_values[e];
-      for (int64_t r = 0; r < rows; ++r) values[r * kBlock + o] += value * inputs[r * ldx];
+      for (int64_t r = 0; r < rows; ++r) values[r * ld + o] += value * inputs[r * ldx];
     }
   }
 }

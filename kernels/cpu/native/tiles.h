@@ -196,6 +196,8 @@ inline void tile_dot_unsigned() {
 #endif
 
 #if defined(QUIRE_TILES)
+constexpr int64_t kTile = 16 * 32;  // numbers
+
 // Sums in tiles 0 to 3, those of one A beside each other; As in 4 and 5, Bs in 6 and 7.
 
 template <int As, int Bs>

@@ -1,0 +1,479 @@
+// Products with weights in codes that stand for floats, e4m3 or entries of one table, by tiles of
+// bfloat16.
+//
+// An input goes in two, x = upper + lower, each rounded to bfloat16; what is left is 2^-18 of it. A
+// code of e4m3 is a bfloat16; an entry of a table is two, and of the four products that of the lower
+// ones is left out. So an error stays below 2^-15 of the sum of the sizes of what is added up.
+//
+// The parts have sums of their own, of a stretch of columns at a time, which are added up before they
+// are scaled: so a few rows have the parts of their inputs in one tile, more have a tile for each,
+// and bits are the same.
+#pragma once
+#include "block_pairs.h"
+#include "float_codes.h"
+#include "tiles.h"
+#if defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
+
+namespace quire {
+namespace QUIRE_ISA {
+
+#if defined(QUIRE_TILES)
+static_assert(kVectors == 1);
+
+// Where a number of a chunk's column `k` lies in a tile. Of each four columns, those that make a pair
+// are two apart: that is how codes lie.
+inline int place_in_tile(int k, int output) {
+  const int pair = k / 4 * 2 + k % 2;
+  return pair * 32 + output * 2 + k % 4 / 2;
+}
+
+// What of a number bfloat16 holds, and what is left.
+inline void split(vf x, vf& upper, vf& lower) {
+  upper = (vf)(rounded_bits(x) & 0xffff0000u);
+  const vf size = upper < 0.0f ? -upper : upper;
+  lower = size <= std::numeric_limits<float>::max() ? x - upper : all(0.0f);
+}
+
+#if defined(__AVX512BW__)
+// Numbers of 16 bits that look-ups are made in.
+inline __m512i twice(const uint16_t (&entries)[16]) {
+  return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(entries)));
+}
+#endif
+
+// A decoder brings the codes of 32 columns of a block, `kBytes` of them, to `kParts` tiles of
+// [16 pairs of columns][16 outputs][2]. Scales are to be multiplied with `kScale` before.
+//
+// e4m3 is bfloat16 with fewer digits, but for the bias of its exponent: with 112 set before its four
+// bits, it is 2^-8 as large. Tiles take subnormal numbers for zero, so what a subnormal code stands
+// for is looked up; in a weight that has few of them, only where there is one.
+template <bool Subnormals>
+struct Float8Tiles {
+  static constexpr int kParts = 1;
+  static constexpr int64_t kBytes = 512;
+  static constexpr float kScale = 0x1p8f;
+
+  Float8Tiles(const Codes&, int64_t) {}
+
+#if defined(__AVX512BW__)
+  void decode(const char* codes, uint16_t* tile) const {
+    constexpr uint16_t kSmall[16] = {0, 110 << 7, 111 << 7, 111 << 7 | 64, 112 << 7, 112 << 7 | 32,
+                                     112 << 7 | 64, 112 << 7 | 96};
+    const __m512i digits = _mm512_set1_epi16(0x07f0), bias = _mm512_set1_epi16(0x3800);
+    const __m512i sign = _mm512_set1_epi16(static_cast<int16_t>(0x8000));
+    const __m512i sign_and_digits = _mm512_or_si512(sign, digits);
+    const __m512i exponents = _mm512_set1_epi8(0x78);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const __m512i quads = _mm512_loadu_si512(codes + i * 64);
+      const __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(quads, 8), 4);
+      const __m512i odd = _mm512_srai_epi16(quads, 4);
+      const __mmask64 small = _mm512_testn_epi8_mask(quads, exponents);
+      uint16_t* out = tile + i * 64;
+      if (Subnormals || __builtin_expect(small != 0, 0)) {
+        const __m512i table = twice(kSmall);
+        const __mmask32 evens = _mm512_testn_epi16_mask(quads, _mm512_set1_epi16(0x0078));
+        const __mmask32 odds = _mm512_testn_epi16_mask(quads, _mm512_set1_epi16(0x7800));
+        // a & b | c
+        __m512i first = _mm512_ternarylogic_epi32(even, digits, bias, 0xea);
+        __m512i second = _mm512_ternarylogic_epi32(odd, digits, bias, 0xea);
+        first = _mm512_mask_permutexvar_epi16(first, evens, quads, table);
+        second = _mm512_mask_permutexvar_epi16(second, odds, _mm512_srli_epi16(quads, 8), table);
+        _mm512_store_si512(out, _mm512_ternarylogic_epi32(even, sign, first, 0xea));
+        _mm512_store_si512(out + 32, _mm512_ternarylogic_epi32(odd, sign, second, 0xea));
+      } else {
+        _mm512_store_si512(out, _mm512_ternarylogic_epi32(even, sign_and_digits, bias, 0xea));
+        _mm512_store_si512(out + 32, _mm512_ternarylogic_epi32(odd, sign_and_digits, bias, 0xea));
+      }
+    }
+  }
+#else
+  void decode(const char* codes, uint16_t* tile) const {
+    for (int k = 0; k < kDepth; ++k) {
+      for (int o = 0; o < kBlock; ++o) {
+        const uint8_t code = static_cast<uint8_t>(codes[k / 4 * 64 + o * 4 + k % 4]);
+        tile[place_in_tile(k, o)] = narrow(value_of_float8(code) / kScale);
+      }
+    }
+  }
+#endif
+};
+
+struct TableTiles {
+  static constexpr int kParts = 2;
+  static constexpr int64_t kBytes = 256;
+  static constexpr float kScale = 1.0f;
+  uint16_t upper[16], lower[16];
+
+  TableTiles(const Codes& codes, int64_t) {
+    static_assert(kLanes == 16);
+    vf parts[2];
+    split(load(codes.tables), parts[0], parts[1]);
+    store_row(upper, parts[0]);
+    store_row(lower, parts[1]);
+  }
+
+#if defined(__AVX512BW__)
+  // Both columns of a pair are in one byte of an output: it comes to both places of the pair, each
+  // time shifted by what leaves its own half at the bottom. A look-up takes five bits of an index,
+  // of which the table, being there twice, leaves four.
+  void decode(const char* codes, uint16_t* tile) const {
+    alignas(64) static constexpr uint16_t kWords[32] = {0, 0, 0,  0,  1,  1,  1,  1,  8,  8,  8,
+                                                        8, 9, 9,  9,  9,  2,  2,  2,  2,  3,  3,
+                                                        3, 3, 10, 10, 10, 10, 11, 11, 11, 11};
+    const __m512i word = _mm512_load_si512(kWords);
+    const __m512i shift = _mm512_set1_epi64(0x000c'0008'0004'0000);
+    const __m512i uppers = twice(upper), lowers = twice(lower);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m512i bytes = _mm512_loadu_si512(codes + i * 64);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const __m512i from = _mm512_add_epi16(word, _mm512_set1_epi16(j / 2 * 16 + j % 2 * 4));
+        const __m512i found = _mm512_srlv_epi16(_mm512_permutexvar_epi16(from, bytes), shift);
+        uint16_t* out = tile + (i * 4 + j) * 32;
+        _mm512_store_si512(out, _mm512_permutexvar_epi16(found, uppers));
+        _mm512_store_si512(out + kTile, _mm512_permutexvar_epi16(found, lowers));
+      }
+    }
+  }
+#else
+  void decode(const char* codes, uint16_t* tile) const {
+    Codes about{};  // one table
+    for (int k = 0; k < kDepth; ++k) {
+      const Nibble place = table_place(about, k);
+      for (int o = 0; o < kBlock; ++o) {
+        const int byte = static_cast<uint8_t>(codes[place.byte + place_of_output(about, o)]);
+        const int code = byte >> place.shift & 15;
+        tile[place_in_tile(k, o)] = upper[code];
+        tile[place_in_tile(k, o) + kTile] = lower[code];
+      }
+    }
+  }
+#endif
+};
+
+// Inputs in two, as tiles: of up to 16 rows that follow each other, for each 32 columns, first those
+// of the upper parts, then those of the lower. Of up to 8 rows both parts are in one tile, in as many
+// rows of it; further rows are whatever follows. These have their upper parts alone, too, with zeros
+// for the lower.
+struct SplitRows {
+  uint16_t* first;
+  int64_t rows, wide;
+
+  static constexpr int64_t kGroup = 16, kFew = 8;
+
+  int64_t rows_of(int64_t row) const { return std::min(kGroup, rows - row / kGroup * kGroup); }
+  bool are_few(int64_t row) const { return rows_of(row) <= kFew; }
+  uint16_t* at(int64_t row, int64_t k) const {
+    return first + row / kGroup * kGroup * 2 * wide + k / kDepth * step(row) +
+           row % kGroup * kDepth;
+  }
+  // From there to the lower part, to the next 32 columns, and to the same upper part alone.
+  int64_t part(int64_t row) const { return (are_few(row) ? rows_of(row) : kGroup) * kDepth; }
+  int64_t step(int64_t row) const { return 2 * part(row); }
+  int64_t alone() const { return 2 * kFew * wide; }
+};
+
+// Columns `begin` to end - 1 of row `r`, `x`; `begin` is a multiple of 32.
+inline void split_columns(const SplitRows& rows, int64_t r, const float* x, int64_t begin,
+                          int64_t end) {
+  const int64_t part = rows.part(r), step = rows.step(r), alone = rows.alone();
+  const bool are_few = rows.are_few(r);
+  uint16_t* upper = rows.at(r, begin);
+  for (int64_t k = begin; k < end; k += kDepth, upper += step) {
+    float rest[kDepth];
+    const float* from = x + k;
+    if (k + kDepth > end) {
+      std::fill(std::copy(from, x + end, rest), rest + kDepth, 0.0f);
+      from = rest;
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < kDepth; i += kLanes) {
+      const vf fours = load(from + i);
+      vf parts[2];
+      split(shuffle<0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15>(fours, fours), parts[0],
+            parts[1]);
+      store_row(upper + i, parts[0]);
+      store_row(upper + part + i, parts[1]);
+      if (are_few) {
+        store_row(upper + alone + i, parts[0]);
+        store_row(upper + alone + part + i, all(0.0f));
+      }
+    }
+  }
+}
+
+// Columns of a row that one thread takes at a time: so that threads share one row, too.
+constexpr int64_t kColumnsToSplit = 1024;
+
+// Brings the inputs of a product in order, where `p.x` then points to, and in two.
+inline SplitRows split_inputs(Thread& thread, Product& p, uint16_t* halves) {
+  const Codes& codes = *p.weight->codes;
+  const int64_t depth = p.weight->in, rows = p.rows, ldx = p.ldx;
+  const float* x = p.x;
+  float* arranged = nullptr;
+  if (codes.order != nullptr || codes.factors != nullptr) {
+    arranged = reinterpret_cast<float*>(halves);
+    halves += padded(rows, 16) * arranged_row_bytes(codes, depth) / 2;
+    p.x = arranged;
+    p.ldx = depth;
+  }
+  const SplitRows split_rows{halves, rows, padded(depth, kDepth)};
+  const int64_t pieces = (depth + kColumnsToSplit - 1) / kColumnsToSplit;
+  thread.share(rows * pieces, [&](int64_t item) {
+    const int64_t r = item / pieces, begin = item % pieces * kColumnsToSplit;
+    const int64_t end = std::min(depth, begin + kColumnsToSplit);
+    const float* from = x + r * ldx;
+    if (arranged != nullptr) {
+      float* to = arranged + r * depth;
+      arrange_columns(codes, from, begin, end, to);
+      from = to;
+    }
+    split_columns(split_rows, r, from, begin, end);
+  });
+  return split_rows;
+}
+
+// Tiles of weights that are near: those of 32 columns after the other, of each the blocks' one after
+// the other, of these the parts.
+constexpr int64_t kMostTiles = 16;
+
+// Columns that are summed up before they are added to others.
+template <typename Decoder>
+inline int64_t columns_of_stretch(const Codes& codes) {
+  return codes.scales_units ? codes.unit : kMostTiles / 2 / Decoder::kParts * kDepth;
+}
+
+// Sums of 16 rows by 16 outputs of upper parts of inputs with block `b` in tile `b`, of lower parts in
+// tile 2 + b. `Few`: both are rows of tile `b`. `weights_of` says where the weights of a chunk are.
+template <int Parts, bool Few, int Blocks, typename Weights>
+inline void add_chunks(const SplitRows& rows, int64_t row, int64_t k, int64_t count,
+                       Weights weights_of) {
+  static_assert(Parts == 1 || Parts == 2);
+  const uint16_t* x = rows.at(row, k);
+  const int64_t step = rows.step(row), second = Few ? rows.alone() : rows.part(row);
+  zero_sums<Few ? 1 : 2, Blocks>();
+  for (int64_t c = 0; c < count; ++c, x += step) {
+    const uint16_t* weights = weights_of(c);
+    tile_load<4>(x, 2 * kDepth);
+    tile_load<6>(weights, 64);
+    tile_dot<0, 4, 6>();
+    if constexpr (Blocks == 2) {
+      tile_load<7>(weights + Parts * kTile, 64);
+      tile_dot<1, 4, 7>();
+    }
+    if constexpr (!Few || Parts == 2) tile_load<5>(x + second, 2 * kDepth);
+    if constexpr (!Few) {
+      tile_dot<2, 5, 6>();
+      if constexpr (Blocks == 2) tile_dot<3, 5, 7>();
+    }
+    if constexpr (Parts == 2) {
+      tile_load<6>(weights + kTile, 64);
+      tile_dot<0, Few ? 5 : 4, 6>();
+      if constexpr (Blocks == 2) {
+        tile_load<7>(weights + 3 * kTile, 64);
+        tile_dot<1, Few ? 5 : 4, 7>();
+      }
+    }
+  }
+}
+
+// What a stretch adds to sums of the rows of a group.
+template <int Parts, int Blocks, typename Weights>
+inline void add_stretch(const SplitRows& x, int64_t row, int64_t k, int64_t count,
+                        const vf (&scales)[2], float* sums, Weights weights_of) {
+  alignas(64) float found[2 * 16 * kPairWidth];
+  const int64_t count_of_rows = x.rows_of(row);
+  const float* lower = found + 16 * kPairWidth;
+  if (count_of_rows <= SplitRows::kFew) {
+    add_chunks<Parts, true, Blocks>(x, row, k, count, weights_of);
+    store_sums<1, Blocks>(found, kPairWidth);
+    lower = found + count_of_rows * kPairWidth;
+  } else {
+    add_chunks<Parts, false, Blocks>(x, row, k, count, weights_of);
+    store_sums<2, Blocks>(found, kPairWidth);
+  }
+  for (int64_t r = 0; r < count_of_rows; ++r) {
+#pragma GCC unroll 2
+    for (int b = 0; b < Blocks; ++b) {
+      const int64_t at = r * kPairWidth + b * kBlock;
+      store(sums + at, (load(found + at) + load(lower + at)) * scales[b] + load(sums + at));
+    }
+  }
+}
+
+// Blocks of one weight, or of two that are alike, gone over at once.
+struct CodedBlocks {
+  const Matrix* weights[2];
+  int64_t numbers[2];
+};
+
+// sums[rows][32]: what the blocks make of rows `row` to row + rows - 1, `row` the first of a group.
+template <typename Decoder, int Blocks>
+inline void sum_blocks(const CodedBlocks& blocks, const SplitRows& x, int64_t row, int64_t rows,
+                       float* sums) {
+  constexpr int kParts = Decoder::kParts;
+  const Matrix& weight = *blocks.weights[0];
+  const Codes& codes = *weight.codes;
+  const CodesLayout layout = layout_of(codes, weight.in, weight.dtype);
+  const int64_t stretch = columns_of_stretch<Decoder>(codes);
+  const Decoder decoders[2] = {
+      Decoder(codes, blocks.numbers[0]),
+      Decoder(*blocks.weights[Blocks - 1]->codes, blocks.numbers[Blocks - 1])};
+  const char* all_codes[Blocks];
+#pragma GCC unroll 2
+  for (int b = 0; b < Blocks; ++b) {
+    all_codes[b] = codes_block(*blocks.weights[b], blocks.numbers[b]);
+  }
+  vf scales[2] = {all(1.0f), all(1.0f)};
+  alignas(64) uint16_t tiles[kMostTiles * kTile];
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int b = 0; b < Blocks; ++b) store(sums + r * kPairWidth + b * kBlock, all(0.0f));
+  }
+  // Of the last unit, columns may be missing that fill up the last chunk.
+  const int64_t end = padded(weight.in, codes.unit);
+  constexpr int64_t kChunkTiles = Blocks * kParts * kTile;
+  const int64_t stretch_bytes =
+      codes.scales_units ? layout.unit_bytes : stretch / kDepth * Decoder::kBytes;
+  const bool is_one_group = rows <= SplitRows::kGroup;
+  const int64_t ahead = is_one_group ? padded(kCodesAhead, codes.scales_units ? stretch_bytes : 64)
+                                     : stretch_bytes;
+  const int64_t skipped =
+      Blocks == 2 && blocks.weights[0] == blocks.weights[1] ? codes.block_bytes : 0;
+  for (int64_t k = 0, s = 0; k < weight.in; k += stretch, ++s) {
+    const int64_t columns = std::min(stretch, weight.in - k);
+    const int64_t count = (columns + kDepth - 1) / kDepth;
+    const char *from[Blocks], *later[Blocks];
+#pragma GCC unroll 2
+    for (int b = 0; b < Blocks; ++b) {
+      from[b] = all_codes[b] + s * stretch_bytes;
+      if (codes.scales_units) {
+        scales[b] = load(reinterpret_cast<const float*>(from[b])) * Decoder::kScale;
+      }
+      // What follows the block is the other one, which is read already.
+      later[b] = from[b] + ahead;
+      if (s * stretch_bytes + ahead >= codes.block_bytes) later[b] += skipped;
+      if (codes.scales_units) {
+        __builtin_prefetch(later[b]);
+        later[b] += layout.front;
+      }
+      from[b] += layout.head + layout.front;
+    }
+    auto prefetch = [&](int b, int64_t c) {
+#pragma GCC unroll 8
+      for (int64_t line = 0; line < Decoder::kBytes; line += 64) {
+        __builtin_prefetch(later[b] + c * Decoder::kBytes + line);
+      }
+    };
+    auto decode = [&](int64_t c, uint16_t* tile) {
+      const int64_t left = end - k - c * kDepth;
+#pragma GCC unroll 2
+      for (int b = 0; b < Blocks; ++b, tile += kParts * kTile) {
+        const char* chunk = from[b] + c * Decoder::kBytes;
+        if (left >= kDepth) {
+          decoders[b].decode(chunk, tile);
+          continue;
+        }
+        char rest[Decoder::kBytes] = {};
+        std::copy_n(chunk, left * Decoder::kBytes / kDepth, rest);
+        decoders[b].decode(rest, tile);
+      }
+    };
+    if (is_one_group) {
+      // Chunk by chunk, so that memory is read all the time.
+      add_stretch<kParts, Blocks>(x, row, k, count, scales, sums, [&](int64_t c) {
+        uint16_t* tile = tiles + c % (kMostTiles * kTile / kChunkTiles) * kChunkTiles;
+        for (int b = 0; b < Blocks; ++b) prefetch(b, c);
+        decode(c, tile);
+        return tile;
+      });
+      continue;
+    }
+    for (int64_t c = 0; c < count; ++c) decode(c, tiles + c * kChunkTiles);
+    for (int64_t r = 0; r < rows; r += SplitRows::kGroup) {
+      add_stretch<kParts, Blocks>(x, row + r, k, count, scales, sums + r * kPairWidth,
+                                  [&](int64_t c) {
+                                    const int b = static_cast<int>(r / SplitRows::kGroup);
+                                    if (b < Blocks) prefetch(b, c);
+                                    return tiles + c * kChunkTiles;
+                                  });
+    }
+  }
+  if (codes.scales_units) return;
+#pragma GCC unroll 2
+  for (int b = 0; b < Blocks; ++b) {
+    const vf scale = load(reinterpret_cast<const float*>(all_codes[b])) * Decoder::kScale;
+    for (int64_t r = 0; r < rows; ++r) {
+      float* sum = sums + r * kPairWidth + b * kBlock;
+      store(sum, load(sum) * scale);
+    }
+  }
+}
+
+template <int Blocks>
+inline void sum_blocks(const CodedBlocks& blocks, const SplitRows& x, int64_t row, int64_t rows,
+                       float* sums) {
+  const Matrix& weight = *blocks.weights[0];
+  if (weight.dtype == kTable4) {
+    sum_blocks<TableTiles, Blocks>(blocks, x, row, rows, sums);
+  } else if (weight.codes->has_subnormals) {
+    sum_blocks<Float8Tiles<true>, Blocks>(blocks, x, row, rows, sums);
+  } else {
+    sum_blocks<Float8Tiles<false>, Blocks>(blocks, x, row, rows, sums);
+  }
+}
+
+// Whether a weight's products go by tiles, whatever the number of rows.
+inline bool has_float_tiles(const Matrix& weight) {
+  const Codes& codes = *weight.codes;
+  return !codes.has_tables && (!codes.scales_units || codes.unit % kDepth == 0);
+}
+
+// Rows whose sums wait for each other while codes are decoded once for them.
+constexpr int64_t kRowsDecodedFor = 256;
+
+inline void multiply_float_tiles(Thread& thread, const Product& product, uint16_t* halves) {
+  if (product.rows == 0) return;
+  Product p = product;
+  const SplitRows x = split_inputs(thread, p, halves);
+  const bool is_gated = p.factor != nullptr;
+  const bool is_alike = !is_gated || are_alike(*p.weight, *p.factor);
+  const int64_t num_blocks = (p.weight->out + kBlock - 1) / kBlock;
+  const int64_t at_once = kBlocksAtOnce * (num_blocks >= kManyBlocks ? 2 : 1);
+  const int64_t num_items = (num_blocks + at_once - 1) / at_once;
+  thread.share(num_items, [&](int64_t item) {
+    const int64_t end = std::min(num_blocks, (item + 1) * at_once);
+    float sums[kRowsDecodedFor * kPairWidth];
+    for (int64_t b = item * at_once; b < end; b += is_gated ? 1 : 2) {
+      const int count = is_gated || b + 1 < end ? 2 : 1;
+      const int64_t first = b * kBlock;
+      const CodedBlocks blocks{{p.weight, is_gated ? p.factor : p.weight},
+                               {b, is_gated ? b : b + 1}};
+      prefetch_gains(p, first);
+      if (!is_gated && count == 2) prefetch_gains(p, first + kBlock);
+      for (int64_t row = 0; row < p.rows; row += kRowsDecodedFor) {
+        const int64_t rows = std::min(kRowsDecodedFor, p.rows - row);
+        if (count == 2 && is_alike) {
+          sum_blocks<2>(blocks, x, row, rows, sums);
+        } else {
+          sum_blocks<1>(blocks, x, row, rows, sums);
+          if (count == 2) {
+            sum_blocks<1>({{p.factor}, {b}}, x, row, rows, sums + kBlock);
+          }
+        }
+        for (int i = 0; i < count; ++i) {
+          add_outliers(*blocks.weights[i], blocks.numbers[i] * kBlock, p.x + row * p.ldx, p.ldx,
+                       rows, sums + i * kBlock, kPairWidth);
+        }
+        finish_pair(p, first, count, sums, row, rows);
+      }
+    }
+  });
+}
+#endif
+
+}  // namespace QUIRE_ISA
+}  // namespace quire
