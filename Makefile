@@ -15,7 +15,9 @@ BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/native/*)
 ARGS ?=
-
+# Tests run in a process per core, and those of a file in one of them. What is given last counts:
+# ARGS="-n 0" runs them all in one process, where a debugger can have its terminal.
+SPREAD := -n $(shell nproc 2>/dev/null || echo 1) --maxprocesses 8 --dist loadfile
 
 .PHONY: help
 help:
@@ -81,11 +83,11 @@ unit: $(VENV)/.dev
 
 .PHONY: test
 test: lint types imports
-	$(BIN)/pytest -m "not slow" --cov --cov-report=term --durations=10 $(ARGS)
+	$(BIN)/pytest -m "not slow" $(SPREAD) --cov --cov-report=term --durations=10 $(ARGS)
 
 .PHONY: test-slow
 test-slow: $(VENV)/.dev test-lower
-	HYPOTHESIS_PROFILE=slow $(BIN)/pytest -m slow --durations=10 $(ARGS) \
+	HYPOTHESIS_PROFILE=slow $(BIN)/pytest -m slow $(SPREAD) --durations=10 $(ARGS) \
 		|| { status=$$?; [ $$status -eq 5 ] && echo "no slow tests selected" || exit $$status; }
 
 # The lowest versions that pyproject.toml allows, in an environment of their own, with the langchain
@@ -98,12 +100,12 @@ $(LOWER)/.stamp: $(VENV)/.dev .ci/lower_bounds.py $(INPUTS)
 	$(BIN)/python .ci/lower_bounds.py > $(LOWER)/constraints.txt
 	$(LOWER)/bin/python -m pip --disable-pip-version-check --no-input install --quiet \
 		-c $(LOWER)/constraints.txt -e ".[langchain,openai,outlines,server]" \
-		httpx hypothesis "langchain<1" pytest pytest-asyncio sentencepiece
+		httpx hypothesis "langchain<1" pytest pytest-asyncio pytest-xdist sentencepiece
 	@touch $@
 
 .PHONY: test-lower
 test-lower: $(LOWER)/.stamp
-	$(LOWER)/bin/pytest -m "not slow" -k "not transformers" --ignore=tests/packaging \
+	$(LOWER)/bin/pytest -m "not slow" $(SPREAD) -k "not transformers" --ignore=tests/packaging \
 		-p no:cacheprovider -o filterwarnings=default $(ARGS)
 
 # A library of its own, which the tests are pointed at; Python itself keeps what it allocates.

@@ -16,6 +16,9 @@ if not Path("/dev/nvidia0").exists() and not Path("/dev/kfd").exists():
 os.environ["LANGSMITH_TRACING"] = os.environ["LANGCHAIN_TRACING_V2"] = "false"
 for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "VLLM_USE_MODELSCOPE", "QUIRE_LOG_LEVEL"):
     os.environ.pop(_name, None)
+if _workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    # Each process of `pytest -n`, and what it starts, computes with its share of the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // _workers, 1)))
 
 pytest_plugins = [
     "browser",

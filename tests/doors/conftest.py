@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -18,6 +18,20 @@ from quire.sampling_params import RequestOutputKind
 
 WAIT = 20.0
 """Seconds after which a test that waits for another thread has failed."""
+
+
+@pytest.fixture
+def engine_threads() -> Callable[[], list[threading.Thread]]:
+    """The engines' threads that began in this test: what other files left may still have its own.
+
+    A test names it before the fixtures that make engines.
+    """
+    before = set(threading.enumerate())
+    return lambda: [
+        thread
+        for thread in threading.enumerate()
+        if thread.name == "quire-engine" and thread not in before
+    ]
 
 
 class CharTokenizer:

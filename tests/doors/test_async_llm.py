@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -295,7 +294,7 @@ async def test_closing_a_borrowed_engine_ends_only_its_own_requests(llm, engine)
         await collect(other, "ab", tokens(2))
 
 
-def test_a_borrowed_engine_stays_alive_and_the_last_user_frees_it(make_llm):
+def test_a_borrowed_engine_stays_alive_and_the_last_user_frees_it(engine_threads, make_llm):
     """Reference counts do it, without the garbage collector."""
     owner = AsyncLLM("echo")
     llm = owner._llm
@@ -314,4 +313,4 @@ def test_a_borrowed_engine_stays_alive_and_the_last_user_frees_it(make_llm):
             time.sleep(0.002)
     finally:
         gc.enable()
-    assert "quire-engine" not in [thread.name for thread in threading.enumerate()]
+    assert not engine_threads()

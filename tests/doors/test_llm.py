@@ -454,7 +454,7 @@ def test_closing_ends_the_calls_that_wait(llm):
 
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("how", ["del", "close"])
-def test_the_engine_is_freed_without_the_garbage_collector(make_llm, monkeypatch, used, how):
+def test_the_engine_is_freed_without_the_garbage_collector(engine_threads, make_llm, used, how):
     """Neither a used LLM's thread nor any cycle holds the engine once the LLM is gone."""
     llm = LLM("echo")
     engine = weakref.ref(llm.llm_engine)
@@ -473,14 +473,15 @@ def test_the_engine_is_freed_without_the_garbage_collector(make_llm, monkeypatch
         wait_until(lambda: engine() is None)
     finally:
         gc.enable()
-    names = [thread.name for thread in threading.enumerate()]
-    assert "quire-engine" not in names
+    assert not engine_threads()
 
 
-def test_no_thread_runs_before_the_first_request(llm):
+def test_no_thread_runs_before_the_first_request(engine_threads, llm):
     """So that a process can fork with a loaded model."""
     llm.get_tokenizer()
     llm.get_default_sampling_params()
     with pytest.raises(InvalidRequestError):
         llm.generate([""], use_tqdm=False)
-    assert "quire-engine" not in [thread.name for thread in threading.enumerate()]
+    assert not engine_threads()
+    llm.generate("a", tokens(1), use_tqdm=False)
+    assert len(engine_threads()) == 1

@@ -329,7 +329,9 @@ class NoSchema(BaseModel):
         (list[dict], TypeError, r"dict is one of inside of another type"),
         (list[bytes], TypeError, r"is none that Outlines takes"),
         (NoSchema, InvalidRequestError, r"NoSchema'> stands for no schema"),
-        (lambda x: x, InvalidRequestError, r"must have a type annotation"),
+        pytest.param(  # its repr has an address, and ids are the same in every process
+            lambda x: x, InvalidRequestError, r"must have a type annotation", id="untyped lambda"
+        ),
         (enum.Enum("Empty", []), InvalidRequestError, r"choice must be a list of at least one"),
         (types.Choice([]), InvalidRequestError, r"choice must be a list of at least one"),
         (types.Regex("("), RequestFailedError, r"regex cannot be enforced"),

@@ -30,7 +30,7 @@ def cases() -> list[Any]:
         with safe_open(path, "pt") as file:
             found += [
                 pytest.param(path, case, id=f"{path.stem}-{case}")
-                for case in file.metadata()
+                for case in sorted(file.metadata())
                 if case != "writer"
             ]
     return found
