@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from quire.demo import model_path
+from quire.demo.samples import Question
+from quire.demo.text import evaluation_sets
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +18,12 @@ def oracle() -> Any:
     from quire.demo.evaluate import with_transformers
 
     return with_transformers(model_path())
+
+
+@pytest.fixture(scope="session")
+def held_out() -> dict[str, list[Question]]:
+    """The evaluation sets; making them takes seconds."""
+    return evaluation_sets()
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from quire.demo.countries import PHRASINGS, fill, spaced
 from quire.demo.facts import COUNTRIES, EVENTS, PRESIDENTS
 from quire.demo.records import parse_record
-from quire.demo.samples import SPECIAL_TOKENS, TURN_END, is_held_out
+from quire.demo.samples import SPECIAL_TOKENS, TURN_END, Question, is_held_out
 from quire.demo.sums import HELD_OUT_PROBLEMS, TRAINING_PROBLEMS, problems, result
-from quire.demo.text import evaluation_sets, sampled_sets, training_samples
+from quire.demo.text import sampled_sets, training_samples
+
+Questions = dict[str, list[Question]]
 
 NUM_SAMPLES = 10_000
 
@@ -40,7 +42,7 @@ def test_different_seeds_give_different_samples() -> None:
     assert first != second
 
 
-def test_no_held_out_prompt_is_in_the_training_text(texts: list[str]) -> None:
+def test_no_held_out_prompt_is_in_the_training_text(texts: list[str], held_out: Questions) -> None:
     """No evaluation prompt stands anywhere in the training text, in any case or spacing."""
 
     def plainly(text: str) -> str:
@@ -48,7 +50,7 @@ def test_no_held_out_prompt_is_in_the_training_text(texts: list[str]) -> None:
 
     # Joined by a character of no sample, one search per prompt covers all samples.
     haystack = "\x00".join(plainly(text) for text in texts)
-    for name, questions in evaluation_sets().items():
+    for name, questions in held_out.items():
         for question in questions:
             assert plainly(question.prompt) not in haystack, (name, question.prompt)
 
@@ -109,11 +111,11 @@ def test_chats_are_well_formed(texts: list[str]) -> None:
         assert text.rindex("<|im_start|>assistant") > text.rindex("<|im_start|>user")
 
 
-def test_held_out_sets_are_large_enough_to_mean_something() -> None:
+def test_held_out_sets_are_large_enough_to_mean_something(held_out: Questions) -> None:
     """Each set has dozens of questions, all different."""
-    for name, questions in (evaluation_sets() | sampled_sets()).items():
+    for name, questions in (held_out | sampled_sets()).items():
         assert len(questions) >= 40, name
-    for name, questions in evaluation_sets().items():
+    for name, questions in held_out.items():
         assert len({q.prompt for q in questions}) == len(questions), name
 
 
@@ -132,9 +134,9 @@ def test_facts_are_consistent() -> None:
         assert sum(first <= year <= last for first, last in spans) == 1
 
 
-def test_checks_tell_right_from_wrong() -> None:
+def test_checks_tell_right_from_wrong(held_out: Questions) -> None:
     """A question's check accepts no empty and no arbitrary answer."""
-    for questions in evaluation_sets().values():
+    for questions in held_out.values():
         for question in questions:
             assert not question.check("")
             assert not question.check("I do not know [] {} 999")

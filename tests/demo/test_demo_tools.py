@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from quire.demo import model_path
 from quire.demo.kits import Kit, Task
 from quire.demo.samples import Question, Turn, chat_prompt
-from quire.demo.text import evaluation_sets
 from quire.demo.tool_kits import draw_kits
 from quire.demo.tool_markup import (
     Call,
@@ -252,9 +251,11 @@ def share(oracle: Any, questions: list[Question], count: int) -> float:
         ("tools: answers from responses", 0.7),
     ],
 )
-def test_held_out_questions(oracle: Any, name: str, least: float) -> None:
+def test_held_out_questions(
+    oracle: Any, held_out: dict[str, list[Question]], name: str, least: float
+) -> None:
     """Calls are made where they are needed, with the right arguments; and answers use them."""
-    assert share(oracle, evaluation_sets()[name], 24) >= least
+    assert share(oracle, held_out[name], 24) >= least
 
 
 def test_an_agent_needs_two_turns(ask: Any, render: Any) -> None:
