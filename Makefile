@@ -15,9 +15,10 @@ BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check --no-input
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/native/*)
 ARGS ?=
-# Tests run in a process per core, and those of a file in one of them. What is given last counts:
-# ARGS="-n 0" runs them all in one process, where a debugger can have its terminal.
-SPREAD := -n $(shell nproc 2>/dev/null || echo 1) --maxprocesses 8 --dist loadfile
+# Tests run in a process per core, those of a file in one of them, and files in their usual order:
+# by their number of tests, the slow suite's longest files, of one test each, would all come last.
+# What is given last counts: ARGS="-n 0" is one process, where a debugger can have its terminal.
+SPREAD := -n $(shell nproc 2>/dev/null || echo 1) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help
 help:
