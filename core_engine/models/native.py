@@ -96,6 +96,9 @@ class NativeForward:
 
     def prepare(self, adapter: Adapter) -> PackedAdapter:
         """Bring an adapter into the form that the kernels read, beside whatever runs."""
+        head = adapter.lm_head_weight
+        if head is not None and self._weights.dtype == torch.float32:
+            head = head.float()  # of bfloat16, some CPUs would round its inputs to that, too
         try:
             return PackedAdapter(
                 self._library,
@@ -103,7 +106,7 @@ class NativeForward:
                 self._place(adapter),
                 embed=adapter.embed_weight,
                 embedding=adapter.embedding,
-                head=adapter.lm_head_weight,
+                head=head,
             )
         except (RuntimeError, MemoryError) as error:
             size = sum(each.nbytes for each in adapter.tensors()) / 2**20

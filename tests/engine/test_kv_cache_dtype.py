@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from isas import instruction_sets, rounds_activations
 
 from quire import LLM, SamplingParams
 from quire.assembly import choose_kv_cache_dtype
@@ -98,7 +99,9 @@ def test_native_and_reference_kernels_agree(monkeypatch, tiny_llama, cache):
             [output] = llm.generate([prompt], params, use_tqdm=False)
         steps = zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
         found.append(torch.tensor([step[i].logprob for i, step in steps]))
-    torch.testing.assert_close(*found, atol=2e-3, rtol=0)
+    # Tiles take what keys, values and queries stand for as bfloat16.
+    atol = 2e-2 if rounds_activations(instruction_sets()[0]) else 2e-3
+    torch.testing.assert_close(*found, atol=atol, rtol=0)
 
 
 QUESTIONS = [

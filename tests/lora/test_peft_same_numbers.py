@@ -59,7 +59,7 @@ def compare(name: str, base: Path, folder: Path, config: dict[str, Any]) -> None
         found.append(logits)
         with torch.inference_mode():
             expected = model(torch.tensor([prompt + greedy])).logits[0]
-        torch.testing.assert_close(logits, expected[:LENGTH], atol=1e-4, rtol=1e-5)
+        assert_same(logits, expected[:LENGTH])
         # If each token is the first choice after those before it, these are the greedy tokens.
         assert greedy == expected[LENGTH - 1 : -1].argmax(-1).tolist()
         assert (expected[:LENGTH] - plain).abs().max() > 1e-3  # the adapter was heard at all
@@ -69,7 +69,13 @@ def compare(name: str, base: Path, folder: Path, config: dict[str, Any]) -> None
         warnings.simplefilter("ignore")
         merged = model.merge_and_unload()(torch.tensor([prompt])).logits[0]
     for logits in found:
-        torch.testing.assert_close(logits, merged, atol=1e-4, rtol=1e-5)
+        assert_same(logits, merged)
+
+
+def assert_same(logits: torch.Tensor, expected: torch.Tensor) -> None:
+    """To float32's rounding, which each CPU has its own of: against float64 both lose as much."""
+    atol = max(1e-4, 3e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(logits, expected, atol=atol, rtol=0)
 
 
 def computed(

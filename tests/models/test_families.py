@@ -55,7 +55,7 @@ def cases() -> list[Any]:
 def test_same_logits_and_greedy_tokens_as_transformers(
     name: str, lengths: list[int], max_model_len: int | None, tiny_checkpoint: Make, load: Load
 ) -> None:
-    """Logits at every position within 1e-4, and 64 greedy tokens the same.
+    """Logits at every position within 1e-4 and float32's rounding, and 64 greedy tokens the same.
 
     Left to right, in chunks of random sizes, several sequences per batch, over shuffled blocks.
     """
@@ -67,7 +67,7 @@ def test_same_logits_and_greedy_tokens_as_transformers(
     for prompt, logits in zip(prompts, runner.prefill(prompts, seed=1), strict=True):
         with torch.inference_mode():
             expected = model(torch.tensor([prompt])).logits[0]
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
     if max_model_len is not None and max(lengths) + NUM_GREEDY > max_model_len:
         return
     runner = PagedRunner(
