@@ -413,17 +413,130 @@ inline void sum_blocks(const CodedBlocks& blocks, const SplitRows& x, int64_t ro
   }
 }
 
+// Two pairs of blocks, for up to 8 rows: sums[i][rows][32] are what sum_blocks makes of pair `i`, bit
+// by bit. The products of one block wait for each other; with four of them, they wait in turns.
+template <typename Decoder>
+inline void sum_two_pairs(const CodedBlocks (&pairs)[2], const SplitRows& x,
+                          float (*sums)[SplitRows::kFew * kPairWidth]) {
+  constexpr int kParts = Decoder::kParts, kBlocks = 4;
+  constexpr int64_t kSum = 16 * kBlock;
+  const Matrix& weight = *pairs[0].weights[0];
+  const Codes& codes = *weight.codes;
+  const CodesLayout layout = layout_of(codes, weight.in, weight.dtype);
+  const int64_t stretch = columns_of_stretch<Decoder>(codes);
+  const int64_t stretch_bytes =
+      codes.scales_units ? layout.unit_bytes : stretch / kDepth * Decoder::kBytes;
+  const int64_t ahead = padded(kCodesAhead, codes.scales_units ? stretch_bytes : 64);
+  const int64_t end = padded(weight.in, codes.unit), rows = x.rows;
+  const Decoder decoder[2] = {Decoder(codes, 0), Decoder(*pairs[0].weights[1]->codes, 0)};
+  const char* all_codes[kBlocks];
+  for (int b = 0; b < kBlocks; ++b) {
+    const CodedBlocks& pair = pairs[b / 2];
+    all_codes[b] = codes_block(*pair.weights[b % 2], pair.numbers[b % 2]);
+    for (int64_t r = 0; r < rows; ++r) store(sums[b / 2] + r * kPairWidth + b % 2 * kBlock, vf{});
+  }
+  // What is stored is loaded as a tile only when it has left the store buffer: so the next chunk is
+  // decoded before one is multiplied.
+  alignas(64) uint16_t memory[2][kBlocks * kParts * kTile];
+  uint16_t *tiles = memory[0], *next_tiles = memory[1];
+  alignas(64) float found[kBlocks * kSum];
+  auto decode = [&](int64_t k, int64_t c, uint16_t* tile) {
+#pragma GCC unroll 4
+    for (int b = 0; b < kBlocks; ++b, tile += kParts * kTile) {
+      const char* unit = all_codes[b] + k / stretch * stretch_bytes;
+      const char* chunk = unit + layout.head + layout.front + c * Decoder::kBytes;
+      if (codes.scales_units && c == 0) __builtin_prefetch(unit + ahead);
+#pragma GCC unroll 8
+      for (int64_t line = 0; line < Decoder::kBytes; line += 64) {
+        __builtin_prefetch(chunk + ahead + line);
+      }
+      const int64_t left = end - k - c * kDepth;
+      char rest[Decoder::kBytes];
+      if (left < kDepth) {
+        std::fill(std::copy_n(chunk, left * Decoder::kBytes / kDepth, rest),
+                  rest + Decoder::kBytes, 0);
+        chunk = rest;
+      }
+      decoder[b % 2].decode(chunk, tile);
+    }
+  };
+  decode(0, 0, tiles);
+  for (int64_t k = 0; k < weight.in; k += stretch) {
+    const int64_t count = (std::min(stretch, weight.in - k) + kDepth - 1) / kDepth;
+    const int64_t at = k / stretch * stretch_bytes;
+    const uint16_t* inputs = x.at(0, k);
+    zero_sums<2, 2>();
+    for (int64_t c = 0; c < count; ++c, inputs += x.step(0)) {
+      if (c + 1 < count) {
+        decode(k, c + 1, next_tiles);
+      } else if (k + stretch < weight.in) {
+        decode(k + stretch, 0, next_tiles);
+      }
+      tile_load<4>(inputs, 2 * kDepth);
+      if constexpr (kParts == 2) tile_load<5>(inputs + x.alone(), 2 * kDepth);
+      auto add = [&](auto number) {
+        constexpr int b = number(), kWeights = 6 + b % 2;
+        const uint16_t* tile = tiles + b * kParts * kTile;
+        tile_load<kWeights>(tile, 64);
+        tile_dot<b, 4, kWeights>();
+        if constexpr (kParts == 2) {
+          tile_load<kWeights>(tile + kTile, 64);
+          tile_dot<b, 5, kWeights>();
+        }
+      };
+      add(std::integral_constant<int, 0>());
+      add(std::integral_constant<int, 1>());
+      add(std::integral_constant<int, 2>());
+      add(std::integral_constant<int, 3>());
+      std::swap(tiles, next_tiles);
+    }
+    tile_store<0>(found, 64);
+    tile_store<1>(found + kSum, 64);
+    tile_store<2>(found + 2 * kSum, 64);
+    tile_store<3>(found + 3 * kSum, 64);
+#pragma GCC unroll 4
+    for (int b = 0; b < kBlocks; ++b) {
+      vf scale = all(1.0f);
+      if (codes.scales_units) {
+        scale = load(reinterpret_cast<const float*>(all_codes[b] + at)) * Decoder::kScale;
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* sum = found + b * kSum + r * kBlock;
+        float* out = sums[b / 2] + r * kPairWidth + b % 2 * kBlock;
+        store(out, (load(sum) + load(sum + rows * kBlock)) * scale + load(out));
+      }
+    }
+  }
+  if (codes.scales_units) return;
+#pragma GCC unroll 4
+  for (int b = 0; b < kBlocks; ++b) {
+    const vf scale = load(reinterpret_cast<const float*>(all_codes[b])) * Decoder::kScale;
+    for (int64_t r = 0; r < rows; ++r) {
+      float* out = sums[b / 2] + r * kPairWidth + b % 2 * kBlock;
+      store(out, load(out) * scale);
+    }
+  }
+}
+
+// Call `with` with a null pointer to the type that decodes a weight.
+template <typename With>
+inline void with_tile_decoder(const Matrix& weight, With with) {
+  if (weight.dtype == kTable4) {
+    with(static_cast<const TableTiles*>(nullptr));
+  } else if (weight.codes->has_subnormals) {
+    with(static_cast<const Float8Tiles<true>*>(nullptr));
+  } else {
+    with(static_cast<const Float8Tiles<false>*>(nullptr));
+  }
+}
+
 template <int Blocks>
 inline void sum_blocks(const CodedBlocks& blocks, const SplitRows& x, int64_t row, int64_t rows,
                        float* sums) {
-  const Matrix& weight = *blocks.weights[0];
-  if (weight.dtype == kTable4) {
-    sum_blocks<TableTiles, Blocks>(blocks, x, row, rows, sums);
-  } else if (weight.codes->has_subnormals) {
-    sum_blocks<Float8Tiles<true>, Blocks>(blocks, x, row, rows, sums);
-  } else {
-    sum_blocks<Float8Tiles<false>, Blocks>(blocks, x, row, rows, sums);
-  }
+  with_tile_decoder(*blocks.weights[0], [&](auto* kind) {
+    using Decoder = std::remove_cvref_t<decltype(*kind)>;
+    sum_blocks<Decoder, Blocks>(blocks, x, row, rows, sums);
+  });
 }
 
 // Whether a weight's products go by tiles, whatever the number of rows.
@@ -442,33 +555,48 @@ inline void multiply_float_tiles(Thread& thread, const Product& product, uint16_
   const bool is_gated = p.factor != nullptr;
   const bool is_alike = !is_gated || are_alike(*p.weight, *p.factor);
   const int64_t num_blocks = (p.weight->out + kBlock - 1) / kBlock;
-  const int64_t at_once = kBlocksAtOnce * (num_blocks >= kManyBlocks ? 2 : 1);
+  const int64_t at_once = 2 * kBlocksAtOnce;
   const int64_t num_items = (num_blocks + at_once - 1) / at_once;
   thread.share(num_items, [&](int64_t item) {
     const int64_t end = std::min(num_blocks, (item + 1) * at_once);
     float sums[kRowsDecodedFor * kPairWidth];
-    for (int64_t b = item * at_once; b < end; b += is_gated ? 1 : 2) {
+    auto pair_at = [&](int64_t b) {
+      const int64_t second = is_gated ? b : b + 1;
+      prefetch_gains(p, b * kBlock);
+      if (!is_gated && second < end) prefetch_gains(p, second * kBlock);
+      return CodedBlocks{{p.weight, is_gated ? p.factor : p.weight}, {b, second}};
+    };
+    auto finish = [&](const CodedBlocks& pair, int count, int64_t row, int64_t rows, float* found) {
+      for (int i = 0; i < count; ++i) {
+        add_outliers(*pair.weights[i], pair.numbers[i] * kBlock, p.x + row * p.ldx, p.ldx, rows,
+                     found + i * kBlock, kPairWidth);
+      }
+      finish_pair(p, pair.numbers[0] * kBlock, count, found, row, rows);
+    };
+    const int64_t step = is_gated ? 1 : 2;
+    int64_t b = item * at_once;
+    if (p.rows <= SplitRows::kFew && is_alike) {
+      for (; b + 2 * step <= end; b += 2 * step) {
+        const CodedBlocks pairs[2] = {pair_at(b), pair_at(b + step)};
+        float found[2][SplitRows::kFew * kPairWidth];
+        with_tile_decoder(*p.weight, [&](auto* kind) {
+          sum_two_pairs<std::remove_cvref_t<decltype(*kind)>>(pairs, x, found);
+        });
+        for (int i = 0; i < 2; ++i) finish(pairs[i], 2, 0, p.rows, found[i]);
+      }
+    }
+    for (; b < end; b += step) {
       const int count = is_gated || b + 1 < end ? 2 : 1;
-      const int64_t first = b * kBlock;
-      const CodedBlocks blocks{{p.weight, is_gated ? p.factor : p.weight},
-                               {b, is_gated ? b : b + 1}};
-      prefetch_gains(p, first);
-      if (!is_gated && count == 2) prefetch_gains(p, first + kBlock);
+      const CodedBlocks pair = pair_at(b);
       for (int64_t row = 0; row < p.rows; row += kRowsDecodedFor) {
         const int64_t rows = std::min(kRowsDecodedFor, p.rows - row);
         if (count == 2 && is_alike) {
-          sum_blocks<2>(blocks, x, row, rows, sums);
+          sum_blocks<2>(pair, x, row, rows, sums);
         } else {
-          sum_blocks<1>(blocks, x, row, rows, sums);
-          if (count == 2) {
-            sum_blocks<1>({{p.factor}, {b}}, x, row, rows, sums + kBlock);
-          }
+          sum_blocks<1>(pair, x, row, rows, sums);
+          if (count == 2) sum_blocks<1>({{p.factor}, {b}}, x, row, rows, sums + kBlock);
         }
-        for (int i = 0; i < count; ++i) {
-          add_outliers(*blocks.weights[i], blocks.numbers[i] * kBlock, p.x + row * p.ldx, p.ldx,
-                       rows, sums + i * kBlock, kPairWidth);
-        }
-        finish_pair(p, first, count, sums, row, rows);
+        finish(pair, count, row, rows, sums);
       }
     }
   });
