@@ -429,6 +429,8 @@ inline void sum_two_pairs(const CodedBlocks (&pairs)[2], const SplitRows& x,
   const int64_t ahead = padded(kCodesAhead, codes.scales_units ? stretch_bytes : 64);
   const int64_t end = padded(weight.in, codes.unit), rows = x.rows;
   const Decoder decoder[2] = {Decoder(codes, 0), Decoder(*pairs[0].weights[1]->codes, 0)};
+  // What follows the block is gone over beside it: up to the weight's next that is not.
+  const int64_t skipped = codes.block_bytes * (pairs[0].weights[0] == pairs[0].weights[1] ? 3 : 1);
   const char* all_codes[kBlocks];
   for (int b = 0; b < kBlocks; ++b) {
     const CodedBlocks& pair = pairs[b / 2];
@@ -445,10 +447,12 @@ inline void sum_two_pairs(const CodedBlocks (&pairs)[2], const SplitRows& x,
     for (int b = 0; b < kBlocks; ++b, tile += kParts * kTile) {
       const char* unit = all_codes[b] + k / stretch * stretch_bytes;
       const char* chunk = unit + layout.head + layout.front + c * Decoder::kBytes;
-      if (codes.scales_units && c == 0) __builtin_prefetch(unit + ahead);
+      const bool is_last = k / stretch * stretch_bytes + ahead >= codes.block_bytes;
+      const int64_t later = ahead + (is_last ? skipped : 0);
+      if (codes.scales_units && c == 0) __builtin_prefetch(unit + later);
 #pragma GCC unroll 8
       for (int64_t line = 0; line < Decoder::kBytes; line += 64) {
-        __builtin_prefetch(chunk + ahead + line);
+        __builtin_prefetch(chunk + later + line);
       }
       const int64_t left = end - k - c * kDepth;
       char rest[Decoder::kBytes];
