@@ -14,8 +14,8 @@ from quire.kernels.quantized import QuantizedWeight, concatenate
 
 _LINE = 64
 _MOST_UNIT = 128
-_MOST_INTEGERS = 256
-"""The same of integers under one scale that are zero at 0: more would not fit sums of 32 bits."""
+_LONG_UNITS = (256, 192)
+"""Of integers under one scale that are zero at 0: more would not fit sums of 32 bits."""
 _HALF_BYTES = ("int4", "table4")
 _FLOATS = ("fp8", "table4")
 _SUBNORMAL_SHARE = 1e-3
@@ -33,9 +33,11 @@ def unit_of(weight: QuantizedWeight) -> int:
         The groups are of a size that has no such part.
     """
     if weight.scales.shape[1] == 1:
-        is_long = weight.kind not in _FLOATS and weight.zeros is None
-        most = _MOST_INTEGERS if is_long else _MOST_UNIT
-        return min(most, weight.in_features + -weight.in_features % 8)
+        units = [min(_MOST_UNIT, weight.in_features + -weight.in_features % 8)]
+        if weight.kind not in _FLOATS and weight.zeros is None:
+            units += _LONG_UNITS
+        # What fills up the last one is read, too.
+        return min(units, key=lambda unit: (-(-weight.in_features // unit) * unit, -unit))
     for unit in range(_MOST_UNIT, 0, -8):
         if weight.group_size % unit == 0:
             return unit
