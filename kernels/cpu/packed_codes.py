@@ -20,6 +20,8 @@ _HALF_BYTES = ("int4", "table4")
 _FLOATS = ("fp8", "table4")
 _SUBNORMAL_SHARE = 1e-3
 """Of fp8 codes. Arithmetic with a subnormal number costs a CPU a hundred times what others do."""
+_PANEL = 1 << 20
+"""Codes that are looked at at once."""
 _SCALE_LIMIT = 128.0
 """Of fp8 codes, whose values are read as numbers 2^-120 as large."""
 
@@ -142,9 +144,11 @@ class PackedCodes:
 
     def _describe_floats(self, weight: QuantizedWeight, codes: structs.Codes) -> None:
         if weight.kind == "fp8":
-            digits = weight.codes.view(torch.uint8) & 0x7F
-            subnormal = int(((digits > 0) & (digits < 8)).sum())
-            codes.has_subnormals = subnormal > _SUBNORMAL_SHARE * digits.numel()
+            subnormal = 0
+            for rows in weight.codes.view(torch.uint8).split(1 + _PANEL // weight.in_features):
+                digits = rows & 0x7F
+                subnormal += int(((digits > 0) & (digits < 8)).sum())
+            codes.has_subnormals = subnormal > _SUBNORMAL_SHARE * weight.codes.numel()
         if weight.table is not None:
             table = weight.table.float()
             codes.has_tables = table.dim() == 2
