@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quire.errors import ModelLoadError
+from quire.kernels.reference.quantized import dequantize
 from quire.models.checkpoint import weight_files
 from quire.models.decoder import Decoder
 from quire.models.family import Family, To
@@ -80,7 +81,7 @@ def load_model(
     _, family = family_of(config)
     files = weight_files(folder)
     decoder = Decoder(spec, device=device, dtype=dtype, kernels=kernels, max_adapters=max_adapters)
-    with Sources(files) as sources:
+    with Sources(files, family.stacked) as sources:
         _Loading(decoder, family, folder, sources, weight_format, quantizer).run()
     decoder.bind()
     return decoder
@@ -117,7 +118,14 @@ class _Loading:
         self._sources = sources
         self._format = weight_format
         self._quantizer = quantizer
-        self._projections = {*decoder.linears(), "project_in", "project_out"}
+        self._linears = decoder.projections()
+        self._projections = {*self._linears, "project_in", "project_out"}
+        # Few numbers, on which much depends: a checkpoint may have them in codes, no decoder does.
+        self._kept_plain = {
+            name.removesuffix(".weight")
+            for name in decoder.weights.names()
+            if name.endswith((".router.weight", ".shared_gate.weight"))
+        }
         self._unexpected: list[str] = []
         self._missing: list[str] = []
         self._modules: dict[str, dict[str, _Module]] = {}  # by target, and by name
@@ -176,7 +184,7 @@ class _Loading:
 
     def _kinds(self, module: _Module) -> Kinds | None:
         """Say which tensors of a module are its codes; None: it is not quantized."""
-        if self._format is None or module.to.module not in self._projections:
+        if self._format is None or module.to.module not in self._projections | self._kept_plain:
             return None
         kinds = self._format.kinds(module.name)
         if kinds is None or f"{module.to.module}.weight" not in self._decoder.weights:
@@ -218,7 +226,10 @@ class _Loading:
             )
             if module.to.layout == "grouped":
                 weight = weight.select(weights.ungrouped_rows(name))
-            weights.put_codes(name, part, weight)
+            if module.to.module in self._kept_plain:
+                weights.fill(name, part, "plain", dequantize(weight))
+            else:
+                weights.put_codes(name, part, weight)
         except ModelLoadError as error:
             raise self._error(first, module.name, f": {error}") from None
         for [source] in named.values():
@@ -231,7 +242,7 @@ class _Loading:
             return False
         target = module.to.module
         is_tied = target == "embed" and "lm_head.weight" not in weights
-        if not is_tied and target not in self._decoder.linears():
+        if not is_tied and target not in self._linears:
             return False
         tensor = self._sources.tensor(source)
         try:
@@ -365,18 +376,10 @@ class _Loading:
     def _name_of(self, parameter: str, part: str) -> str:
         """What a checkpoint would call this (part of a) parameter."""
         module, _, kind = parameter.rpartition(".")
-        number = re.search(r"(?<=\.)\d+(?=\.)", module)
-        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "{}", module, count=1)
-        sources = {
-            to.part: source for source, to in self._family.weights.items() if to.module == pattern
-        }
-        source = sources.get("", sources.get(part))
-        if source is None:
+        name = self._family.name_of(module, part)
+        if name is None:
             return f"{parameter} ({part})" if part else parameter
-        prefix = self._family.prefixes[0] if self._family.prefixes else ""
-        if pattern == "lm_head":
-            prefix = ""
-        return f"{prefix}{source.format(number.group() if number else '')}.{kind}"
+        return f"{name}.{kind}"
 
 
 def _listed(names: list[str]) -> str:

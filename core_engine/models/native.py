@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 def supports(spec: DecoderSpec, weights: Weights) -> bool:
     """Whether the native kernels can run such a model: of the dtypes, and all widths even."""
+    if any(layer.mlp.experts is not None for layer in spec.layers):
+        return False
     widths = [spec.hidden_size, spec.embedding_size or 0]
     for layer in spec.layers:
         widths += [

@@ -34,7 +34,8 @@ def load(folder: Path, backend: str, dtype: torch.dtype = torch.float32) -> Deco
     decoder = load_model(
         folder, read_config(folder), device=CPU, dtype=dtype, kernels=get_backend(CPU, backend)
     )
-    assert (decoder.native is not None) == (backend == "cpu")
+    has_experts = any(layer.mlp.experts is not None for layer in decoder.spec.layers)
+    assert (decoder.native is not None) == (backend == "cpu" and not has_experts)
     return decoder
 
 
@@ -65,6 +66,8 @@ def test_logits_are_those_of_transformers_in_exact_arithmetic(
     if name == "phi3-longrope":
         prompts = [prompt[:60] for prompt in prompts]
     exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    if hasattr(exact, "set_experts_implementation"):
+        exact.set_experts_implementation("eager")  # the others have no float64
     native = prefill(load(folder, "cpu"), prompts, seed=1)
     plain = prefill(load(folder, "reference"), prompts, seed=1)
     for prompt, ours, theirs in zip(prompts, native, plain, strict=True):

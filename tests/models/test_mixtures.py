@@ -1,0 +1,162 @@
+"""Mixtures of experts: their weights in files, what is said of them, and who computes what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from folders import Load, Make, Tensors, copy_of, rewrite
+from paged import PagedRunner
+from peft_adapters import plain_files, read, write_files
+from random_adapters import merged_decoder, random_adapter
+
+from quire.errors import AdapterError, ModelLoadError
+from quire.kernels import get_backend
+from quire.models.decoder import Decoder
+from quire.models.mlp import is_expert
+from quire.models.spec import ExpertsSpec
+
+KERNELS, REFERENCE = get_backend("cpu"), get_backend("cpu", "reference")
+MIXTRAL = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
+
+
+def prefill(decoder: Decoder, lengths: list[int], seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(0, 300, (each,), generator=generator).tolist() for each in lengths]
+    runner = PagedRunner(decoder, KERNELS, num_seqs=len(prompts), max_len=max(lengths))
+    return runner.prefill(prompts, seed=seed)
+
+
+def test_specs_say_what_configurations_say(tiny_checkpoint: Make, load: Load) -> None:
+    specs = {
+        name: [(each.mlp.intermediate_size, each.mlp.experts) for each in load(folder).spec.layers]
+        for name in ("mixtral", "qwen2-moe", "qwen2-moe-normalized", "qwen3-moe-sparse")
+        for folder in [tiny_checkpoint(name)]
+    }
+    assert specs["mixtral"] == [(112, ExpertsSpec(6, 2, True))] * 3
+    with_shared = (48, ExpertsSpec(6, 3, False, shared_size=80, shared_gate=True))
+    assert specs["qwen2-moe"] == [with_shared, (112, None), with_shared]
+    normalized = (48, ExpertsSpec(6, 3, True, shared_size=80, shared_gate=True))
+    assert specs["qwen2-moe-normalized"] == [normalized] * 3
+    sparse = (20, ExpertsSpec(20, 4, False))
+    assert specs["qwen3-moe-sparse"] == [(112, None), sparse, (112, None), (112, None)]
+
+
+def stack(tensors: Tensors) -> None:
+    """Name and keep weights as transformers has them in memory."""
+    for layer in range(3):
+        theirs, mlp = f"model.layers.{layer}.block_sparse_moe", f"model.layers.{layer}.mlp"
+        w1, w2, w3 = (
+            torch.stack([tensors.pop(MIXTRAL.format(layer, each, name)) for each in range(6)])
+            for name in ("w1", "w2", "w3")
+        )
+        tensors[f"{mlp}.experts.gate_up_proj"] = torch.cat((w1, w3), 1)
+        tensors[f"{mlp}.experts.down_proj"] = w2
+        tensors[f"{mlp}.gate.weight"] = tensors.pop(f"{theirs}.gate.weight")
+
+
+def test_stacked_experts_are_the_same_experts(
+    tiny_checkpoint: Make, load: Load, tmp_path: Path
+) -> None:
+    """Tensors of three axes, as in memory, and one for each expert and projection, as in files."""
+    folder = copy_of(tiny_checkpoint("mixtral"), tmp_path)
+    rewrite(folder, stack)
+    one, other = load(folder), load(tiny_checkpoint("mixtral"))
+    assert one.weights.names() == other.weights.names()
+    for name in other.projections():
+        assert torch.equal(one.read_weight(name), other.read_weight(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("mixtral", MIXTRAL.format(1, 4, "w2")),
+        ("mixtral", MIXTRAL.format(2, 0, "w3")),
+        ("mixtral", "model.layers.0.block_sparse_moe.gate.weight"),
+        ("qwen2-moe", "model.layers.0.mlp.experts.5.gate_proj.weight"),
+        ("qwen2-moe", "model.layers.2.mlp.shared_expert.down_proj.weight"),
+        ("qwen2-moe", "model.layers.2.mlp.shared_expert_gate.weight"),
+        ("qwen3-moe", "model.layers.1.mlp.experts.3.up_proj.weight"),
+    ],
+)
+def test_a_missing_tensor_is_named(
+    name: str, missing: str, tiny_checkpoint: Make, load: Load, tmp_path: Path
+) -> None:
+    folder = copy_of(tiny_checkpoint(name), tmp_path)
+    rewrite(folder, lambda tensors: tensors.pop(missing))
+    with pytest.raises(ModelLoadError) as caught:
+        load(folder)
+    assert f"1 missing: {missing}" in str(caught.value)
+
+
+def test_an_expert_that_is_not_in_the_configuration_is_named(
+    tiny_checkpoint: Make, load: Load, tmp_path: Path
+) -> None:
+    folder = copy_of(tiny_checkpoint("qwen3-moe"), tmp_path)
+    extra = "model.layers.0.mlp.experts.6.down_proj.weight"
+    rewrite(folder, lambda tensors: tensors.update({extra: torch.zeros(64, 48)}))
+    with pytest.raises(ModelLoadError, match="1 unexpected: ") as caught:
+        load(folder)
+    assert extra in str(caught.value)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_an_expert_of_another_shape_is_named(
+    stacked: bool, tiny_checkpoint: Make, load: Load, tmp_path: Path
+) -> None:
+    folder = copy_of(tiny_checkpoint("mixtral"), tmp_path)
+    if stacked:
+        rewrite(folder, stack)
+    with pytest.raises(ModelLoadError, match=r"experts\.0\..*configuration needs \["):
+        load(folder, {"intermediate_size": 96})
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen3-moe-sparse"])
+def test_rows_are_near_the_same_in_any_company(
+    name: str, tiny_checkpoint: Make, load: Load
+) -> None:
+    decoder = load(tiny_checkpoint(name))
+    lengths = [40, 17, 23]
+    together = prefill(decoder, lengths, seed=1)
+    again = prefill(decoder, lengths, seed=9)
+    for one, other in zip(together, again, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+
+# Adapters
+
+
+def test_adapters_of_attention_and_shared_experts_change_what_they_should(
+    tiny_checkpoint: Make, load: Load
+) -> None:
+    folder = tiny_checkpoint("qwen2-moe")
+    for backend in ("reference", None):
+        decoder = load(folder, backend=backend, max_adapters=1)
+        assert not any(is_expert(name) for name in decoder.linears())
+        assert any(name.endswith("shared.gate_up") for name in decoder.linears())
+        adapter = random_adapter(decoder, 3)
+        merged = merged_decoder(load(folder, backend="reference"), REFERENCE, adapter)
+        decoder.set_adapter(0, decoder.prepare_adapter(adapter))
+        runner = PagedRunner(decoder, KERNELS, num_seqs=1, max_len=30, adapters=[0])
+        [ours] = runner.prefill([list(range(5, 35))], seed=2)
+        runner = PagedRunner(merged, KERNELS, num_seqs=1, max_len=30)
+        [theirs] = runner.prefill([list(range(5, 35))], seed=2)
+        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "shape"),
+    [
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.2.w1", (112, 64)),
+        ("qwen3-moe", "model.layers.0.mlp.experts.0.down_proj", (64, 48)),
+    ],
+)
+def test_an_adapter_of_an_expert_is_refused(
+    name: str, module: str, shape: tuple[int, int], tiny_checkpoint: Make, tmp_path: Path
+) -> None:
+    config, tensors = plain_files({"model.layers.0.self_attn.q_proj": (64, 64), module: shape})
+    folder = write_files(tmp_path / "adapter", config, tensors)
+    with pytest.raises(AdapterError, match="single experts of a mixture") as caught:
+        read(tiny_checkpoint(name), folder)
+    assert repr(module) in str(caught.value)
