@@ -16,6 +16,7 @@ from quire.kernels.cpu import structs
 from quire.kernels.cpu.blocks import unpack
 from quire.kernels.cpu.packed_adapter import PackedAdapter, PlacedDelta
 from quire.models.adapter import Adapter
+from quire.models.mlp import inner_mlps
 from quire.models.native_model import NativeModel, check
 from quire.models.spec import DecoderSpec
 from quire.models.weights import Weights
@@ -28,13 +29,11 @@ if TYPE_CHECKING:
 
 def supports(spec: DecoderSpec, weights: Weights) -> bool:
     """Whether the native kernels can run such a model: of the dtypes, and all widths even."""
-    if any(layer.mlp.experts is not None for layer in spec.layers):
-        return False
     widths = [spec.hidden_size, spec.embedding_size or 0]
     for layer in spec.layers:
         widths += [
             layer.attention.num_heads * layer.attention.head_dim,
-            layer.mlp.intermediate_size,
+            *(mlp.intermediate_size for mlp in inner_mlps("", layer.mlp).values()),
         ]
     return (
         weights.device.type == "cpu"
@@ -122,10 +121,10 @@ class NativeForward:
                 last = len(self._spec.layers) * len(numbers)
                 yield PlacedDelta(last, delta, 0, self._spec.vocab_size)
                 continue
-            _, layer, _, projection = name.split(".")
+            _, layer, *_, projection = name.split(".")
             first = int(layer) * len(numbers)
             if projection == "gate_up":
-                size = self._spec.layers[int(layer)].mlp.intermediate_size
+                size = self._weights.shape(f"{name}.weight")[0] // 2
                 yield PlacedDelta(first + numbers["gate"], delta, 0, size)
                 yield PlacedDelta(first + numbers["up"], delta, size, size, shrinks=False)
             else:

@@ -12,12 +12,13 @@ from peft_adapters import plain_files, read, write_files
 from random_adapters import merged_decoder, random_adapter
 
 from quire.errors import AdapterError, ModelLoadError
-from quire.kernels import get_backend
+from quire.kernels import available_backends, get_backend
 from quire.models.decoder import Decoder
 from quire.models.mlp import is_expert
 from quire.models.spec import ExpertsSpec
 
 KERNELS, REFERENCE = get_backend("cpu"), get_backend("cpu", "reference")
+CPU = torch.device("cpu")
 MIXTRAL = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
 
 
@@ -122,6 +123,51 @@ def test_rows_are_near_the_same_in_any_company(
     again = prefill(decoder, lengths, seed=9)
     for one, other in zip(together, again, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+
+# Native kernels
+
+
+@pytest.mark.parametrize("per_token", [1, 2, 3, 5])
+def test_equal_scores_are_chosen_as_torch_chooses(
+    per_token: int, tiny_checkpoint: Make, load: Load
+) -> None:
+    """A router of zeros leaves the choice to how equal numbers are sorted, everywhere the same."""
+    made = []
+    for backend in ("reference", None):
+        folder = tiny_checkpoint("qwen3-moe-sparse")
+        decoder = load(folder, {"num_experts_per_tok": per_token}, backend="reference")
+        decoder = Decoder(
+            decoder.spec, device=CPU, dtype=torch.float32, kernels=get_backend("cpu", backend)
+        )
+        whole = load(folder, backend="reference").weights
+        for name in whole.names():
+            decoder.weights[name].copy_(whole[name])
+        decoder.weights["layers.1.mlp.router.weight"].zero_()
+        decoder.weights["layers.1.mlp.router.weight"][3:9] = 0.125  # more or less than the others
+        decoder.bind()
+        made.append(torch.cat(prefill(decoder, [20, 3], seed=0)))
+    torch.testing.assert_close(made[0], made[1], atol=1e-3, rtol=0)
+
+
+@pytest.mark.skipif("cpu" not in available_backends(), reason="the native kernels were not built")
+def test_experts_without_rows_are_not_read(tiny_checkpoint: Make, load: Load) -> None:
+    """One token has 2 of 6 experts: the memory of the others may be anything."""
+    decoder = load(tiny_checkpoint("mixtral"), backend="cpu")
+    assert decoder.native is not None
+    before = prefill(decoder, [1], seed=0)[0]
+    unread = 0
+    for index in range(3):
+        for number in range(6):
+            weight = decoder.weights[f"layers.{index}.mlp.experts.{number}.down.weight"]
+            kept = weight.clone()
+            weight.fill_(torch.nan)
+            if torch.equal(prefill(decoder, [1], seed=0)[0], before):
+                unread += 1  # and stays spoiled: so others are, when the next is
+            else:
+                weight.copy_(kept)
+    assert unread == 3 * 4
+    assert torch.equal(prefill(decoder, [1], seed=0)[0], before)
 
 
 # Adapters

@@ -35,6 +35,7 @@ def test_a_quantized_checkpoint_is_the_model_of_its_values(
 ) -> None:
     quantized, plain = write_pair(tiny_checkpoint(name), tmp_path, RECIPES[recipe])
     decoder = load_decoder(quantized, backend)
+    assert (decoder.native is not None) == (backend == "cpu")
     assert decoder.is_coded("layers.2.mlp.experts.5.gate_up")
     assert decoder.is_coded("layers.0.mlp.experts.0.down")
     most = 1e-4 if backend == "reference" else 5e-3
@@ -77,6 +78,21 @@ def test_a_model_quantized_while_loading_is_the_model_of_its_values(
         assert decoder.is_coded("layers.0.mlp.experts.2.gate_up")
     most = 1e-4 if backend == "reference" else 5e-3
     assert_close(prefill(decoder), prefill(twin), most)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("quantization", ["int8", "w8a8", "int4", "fp8", "nf4"])
+def test_rows_do_not_depend_on_their_company(
+    isa: str, quantization: str, dtype: torch.dtype, tiny_checkpoint: Make
+) -> None:
+    decoder = load_decoder(tiny_checkpoint(SHARED), "cpu", quantization, dtype=dtype)
+    assert decoder.native is not None
+    together = prefill(decoder, (33, 7, 1), seed=1)
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(together, prefill(decoder, (33, 7, 1), seed=8), strict=True)
+    )
+    assert torch.equal(prefill(decoder, (33,), seed=3)[0], together[0])
 
 
 def test_a_missing_tensor_of_an_expert_in_codes_is_named(
