@@ -24,7 +24,7 @@ const MixtureRows* reserve_rows(const Model& model, int64_t num_tokens, Memory& 
   if (experts == 0) return nullptr;
   const int64_t pairs = num_tokens * per_token;
   const int64_t sizes[] = {num_tokens * scores, pairs, pairs, pairs,
-                           pairs, experts + 1, pairs * model.hidden_size, num_tokens * width};
+                           pairs, model.num_layers * (experts + 1), pairs * model.hidden_size, num_tokens * width};
   int64_t total = 0;
   for (int64_t size : sizes) total += padded(size, 16);
   float* next = memory.reserve(total);
@@ -34,7 +34,8 @@ const MixtureRows* reserve_rows(const Model& model, int64_t num_tokens, Memory& 
     next += padded(sizes[i], 16);
   }
   auto whole = [&](int i) { return reinterpret_cast<int32_t*>(parts[i]); };
-  rows = {parts[0], parts[1], whole(2), whole(3), whole(4), whole(5), parts[6], parts[7]};
+  rows = {parts[0], parts[1], whole(2), whole(3), whole(4), whole(5), parts[6], parts[7],
+          experts + 1};
   return &rows;
 }
 
@@ -83,9 +84,10 @@ void choose_experts(const Mixture& mixture, const float* scores, float* weights,
   }
 }
 
-void order_pairs(const Mixture& mixture, int64_t num_tokens, const MixtureRows& rows) {
+void order_pairs(const Mixture& mixture, int64_t layer, int64_t num_tokens,
+                 const MixtureRows& rows) {
   const int64_t pairs = num_tokens * mixture.per_token;
-  int32_t* first = rows.first;
+  int32_t* first = rows.first_of(layer);
   std::fill_n(first, mixture.num_experts + 1, 0);
   for (int64_t i = 0; i < pairs; ++i) ++first[rows.chosen[i] + 1];
   for (int32_t e = 0; e < mixture.num_experts; ++e) first[e + 1] += first[e];

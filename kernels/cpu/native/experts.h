@@ -16,9 +16,14 @@ struct MixtureRows {
   int32_t* chosen;   // [num_tokens][per_token]: experts, ascending
   int32_t* places;   // [num_tokens][per_token]: where the pair lies
   int32_t* tokens;   // [pairs]
-  int32_t* first;    // [num_experts + 1]: the first pair of each
+  int32_t* first;    // [layers][most experts + 1]: the first pair of each
   float* pairs;      // [pairs][hidden_size]: inputs, then what experts make of them
   float* inner;      // [num_tokens][width]
+  int64_t stride;    // of `first`
+
+  // Threads find out by it which loops there are. One that has fallen behind still has to when the
+  // others are layers ahead: so each layer has its own.
+  int32_t* first_of(int64_t layer) const { return first + layer * stride; }
 };
 
 // Call `with` with every mixture of a model.
@@ -44,6 +49,6 @@ size_t mixture_loops(const Model& model, int64_t num_tokens);
 void choose_experts(const Mixture& mixture, const float* scores, float* weights, int32_t* chosen);
 
 // Bring all pairs into order.
-void order_pairs(const Mixture& mixture, int64_t num_tokens, const MixtureRows& rows);
+void order_pairs(const Mixture& mixture, int64_t layer, int64_t num_tokens, const MixtureRows& rows);
 
 }  // namespace quire

@@ -127,7 +127,8 @@ inline void run_mixture(Thread& thread, const Model& model, const Place& place, 
   const Layer& layer = place.layer;
   const Mixture& mixture = *layer.mixture;
   const int64_t hidden = model.hidden_size, size = layer.up.out;
-  route_rows(thread, mixture, input, hidden, count, rows);
+  const int64_t number = place.first_delta / kNumProjections;
+  route_rows(thread, mixture, number, input, hidden, count, rows);
   if (size > 0) {  // an expert that all tokens have
     run_up(thread, model, place, count, input, rows);
     Product down{rows.inner, size, count, rows.normed, hidden, &layer.down};
@@ -135,7 +136,7 @@ inline void run_mixture(Thread& thread, const Model& model, const Place& place, 
     down.delta = place.first_delta + kDown;
     multiply(thread, down, rows.halves);
   }
-  run_experts(thread, mixture, layer.activation, hidden, rows);
+  run_experts(thread, mixture, number, layer.activation, hidden, rows);
   add_mixture(thread, mixture, size > 0, layer.mlp_post_norm, hidden, count, rows);
 }
 

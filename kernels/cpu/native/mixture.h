@@ -15,8 +15,8 @@ namespace quire {
 namespace QUIRE_ISA {
 
 // Choose the experts of all rows of `input`, and bring these to their places.
-inline void route_rows(Thread& thread, const Mixture& m, const float* input, int64_t hidden,
-                       int64_t count, const Buffers& rows) {
+inline void route_rows(Thread& thread, const Mixture& m, int64_t layer, const float* input,
+                       int64_t hidden, int64_t count, const Buffers& rows) {
   const MixtureRows& r = *rows.mixture;
   const int64_t width = m.router.out;
   multiply(thread, {input, hidden, count, r.scores, width, &m.router}, rows.halves);
@@ -24,18 +24,19 @@ inline void route_rows(Thread& thread, const Mixture& m, const float* input, int
     choose_experts(m, r.scores + t * width, r.weights + t * m.per_token,
                    r.chosen + t * m.per_token);
   });
-  thread.share(1, [&](int64_t) { order_pairs(m, count, r); });
+  thread.share(1, [&](int64_t) { order_pairs(m, layer, count, r); });
   thread.share(count * m.per_token, [&](int64_t pair) {
     std::memcpy(r.pairs + pair * hidden, input + r.tokens[pair] * hidden, hidden * sizeof(float));
   });
 }
 
 // What each expert makes of its rows takes their place.
-inline void run_experts(Thread& thread, const Mixture& m, int activation, int64_t hidden,
-                        const Buffers& rows) {
+inline void run_experts(Thread& thread, const Mixture& m, int64_t layer, int activation,
+                        int64_t hidden, const Buffers& rows) {
   const MixtureRows& r = *rows.mixture;
+  const int32_t* firsts = r.first_of(layer);
   for (int32_t number = 0; number < m.num_experts; ++number) {
-    const int64_t first = r.first[number], count = r.first[number + 1] - first;
+    const int64_t first = firsts[number], count = firsts[number + 1] - first;
     if (count == 0) continue;
     const Expert& e = m.experts[number];
     float* x = r.pairs + first * hidden;
