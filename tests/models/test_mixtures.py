@@ -151,8 +151,8 @@ def test_equal_scores_are_chosen_as_torch_chooses(
 
 
 @pytest.mark.skipif("cpu" not in available_backends(), reason="the native kernels were not built")
-def test_experts_without_rows_are_not_read(tiny_checkpoint: Make, load: Load) -> None:
-    """One token has 2 of 6 experts: the memory of the others may be anything."""
+def test_experts_without_rows_are_not_computed_with(tiny_checkpoint: Make, load: Load) -> None:
+    """One token has 2 of 6 experts: the weights of the others may be anything."""
     decoder = load(tiny_checkpoint("mixtral"), backend="cpu")
     assert decoder.native is not None
     before = prefill(decoder, [1], seed=0)[0]

@@ -8,8 +8,8 @@
 namespace quire {
 
 namespace {
-constexpr size_t kLoopsPerProduct = 4;
-constexpr size_t kLoopsBesideExperts = 8;  // and products that are no expert's
+constexpr size_t kLoopsPerProduct = 3;
+constexpr size_t kLoopsBesideExperts = 8;  // that a layer with one MLP has not
 }  // namespace
 
 const MixtureRows* reserve_rows(const Model& model, int64_t num_tokens, Memory& memory,
@@ -44,7 +44,7 @@ size_t mixture_loops(const Model& model, int64_t num_tokens) {
   each_mixture(model, [&](const Mixture& m) {
     // Gate, up and down of each expert that has rows.
     const int64_t active = std::min<int64_t>(m.num_experts, num_tokens * m.per_token);
-    loops += kLoopsBesideExperts + kLoopsPerProduct * (1 + 3 * active);
+    loops += kLoopsBesideExperts + kLoopsPerProduct * 3 * active;
   });
   return loops;
 }
