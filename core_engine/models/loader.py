@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 _NAMES_SHOWN = 10
 _ROWS_COMPARED = 4096
+_RETURNED_AT_ONCE = 1 << 22
+"""Numbers that are made into codes before memory is returned: of a layer, not of each expert."""
 
 _CACHE_SCALES = re.compile(r"\.(k|v|q|kv|prob)(_cache)?_(scale|zero_point)$")
 """What quantized checkpoints have for a KV cache in codes; here each of its rows has its own."""
@@ -134,6 +137,7 @@ class _Loading:
         for source in self._sources.all:
             self._sort(source)
         self._settle_tied_head()
+        freed = 0
         targets = dict.fromkeys(name.rpartition(".")[0] for name in self._decoder.weights.names())
         for target in [*targets, *(self._modules.keys() - targets.keys())]:
             for module in self._modules.get(target, {}).values():
@@ -141,8 +145,11 @@ class _Loading:
                 self._sources.done(module.sources)
             if f"{target}.weight" in self._decoder.weights:
                 self._decoder.settle(target)
-                if self._format is not None or self._quantizer is not None:
+                freed += math.prod(self._decoder.weights.shape(f"{target}.weight"))
+                makes_codes = self._format is not None or self._quantizer is not None
+                if makes_codes and freed >= _RETURNED_AT_ONCE:
                     return_freed_memory()  # what was needed to make codes
+                    freed = 0
         self._check()
 
     def _sort(self, source: Source) -> None:
@@ -184,7 +191,8 @@ class _Loading:
 
     def _kinds(self, module: _Module) -> Kinds | None:
         """Say which tensors of a module are its codes; None: it is not quantized."""
-        if self._format is None or module.to.module not in self._projections | self._kept_plain:
+        target = module.to.module
+        if self._format is None or not (target in self._projections or target in self._kept_plain):
             return None
         kinds = self._format.kinds(module.name)
         if kinds is None or f"{module.to.module}.weight" not in self._decoder.weights:

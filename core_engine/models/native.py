@@ -16,7 +16,6 @@ from quire.kernels.cpu import structs
 from quire.kernels.cpu.blocks import unpack
 from quire.kernels.cpu.packed_adapter import PackedAdapter, PlacedDelta
 from quire.models.adapter import Adapter
-from quire.models.mlp import inner_mlps
 from quire.models.native_model import NativeModel, check
 from quire.models.spec import DecoderSpec
 from quire.models.weights import Weights
@@ -33,8 +32,10 @@ def supports(spec: DecoderSpec, weights: Weights) -> bool:
     for layer in spec.layers:
         widths += [
             layer.attention.num_heads * layer.attention.head_dim,
-            *(mlp.intermediate_size for mlp in inner_mlps("", layer.mlp).values()),
+            layer.mlp.intermediate_size,
         ]
+        if layer.mlp.experts is not None:
+            widths.append(layer.mlp.experts.shared_size or 0)
     return (
         weights.device.type == "cpu"
         and weights.dtype in (torch.float32, torch.bfloat16)
