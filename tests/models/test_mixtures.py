@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import Load, Make, Tensors, copy_of, rewrite
+from folders import Load, Make, copy_of, rewrite
+from mixtures import MIXTRAL, stack
 from paged import PagedRunner
 from peft_adapters import plain_files, read, write_files
 from random_adapters import merged_decoder, random_adapter
@@ -19,7 +20,6 @@ from quire.models.spec import ExpertsSpec
 
 KERNELS, REFERENCE = get_backend("cpu"), get_backend("cpu", "reference")
 CPU = torch.device("cpu")
-MIXTRAL = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
 
 
 def prefill(decoder: Decoder, lengths: list[int], seed: int) -> list[torch.Tensor]:
@@ -42,19 +42,6 @@ def test_specs_say_what_configurations_say(tiny_checkpoint: Make, load: Load) ->
     assert specs["qwen2-moe-normalized"] == [normalized] * 3
     sparse = (20, ExpertsSpec(20, 4, False))
     assert specs["qwen3-moe-sparse"] == [(112, None), sparse, (112, None), (112, None)]
-
-
-def stack(tensors: Tensors) -> None:
-    """Name and keep weights as transformers has them in memory."""
-    for layer in range(3):
-        theirs, mlp = f"model.layers.{layer}.block_sparse_moe", f"model.layers.{layer}.mlp"
-        w1, w2, w3 = (
-            torch.stack([tensors.pop(MIXTRAL.format(layer, each, name)) for each in range(6)])
-            for name in ("w1", "w2", "w3")
-        )
-        tensors[f"{mlp}.experts.gate_up_proj"] = torch.cat((w1, w3), 1)
-        tensors[f"{mlp}.experts.down_proj"] = w2
-        tensors[f"{mlp}.gate.weight"] = tensors.pop(f"{theirs}.gate.weight")
 
 
 def test_stacked_experts_are_the_same_experts(

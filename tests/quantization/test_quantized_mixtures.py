@@ -10,7 +10,8 @@ import torch
 from coded_checkpoints import RECIPES, write_pair
 from coded_decoders import BACKENDS, assert_close, load_decoder, plain_twin, prefill
 from ct_checkpoints import quantized_folder
-from folders import rewrite
+from folders import copy_of, rewrite
+from mixtures import stack
 
 from quire.converter.folder import convert
 from quire.converter.targets import Target
@@ -117,3 +118,21 @@ def test_a_folder_can_be_quantized(to: str, tiny_checkpoint: Make, tmp_path: Pat
     ours, plain = prefill(decoder), prefill(load_decoder(source))
     error = torch.cat(ours) - torch.cat(plain)
     assert error.norm() < (0.1 if to == "int8" else 0.6) * torch.cat(plain).norm()
+
+
+def test_stacked_experts_get_the_codes_of_single_ones(
+    tiny_checkpoint: Make, tmp_path: Path
+) -> None:
+    """While loading, and in a folder that is quantized."""
+    plain = tiny_checkpoint("mixtral")
+    stacked = copy_of(plain, tmp_path)
+    rewrite(stacked, stack)
+    decoders = [load_decoder(folder, quantization="int8") for folder in (plain, stacked)]
+    for number, folder in enumerate((plain, stacked)):
+        convert(folder, tmp_path / str(number), Target("int8"))
+        decoders.append(load_decoder(tmp_path / str(number)))
+    for name in decoders[0].projections():
+        if name != "lm_head":
+            one, other, *converted = (each.read_weight(name) for each in decoders)
+            assert torch.equal(one, other)
+            assert torch.equal(*converted)
