@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from quire.kernels.experts_interface import ExpertOperations
 from quire.kernels.lora_interface import LoraOperations
 from quire.kernels.quantized_interface import QuantizedOperations
 
@@ -33,7 +34,7 @@ AttentionPlan: TypeAlias = Any
 """What `Backend.plan_attention` returns: known to that backend alone."""
 
 
-class Backend(LoraOperations, QuantizedOperations, Protocol):
+class Backend(ExpertOperations, LoraOperations, QuantizedOperations, Protocol):
     """The operations of a forward pass, on the devices that the backend supports."""
 
     @property

@@ -29,9 +29,10 @@ def home_of(linear: str, layer: LayerSpec) -> Home | None:
     {"attention_norm", "mlp_norm", "up"} or None
         None: nothing can. The mix of values that ``attention.out`` reads is of heads that share
         keys and values; an activation without a gate is not linear; and a norm that is also the
-        residual, or is read by attention and MLP alike, would change more than one input.
+        residual, or is read by attention and MLP alike, or by many experts, would change more than
+        one input.
     """
-    if linear == "mlp.down":
+    if linear.startswith("mlp.") and linear.endswith(".down"):  # an expert's, too
         return "up" if layer.mlp.gated else None
     if layer.residual == "post":
         return None

@@ -146,7 +146,7 @@ class Rounds:
                 continue
             if home == "up":
                 # Into the rows of "up", which come after those of "gate".
-                row_factors[f"{layer.name}.mlp.gate_up"] = seen.factors
+                row_factors[linear.name.removesuffix("down") + "gate_up"] = seen.factors
             elif home is not None:
                 self._fold_into_norm(f"{layer.name}.{home}", getattr(spec, home), seen.factors)
         for linear in layer.linears:

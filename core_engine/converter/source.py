@@ -89,7 +89,7 @@ class Source:
         # Some rotary embeddings are others for long sequences: what runs here is short.
         longest = min(MOST_PER_PROMPT, max_length(self.config))
         self.spec = build_spec(self.config, longest)
-        self.files = TensorFiles(folder)
+        self.files = TensorFiles(folder, self.family.stacked)
         try:
             self.places = self._places()
         except BaseException:
@@ -142,7 +142,7 @@ class Source:
                     f"the weights in {self.folder} do not fit its config.json "
                     f"({self.spec.architecture}); {len(names)} {what}: {', '.join(names[:10])}"
                 )
-        self._linears = decoder.linears()
+        self._linears = decoder.projections()
         return places
 
     def modules(self) -> list[Module]:
@@ -165,6 +165,7 @@ class Source:
             name.removesuffix(".weight")
             for name, place in self.places.items()
             if place.parameter in ("project_in.weight", "project_out.weight", "lm_head.weight")
+            or place.parameter.endswith((".router.weight", ".shared_gate.weight"))
         ]
         heads = [source for source, to in self.family.weights.items() if to.module == "lm_head"]
         return list(dict.fromkeys((*others, *heads)))

@@ -16,6 +16,7 @@ from quire.errors import AdapterError
 from quire.lora.config import MERGE, AdapterConfig
 from quire.lora.names import Role, by_module
 from quire.lora.targets import Target, Targets
+from quire.models.mlp import is_expert
 from quire.models.safetensors_file import Entry
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -122,6 +123,12 @@ class Plan:
                     f"{self._path}: {name!r} has the dtype {_dtype(entry.dtype)}; an adapter's "
                     "tensors must be float16, bfloat16, float32 or float64"
                 )
+        if is_expert(target.name):
+            name = next(iter(roles.values()))
+            raise AdapterError(
+                f"{self._path} has {name!r}, which changes {module!r}; single experts of a mixture "
+                f"cannot be changed by an adapter, attention and shared experts can. {MERGE}"
+            )
         if target.kind == "other":
             self._check_roles(module, roles, ("weight", "bias"))
             return Change(module, target, roles)

@@ -120,7 +120,7 @@ class Targets:
         if prefix is None:
             prefix = self._family.prefixes[0] if self._family.prefixes else ""
         for pattern, to in self._family.weights.items():
-            if self._sources[to] > 1:
+            if self._sources[to] > 1 or pattern.count("{}") > 1:
                 continue
             if "{}" in pattern:
                 for index in range(len(self._decoder.spec.layers)):

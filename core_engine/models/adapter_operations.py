@@ -65,7 +65,12 @@ class AdapterOperations:
         return _AdaptedMethod(method, self)
 
     def bind(self, name: str, apply: Apply) -> Apply:
-        """Return ``x -> apply(x)``, adapted in the rows that have an adapter."""
+        """Return ``x -> apply(x)``, adapted in the rows that have an adapter.
+
+        A projection that no adapter can change stays as it is.
+        """
+        if name not in self._shrinks:
+            return apply
         shrink, expand = self._kernels.lora_shrink, self._kernels.lora_expand
         shrinks, expands = self._shrinks[name], self._expands[name]
 

@@ -47,7 +47,7 @@ def calibrate(
     prompts = [encode(each) if isinstance(each, str) else each for each in quantizer.prompts]
     _, family = family_of(config)
     spec = build_spec(config, max_model_len)
-    with TensorFiles(folder) as files:
+    with TensorFiles(folder, family.stacked) as files:
         for layer in LayerWalk(files, family, spec, prompts).layers():
             for linear in layer.linears:
                 weights = list(layer.parts(linear).values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,6 +27,7 @@ from quire.models.layers import (
     layer_linears,
 )
 from quire.models.linear import Apply, Linear, LinearMethod, WeightMethod
+from quire.models.mlp import is_expert
 from quire.models.rotary import RotaryTable
 from quire.models.spec import DecoderSpec, RotarySpec
 from quire.models.weights import Weights
@@ -98,7 +98,9 @@ class Decoder:
     weights : Weights
         Parameters: ``embed``, ``embed_positions``, ``project_in``, ``layers.{i}.attention_norm``,
         ``layers.{i}.attention.{qkv,out,q_norm,k_norm}``, ``layers.{i}.mlp_norm``,
-        ``layers.{i}.mlp.{gate_up,up,down}``, ``layers.{i}.{attention,mlp}_post_norm``,
+        ``layers.{i}.mlp.{gate_up,up,down}`` or, of a mixture of experts,
+        ``layers.{i}.mlp.{experts.{j},shared}.{gate_up,up,down}`` and
+        ``layers.{i}.mlp.{router,shared_gate}``, ``layers.{i}.{attention,mlp}_post_norm``,
         ``final_norm``, ``project_out``, ``lm_head``; each followed by ``.weight`` or ``.bias``.
     """
 
@@ -125,6 +127,16 @@ class Decoder:
         if width != spec.hidden_size:
             self._project_in = Linear("project_in", width, {"hidden": spec.hidden_size})
             self._project_out = Linear("project_out", spec.hidden_size, {"embedding": width})
+        every = [
+            linear
+            for index, layer in enumerate(spec.layers)
+            for linear in layer_linears(f"layers.{index}", layer, spec.hidden_size)
+        ]
+        every.append(self._matrix("lm_head"))
+        self._projections = {linear.name: linear for linear in every}
+        self._adaptable = {
+            name: linear for name, linear in self._projections.items() if not is_expert(name)
+        }
         self._allocate(width)
 
     def _allocate(self, width: int) -> None:
@@ -158,10 +170,9 @@ class Decoder:
         name
             A projection's, or ``embed``, ``lm_head``.
         """
-        mlp = re.fullmatch(r"layers\.(\d+)\.mlp\.gate_up", name)
         cuts = None
-        if mlp is not None:
-            cuts = [self.spec.layers[int(mlp[1])].mlp.intermediate_size] * 2
+        if name.endswith(".gate_up"):  # two matrices to the native kernels
+            cuts = [self.weights.shape(f"{name}.weight")[0] // 2] * 2
         coded = self.weights.settle_codes(f"{name}.weight", cuts)
         library = self._native_library()
         if coded is not None and library is not None:
@@ -294,19 +305,16 @@ class Decoder:
         """Return the kinds of codes that weights are in."""
         return {kind for each in self.weights.all_coded().values() for kind in each.kinds}
 
-    def linears(self) -> Mapping[str, Linear]:
-        """Return the projections that an adapter may change, by name.
+    def projections(self) -> Mapping[str, Linear]:
+        """Return all projections of the layers, and ``lm_head``, by name.
 
-        ``lm_head`` is among them, also where it is the embedding.
+        ``lm_head`` is there also where it is the embedding.
         """
-        spec = self.spec
-        every = [
-            linear
-            for index, layer in enumerate(spec.layers)
-            for linear in layer_linears(f"layers.{index}", layer, spec.hidden_size)
-        ]
-        every.append(self._matrix("lm_head"))
-        return {linear.name: linear for linear in every}
+        return self._projections
+
+    def linears(self) -> Mapping[str, Linear]:
+        """Return the projections that an adapter may change: all but those of single experts."""
+        return self._adaptable
 
     def read_weight(self, name: str) -> torch.Tensor:
         """Copy a weight to the CPU; from any thread, once the decoder is bound.
@@ -314,7 +322,7 @@ class Decoder:
         Parameters
         ----------
         name
-            A name in `linears`, or ``embed``.
+            A name in `projections`, or ``embed``.
 
         Returns
         -------
@@ -322,7 +330,7 @@ class Decoder:
             Its rows in the order of the projection's parts; the embedding has one per token. In
             float32 where it is in codes.
         """
-        linear = self.linears().get(name)
+        linear = self._projections.get(name)
         if linear is None and name != "embed":
             raise ValueError(f"the model has no weight {name!r}")
         if linear is not None and name != "lm_head" and self.native is None:

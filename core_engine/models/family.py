@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from quire.models.spec import DecoderSpec
 from quire.models.weights import Layout
 
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
 SpecBuilder = Callable[[Mapping[str, Any], "int | None"], DecoderSpec]
 
 
@@ -19,7 +21,8 @@ class To(NamedTuple):
     Attributes
     ----------
     module
-        The decoder's module, ``{}`` standing for the layer's number.
+        The decoder's module, ``{}`` standing for the layer's number, a second one for that of an
+        expert.
     part
         The part of a fused projection that it is; ``""``: all of it.
     layout
@@ -29,6 +32,11 @@ class To(NamedTuple):
     module: str
     part: str = ""
     layout: Layout = "plain"
+
+
+def without_numbers(module: str) -> tuple[str, list[str]]:
+    """Return a module's name with ``{}`` in place of the numbers in it, and these."""
+    return _NUMBER.sub("{}", module), _NUMBER.findall(module)
 
 
 class Place(NamedTuple):
@@ -50,7 +58,7 @@ class Found(NamedTuple):
         What its name has behind that: ``weight``, ``bias``, or more of a quantized module, such as
         ``weight.absmax``.
     to
-        Where the module goes, the layer's number in its place.
+        Where the module goes, with numbers in their places.
     """
 
     module: str
@@ -71,11 +79,14 @@ class Family:
         will be served, None: as long as the configuration allows.
     weights
         A checkpoint's module name (without prefix and without ``.weight``/``.bias``, ``{}`` for
-        the layer's number) -> where it goes.
+        the layer's number, and for an expert's) -> where it goes.
     prefixes
         What may stand before a module's name.
     ignored
         Regular expressions for tensors that carry nothing: masks, frequencies.
+    stacked
+        Ends of names of tensors that hold a matrix for each expert, as ``experts.down_proj``: they
+        are taken for as many tensors, ``experts.{i}.down_proj.weight``.
     """
 
     architectures: tuple[str, ...]
@@ -83,6 +94,7 @@ class Family:
     weights: Mapping[str, To]
     prefixes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    stacked: tuple[str, ...] = ()
 
     def find(self, name: str) -> Found | None:
         """Cut the name of a tensor at the module that this family knows; None: it knows none."""
@@ -92,14 +104,21 @@ class Family:
             end = len(name)
             while (end := name.rfind(".", len(prefix), end)) >= 0:
                 module = name[len(prefix) : end]
-                number = re.search(r"(?<=\.)\d+(?=\.)", module)
-                pattern = module
-                if number:
-                    pattern = f"{module[: number.start()]}{{}}{module[number.end() :]}"
+                pattern, numbers = without_numbers(module)
                 if (to := self.weights.get(pattern)) is not None:
-                    target = to.module.format(number.group() if number else "")
+                    target = to.module.format(*numbers)
                     return Found(name[:end], name[end + 1 :], to._replace(module=target))
         return None
+
+    def name_of(self, module: str, part: str = "") -> str | None:
+        """Return what a checkpoint calls a module of the decoder, or the one that has that part."""
+        pattern, numbers = without_numbers(module)
+        sources = {to.part: source for source, to in self.weights.items() if to.module == pattern}
+        source = sources.get(part, sources.get(""))
+        if source is None:
+            return None
+        prefix = self.prefixes[0] if self.prefixes and pattern != "lm_head" else ""
+        return prefix + source.format(*numbers)
 
     def place(self, name: str) -> Place | None:
         """Return where the tensor `name` goes; None if this family knows no such tensor."""

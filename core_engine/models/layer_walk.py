@@ -44,7 +44,7 @@ class WalkedLayer:
     weights
         Its parameters in float32.
     inputs : mapping of Tensor[num_tokens, in_features], float32
-        By projection's name.
+        By projection's name. Of an expert, the tokens that chose it: perhaps none.
     replaced
         Whether weights are no longer the checkpoint's.
     """
@@ -164,6 +164,8 @@ class LayerWalk:
                     f"{name}, on the texts that it was run on: its weights may be damaged"
                 )
             linears = layer_linears(name, layer, self._spec.hidden_size)
+            for linear in linears:  # experts that no token chose were given nothing
+                recorder.inputs.setdefault(linear.name, torch.empty(0, linear.in_features))
             walked = WalkedLayer(name, linears, weights, recorder.inputs)
             yield walked
             if walked.replaced:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quire.models.linear import Apply, Linear, LinearMethod
-from quire.models.spec import AttentionSpec, LayerSpec, MlpSpec, NormSpec
+from quire.models.mlp import bind_mlp, create_router, mlp_linears
+from quire.models.spec import AttentionSpec, LayerSpec, NormSpec
 from quire.models.weights import Weights
 
 if TYPE_CHECKING:
@@ -68,16 +69,6 @@ def attention_linears(name: str, spec: AttentionSpec, hidden_size: int) -> tuple
     return qkv, Linear(f"{name}.out", query, {"out": hidden_size}, spec.out_bias)
 
 
-def mlp_linears(name: str, spec: MlpSpec, hidden_size: int) -> tuple[Linear, Linear]:
-    """Return the (fused) projection up and the one down."""
-    size = spec.intermediate_size
-    if spec.gated:
-        up = Linear(f"{name}.gate_up", hidden_size, {"gate": size, "up": size}, spec.bias)
-    else:
-        up = Linear(f"{name}.up", hidden_size, {"up": size}, spec.bias)
-    return up, Linear(f"{name}.down", size, {"down": hidden_size}, spec.bias)
-
-
 def layer_linears(name: str, spec: LayerSpec, hidden_size: int) -> list[Linear]:
     """Return all projections of one decoder layer."""
     return [
@@ -92,6 +83,7 @@ def create_layer(
     """Allocate all parameters of one decoder layer."""
     for linear in layer_linears(name, spec, hidden_size):
         method.create(linear, weights)
+    create_router(f"{name}.mlp", spec.mlp, hidden_size, weights)
     for norm in ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm"):
         create_norm(f"{name}.{norm}", getattr(spec, norm), hidden_size, weights)
     for norm in ("q_norm", "k_norm"):
@@ -171,23 +163,6 @@ def bind_attention(
         return project_out(mixed.flatten(1))
 
     return attention
-
-
-def bind_mlp(
-    name: str,
-    spec: MlpSpec,
-    hidden_size: int,
-    method: LinearMethod,
-    weights: Weights,
-    kernels: Backend,
-) -> Apply:
-    """Return ``x -> mlp(x)``."""
-    up, down = (
-        method.bind(linear, weights, kernels) for linear in mlp_linears(name, spec, hidden_size)
-    )
-    activate = kernels.act_and_mul if spec.gated else kernels.activation
-    kind = spec.activation
-    return lambda x: down(activate(up(x), kind))
 
 
 def bind_layer(

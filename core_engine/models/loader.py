@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quire.errors import ModelLoadError
+from quire.kernels.reference.quantized import dequantize
 from quire.models.checkpoint import weight_files
 from quire.models.decoder import Decoder
 from quire.models.family import Family, To
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 _NAMES_SHOWN = 10
 _ROWS_COMPARED = 4096
+_RETURNED_AT_ONCE = 1 << 22
+"""Numbers that are made into codes before memory is returned: of a layer, not of each expert."""
 
 _CACHE_SCALES = re.compile(r"\.(k|v|q|kv|prob)(_cache)?_(scale|zero_point)$")
 """What quantized checkpoints have for a KV cache in codes; here each of its rows has its own."""
@@ -80,7 +84,7 @@ def load_model(
     _, family = family_of(config)
     files = weight_files(folder)
     decoder = Decoder(spec, device=device, dtype=dtype, kernels=kernels, max_adapters=max_adapters)
-    with Sources(files) as sources:
+    with Sources(files, family.stacked) as sources:
         _Loading(decoder, family, folder, sources, weight_format, quantizer).run()
     decoder.bind()
     return decoder
@@ -117,7 +121,14 @@ class _Loading:
         self._sources = sources
         self._format = weight_format
         self._quantizer = quantizer
-        self._projections = {*decoder.linears(), "project_in", "project_out"}
+        self._linears = decoder.projections()
+        self._projections = {*self._linears, "project_in", "project_out"}
+        # Few numbers, on which much depends: a checkpoint may have them in codes, no decoder does.
+        self._kept_plain = {
+            name.removesuffix(".weight")
+            for name in decoder.weights.names()
+            if name.endswith((".router.weight", ".shared_gate.weight"))
+        }
         self._unexpected: list[str] = []
         self._missing: list[str] = []
         self._modules: dict[str, dict[str, _Module]] = {}  # by target, and by name
@@ -126,6 +137,7 @@ class _Loading:
         for source in self._sources.all:
             self._sort(source)
         self._settle_tied_head()
+        freed = 0
         targets = dict.fromkeys(name.rpartition(".")[0] for name in self._decoder.weights.names())
         for target in [*targets, *(self._modules.keys() - targets.keys())]:
             for module in self._modules.get(target, {}).values():
@@ -133,8 +145,11 @@ class _Loading:
                 self._sources.done(module.sources)
             if f"{target}.weight" in self._decoder.weights:
                 self._decoder.settle(target)
-                if self._format is not None or self._quantizer is not None:
+                freed += math.prod(self._decoder.weights.shape(f"{target}.weight"))
+                makes_codes = self._format is not None or self._quantizer is not None
+                if makes_codes and freed >= _RETURNED_AT_ONCE:
                     return_freed_memory()  # what was needed to make codes
+                    freed = 0
         self._check()
 
     def _sort(self, source: Source) -> None:
@@ -176,7 +191,8 @@ class _Loading:
 
     def _kinds(self, module: _Module) -> Kinds | None:
         """Say which tensors of a module are its codes; None: it is not quantized."""
-        if self._format is None or module.to.module not in self._projections:
+        target = module.to.module
+        if self._format is None or not (target in self._projections or target in self._kept_plain):
             return None
         kinds = self._format.kinds(module.name)
         if kinds is None or f"{module.to.module}.weight" not in self._decoder.weights:
@@ -218,7 +234,10 @@ class _Loading:
             )
             if module.to.layout == "grouped":
                 weight = weight.select(weights.ungrouped_rows(name))
-            weights.put_codes(name, part, weight)
+            if module.to.module in self._kept_plain:
+                weights.fill(name, part, "plain", dequantize(weight))
+            else:
+                weights.put_codes(name, part, weight)
         except ModelLoadError as error:
             raise self._error(first, module.name, f": {error}") from None
         for [source] in named.values():
@@ -231,7 +250,7 @@ class _Loading:
             return False
         target = module.to.module
         is_tied = target == "embed" and "lm_head.weight" not in weights
-        if not is_tied and target not in self._decoder.linears():
+        if not is_tied and target not in self._linears:
             return False
         tensor = self._sources.tensor(source)
         try:
@@ -365,18 +384,10 @@ class _Loading:
     def _name_of(self, parameter: str, part: str) -> str:
         """What a checkpoint would call this (part of a) parameter."""
         module, _, kind = parameter.rpartition(".")
-        number = re.search(r"(?<=\.)\d+(?=\.)", module)
-        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "{}", module, count=1)
-        sources = {
-            to.part: source for source, to in self._family.weights.items() if to.module == pattern
-        }
-        source = sources.get("", sources.get(part))
-        if source is None:
+        name = self._family.name_of(module, part)
+        if name is None:
             return f"{parameter} ({part})" if part else parameter
-        prefix = self._family.prefixes[0] if self._family.prefixes else ""
-        if pattern == "lm_head":
-            prefix = ""
-        return f"{prefix}{source.format(number.group() if number else '')}.{kind}"
+        return f"{name}.{kind}"
 
 
 def _listed(names: list[str]) -> str:

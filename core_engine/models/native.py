@@ -34,6 +34,8 @@ def supports(spec: DecoderSpec, weights: Weights) -> bool:
             layer.attention.num_heads * layer.attention.head_dim,
             layer.mlp.intermediate_size,
         ]
+        if layer.mlp.experts is not None:
+            widths.append(layer.mlp.experts.shared_size or 0)
     return (
         weights.device.type == "cpu"
         and weights.dtype in (torch.float32, torch.bfloat16)
@@ -120,10 +122,10 @@ class NativeForward:
                 last = len(self._spec.layers) * len(numbers)
                 yield PlacedDelta(last, delta, 0, self._spec.vocab_size)
                 continue
-            _, layer, _, projection = name.split(".")
+            _, layer, *_, projection = name.split(".")
             first = int(layer) * len(numbers)
             if projection == "gate_up":
-                size = self._spec.layers[int(layer)].mlp.intermediate_size
+                size = self._weights.shape(f"{name}.weight")[0] // 2
                 yield PlacedDelta(first + numbers["gate"], delta, 0, size)
                 yield PlacedDelta(first + numbers["up"], delta, size, size, shrinks=False)
             else:

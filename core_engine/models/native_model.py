@@ -12,7 +12,15 @@ from quire.kernels.cpu import structs
 from quire.kernels.cpu.blocks import dtype_of
 from quire.kernels.cpu.packed_codes import PackedCodes
 from quire.kernels.quantized import QuantizedWeight
-from quire.models.spec import AttentionSpec, DecoderSpec, LayerSpec, NormSpec
+from quire.models.mlp import inner_mlps, is_expert
+from quire.models.spec import (
+    AttentionSpec,
+    DecoderSpec,
+    ExpertsSpec,
+    LayerSpec,
+    MlpSpec,
+    NormSpec,
+)
 from quire.models.weights import Weights
 from quire.utils import huge_pages
 
@@ -77,6 +85,7 @@ class NativeModel:
         self._weights = weights
         self._spec = spec
         self._kept: list[torch.Tensor] = []  # what the structs point to and nobody else holds
+        self._structs: list[object] = []
         self.layers = (structs.Layer * len(spec.layers))()
         for number, layer in enumerate(spec.layers):
             self._fill_layer(self.layers[number], f"layers.{number}", layer)
@@ -124,20 +133,52 @@ class NativeModel:
             setattr(out, norm, self._norm(f"{name}.attention.{norm}", attention.qk_norm))
         out.qkv = self._matrix(f"{name}.attention.qkv.weight")
         out.out = self._matrix(f"{name}.attention.out.weight")
-        if mlp.gated:
-            size = mlp.intermediate_size
-            both = f"{name}.mlp.gate_up.weight"
-            out.gate = self._matrix(both, slice(0, size))
-            out.up = self._matrix(both, slice(size, 2 * size))
+        if mlp.experts is not None:
+            self._fill_mixture(out, f"{name}.mlp", mlp, mlp.experts)
         else:
-            out.up = self._matrix(f"{name}.mlp.up.weight")
-        out.down = self._matrix(f"{name}.mlp.down.weight")
+            self._fill_mlp(out, f"{name}.mlp", mlp)
         out.residual = structs.RESIDUALS[spec.residual]
         out.activation = structs.ACTIVATIONS[mlp.activation]
-        if mlp.gated:
-            at_once = self._are_alike(f"{name}.mlp.gate_up.weight")
-            out.gated = structs.GATED_AT_ONCE if at_once else structs.GATED_APART
         self._fill_attention(out, attention)
+
+    def _fill_mlp(self, out: structs.Layer | structs.Expert, name: str, spec: MlpSpec) -> None:
+        if spec.gated:
+            size = spec.intermediate_size
+            both = f"{name}.gate_up.weight"
+            out.gate = self._matrix(both, slice(0, size))
+            out.up = self._matrix(both, slice(size, 2 * size))
+            at_once = self._are_alike(both)
+            out.gated = structs.GATED_AT_ONCE if at_once else structs.GATED_APART
+        else:
+            out.up = self._matrix(f"{name}.up.weight")
+        out.down = self._matrix(f"{name}.down.weight")
+
+    def _fill_mixture(
+        self, out: structs.Layer, name: str, spec: MlpSpec, mixture: ExpertsSpec
+    ) -> None:
+        experts = (structs.Expert * mixture.num_experts)()
+        each = iter(experts)
+        for inner, one in inner_mlps(name, spec).items():
+            self._fill_mlp(next(each) if is_expert(f"{inner}.") else out, inner, one)
+        # In float32, so that rounding sends no token elsewhere.
+        router = self._weights[f"{name}.router.weight"].float()
+        gate = self._weights.get(f"{name}.shared_gate.weight")
+        if gate is not None:
+            router = torch.cat((router, gate.float()))
+        router = router.clone()
+        self._keep(router)
+        made = structs.Mixture(
+            ctypes.addressof(experts),
+            self._plain_matrix(router, None),
+            mixture.num_experts,
+            mixture.per_token,
+            mixture.normalized,
+            gate is not None,
+            spec.intermediate_size,
+        )
+        self._library.quire_measure(made)
+        self._structs += [experts, made]
+        out.mixture = ctypes.addressof(made)
 
     def _fill_attention(self, out: structs.Layer, spec: AttentionSpec) -> None:
         out.num_heads, out.num_kv_heads = spec.num_heads, spec.num_kv_heads

@@ -24,11 +24,14 @@ _BUILT_IN = {
     "LlamaForCausalLM": "llama",
     "MPTForCausalLM": "mpt",
     "MistralForCausalLM": "mistral",
+    "MixtralForCausalLM": "mixtral",
     "MptForCausalLM": "mpt",
     "OPTForCausalLM": "opt",
     "Phi3ForCausalLM": "phi3",
     "Qwen2ForCausalLM": "qwen2",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 
 _REFUSED_KEYS = {
@@ -36,6 +39,12 @@ _REFUSED_KEYS = {
     "num_experts": "a mixture of experts",
     "n_routed_experts": "a mixture of experts",
 }
+_READ_KEYS = {
+    "mixtral": ("num_local_experts", "num_experts"),
+    "qwen2_moe": ("num_local_experts", "num_experts"),
+    "qwen3_moe": ("num_local_experts", "num_experts"),
+}
+"""Those of them that a family reads itself."""
 
 
 def supported_architectures() -> list[str]:
@@ -95,8 +104,9 @@ def build_spec(config: Mapping[str, Any], max_model_len: int | None = None) -> D
     """
     architecture, family = family_of(config)
     if architecture in _BUILT_IN:
+        read = _READ_KEYS.get(_BUILT_IN[architecture], ())
         for key, meaning in _REFUSED_KEYS.items():
-            if config.get(key):
+            if config.get(key) and key not in read:
                 raise UnsupportedModelError(
                     f"{key} in config.json asks for {meaning}, which {architecture} "
                     "does not support in this version of quire"

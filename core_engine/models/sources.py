@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from quire.models.checkpoint import WeightFile, open_file
+from quire.models.stacked import unstacked
 
 
 class Source(NamedTuple):
@@ -27,6 +28,8 @@ class Sources:
     ----------
     paths
         The weight files.
+    stacked
+        Ends of names of tensors that are taken apart, see `quire.models.family.Family`.
 
     Attributes
     ----------
@@ -39,10 +42,11 @@ class Sources:
         A file is missing or damaged.
     """
 
-    def __init__(self, paths: Iterable[Path]) -> None:
+    def __init__(self, paths: Iterable[Path], stacked: Sequence[str] = ()) -> None:
+        self._stacked = stacked
         self.all: list[Source] = []
         for path in paths:
-            with open_file(path) as file:
+            with self._opened(path) as file:
                 self.all += [Source(path, name) for name in file.names()]
         self._left = Counter(source.path for source in self.all)
         self._open: dict[Path, WeightFile] = {}
@@ -60,10 +64,13 @@ class Sources:
             file.__exit__(kind, error, trace)
         self._open.clear()
 
+    def _opened(self, path: Path) -> WeightFile:
+        return unstacked(open_file(path), self._stacked)
+
     def tensor(self, source: Source) -> torch.Tensor:
         """Return a tensor; it must be gone before `done` says that nobody needs it."""
         if source.path not in self._open:
-            self._open[source.path] = open_file(source.path)
+            self._open[source.path] = self._opened(source.path)
         return self._open[source.path].tensor(source.name)
 
     def release(self, source: Source, first_row: int, end_row: int) -> None:

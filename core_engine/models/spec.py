@@ -95,25 +95,59 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True)
+class ExpertsSpec:
+    """A mixture of experts in place of one MLP (Shazeer et al., arXiv:1701.06538).
+
+    A router ``[num_experts, hidden_size]`` gives each token a score for each expert. The few with
+    the highest compute the token; their results are added, each times its score.
+
+    Attributes
+    ----------
+    num_experts
+        How many there are.
+    per_token
+        How many of them a token is computed by.
+    normalized
+        Whether a token's scores are divided by the sum of those that were chosen.
+    scoring
+        What makes scores of the router's products: ``"softmax"`` over all experts.
+    shared_size
+        Width of one more expert that computes every token; None: there is none.
+    shared_gate
+        Whether what that one makes is multiplied with ``sigmoid(x @ gate.T)``, a number per token.
+    """
+
+    num_experts: int
+    per_token: int
+    normalized: bool
+    scoring: Literal["softmax"] = "softmax"
+    shared_size: int | None = None
+    shared_gate: bool = False
+
+
+@dataclass(frozen=True)
 class MlpSpec:
     """The feed-forward part of one layer.
 
     Attributes
     ----------
     intermediate_size
-        Width between the two projections.
+        Width between the two projections; of a mixture, between those of each expert.
     activation
         A kind that ``quire.kernels`` knows: silu, gelu, gelu_tanh, quick_gelu, relu, ...
     gated
         ``down(activation(gate(x)) * up(x))``, else ``down(activation(up(x)))``.
     bias
         Whether the projections have biases.
+    experts
+        None: it is one MLP for all tokens.
     """
 
     intermediate_size: int
     activation: str
     gated: bool = True
     bias: bool = False
+    experts: ExpertsSpec | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -10,6 +11,7 @@ import torch
 
 from quire.errors import ModelLoadError
 from quire.models.checkpoint import WeightFile, open_file, weight_files
+from quire.models.stacked import unstacked
 
 
 class TensorFiles:
@@ -19,6 +21,8 @@ class TensorFiles:
     ----------
     folder
         The model's.
+    stacked
+        Ends of names of tensors that are taken apart, see `quire.models.family.Family`.
 
     Raises
     ------
@@ -26,12 +30,12 @@ class TensorFiles:
         There are none, one is damaged, or two have the same tensor.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, stacked: Sequence[str] = ()) -> None:
         self.folder = folder
         self._files: dict[str, WeightFile] = {}
         with ExitStack() as stack:
             for path in weight_files(folder):
-                file = stack.enter_context(open_file(path))
+                file = stack.enter_context(unstacked(open_file(path), stacked))
                 for name in file.names():
                     if name in self._files:
                         raise ModelLoadError(

@@ -54,11 +54,14 @@ def search(
     weights : sequence of Tensor[out_features, in_features]
         The parts of one projection, which share their inputs.
     inputs : Tensor[num_tokens, in_features], float32
+        Without any token, nothing is found.
     grid
         What the weights will be rounded to.
     num_alphas
         Candidates; 1: no factors, and only whether ranges are chosen by importance is found out.
     """
+    if not len(inputs):  # an expert that no token chose
+        return Found()
     importance = inputs.square().mean(0)
     sizes = inputs.abs().mean(0)
     seen = inputs[:: max(1, len(inputs) // _MOST_TOKENS)][:_MOST_TOKENS]

@@ -18,6 +18,7 @@ _FUNCTIONS = {
     "quire_isas": (c_char_p, ()),
     "quire_choose_isa": (c_int, (c_char_p,)),
     "quire_pack": (c_int, (c_void_p, c_int64, c_int64, c_int32, c_void_p, c_int)),
+    "quire_measure": (None, (POINTER(structs.Mixture),)),
     "quire_pack_copies": (None, (POINTER(structs.Packing), c_int64)),
     "quire_pack_codes": (c_int, (POINTER(structs.CodesPacking), c_int)),
     "quire_unpack_codes": (c_int, (POINTER(structs.CodesPacking), c_int)),

@@ -137,6 +137,28 @@ class CodesPacking(ctypes.Structure):
     )
 
 
+class Expert(ctypes.Structure):
+    """One expert of a mixture."""
+
+    _fields_ = (("gate", Matrix), ("up", Matrix), ("down", Matrix), ("gated", c_int32))
+
+
+class Mixture(ctypes.Structure):
+    """Experts, of which a router chooses some for each token."""
+
+    _fields_ = (
+        ("experts", c_void_p),
+        ("router", Matrix),
+        ("num_experts", c_int32),
+        ("per_token", c_int32),
+        ("is_normalized", c_int32),
+        ("has_shared_gate", c_int32),
+        ("width", c_int64),
+        ("most_inputs", c_int64),
+        ("row_bytes", c_int64),
+    )
+
+
 class Layer(ctypes.Structure):
     """A decoder layer, with its KV cache."""
 
@@ -152,6 +174,7 @@ class Layer(ctypes.Structure):
         ("gate", Matrix),
         ("up", Matrix),
         ("down", Matrix),
+        ("mixture", c_void_p),
         ("residual", c_int32),
         ("activation", c_int32),
         ("gated", c_int32),

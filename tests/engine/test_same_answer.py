@@ -62,6 +62,17 @@ def plain_answers(tiny_llama):
         return answers(llm)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe"])
+def test_mixtures_of_experts_answer_the_same(tiny_checkpoint, name):
+    """Which experts a token has, and what they make of it, depends on no other token."""
+    options = {"dtype": "bfloat16", "batch_invariant": True}
+    with LLM(tiny_checkpoint(name), **options, **WAYS["alone"]) as llm:
+        expected = answers(llm)
+    for way in ("together", "in chunks of 7", "scarce blocks"):
+        with LLM(tiny_checkpoint(name), **options, **WAYS[way]) as llm:
+            assert answers(llm) == expected
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_answers_do_not_depend_on_how_requests_are_run(tiny_llama, plain_answers, way):
     """Batch size, chunking, caching, block size and preemption change no token."""

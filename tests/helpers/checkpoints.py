@@ -57,6 +57,19 @@ _LLAMA_LIKE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
+_MIXTURE: dict[str, Any] = {
+    **_LLAMA_LIKE,
+    "num_hidden_layers": 3,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+}
+_QWEN_MIXTURE: dict[str, Any] = {
+    **_LLAMA_LIKE,
+    "num_hidden_layers": 3,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 48,
+}
 _NEOX_LIKE: dict[str, Any] = {
     **_COMMON,
     "hidden_size": 64,
@@ -134,6 +147,46 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3": ("Qwen3Config", {**_LLAMA_LIKE, "head_dim": 32}),
+    "mixtral": ("MixtralConfig", _MIXTURE),
+    "mixtral-window": (
+        "MixtralConfig",
+        {**_MIXTURE, "num_experts_per_tok": 1, "sliding_window": 12, "head_dim": 24},
+    ),
+    "qwen2-moe": (
+        "Qwen2MoeConfig",
+        {**_QWEN_MIXTURE, "shared_expert_intermediate_size": 80, "mlp_only_layers": [1]},
+    ),
+    "qwen2-moe-normalized": (
+        "Qwen2MoeConfig",
+        {
+            **_QWEN_MIXTURE,
+            "shared_expert_intermediate_size": 80,
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+            "use_sliding_window": True,
+            "sliding_window": 10,
+            "max_window_layers": 2,
+        },
+    ),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        {**_QWEN_MIXTURE, "head_dim": 32, "norm_topk_prob": True},
+    ),
+    "qwen3-moe-sparse": (
+        "Qwen3MoeConfig",
+        {
+            **_QWEN_MIXTURE,
+            "num_experts": 20,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 20,
+            "attention_bias": True,
+            "decoder_sparse_step": 2,
+            "num_hidden_layers": 4,
+            "mlp_only_layers": [3],
+            "use_sliding_window": True,
+            "sliding_window": 14,
+        },
+    ),
     "phi3": ("Phi3Config", {**_LLAMA_LIKE, "original_max_position_embeddings": 256}),
     "phi3-longrope": (
         "Phi3Config",

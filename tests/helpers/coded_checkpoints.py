@@ -98,6 +98,8 @@ def write_pair(source: Path, target: Path, recipe: Recipe) -> tuple[Path, Path]:
         assert found is not None, name
         if found.kind != "weight" or not found.to.module.startswith("layers.") or tensor.dim() != 2:
             continue
+        if found.to.module.endswith((".router", ".shared_gate")):  # as tools leave them
+            continue
         turned = found.to.layout == "transposed"
         weight = recipe.round(tensor.t().contiguous() if turned else tensor)
         weights[found.module] = weight

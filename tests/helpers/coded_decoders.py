@@ -46,7 +46,7 @@ def load_decoder(
 def plain_twin(decoder: Decoder, folder: Path, **others: Any) -> Decoder:
     """The plain model of a folder, float32, with what a decoder's codes stand for."""
     twin = load_decoder(folder, **others)
-    for name in decoder.linears():
+    for name in decoder.projections():
         if name == "lm_head" and "lm_head.weight" not in twin.weights:
             name = "embed"
         if decoder.is_coded(name):

@@ -238,6 +238,7 @@ def llama_like(
     qk_norm: bool = False,
     default_head_dim: int | None = None,
     default_eps: float = 1e-6,
+    mlps: Sequence[MlpSpec] | None = None,
 ) -> DecoderSpec:
     """Describe a model of Llama's shape: RMS norms before, rotary, a gated MLP.
 
@@ -253,6 +254,8 @@ def llama_like(
         Whether queries and keys are normed head by head.
     default_head_dim, default_eps
         For a configuration that does not say.
+    mlps
+        Each layer's MLP; None: all have the one that the configuration describes.
     """
     num_heads = integer(config, "num_attention_heads")
     head_dim = default_head_dim
@@ -261,12 +264,14 @@ def llama_like(
     sizes = heads(config, num_heads, integer(config, "num_key_value_heads", num_heads), head_dim)
     norm = NormSpec("rms", number(config, "rms_norm_eps", default_eps))
     rope = rotary(config, sizes["head_dim"], max_model_len)
-    mlp = MlpSpec(
-        integer(config, "intermediate_size"),
-        activation(config, "hidden_act", "silu"),
-        bias=mlp_bias,
-    )
     num_layers = integer(config, "num_hidden_layers")
+    if mlps is None:
+        mlp = MlpSpec(
+            integer(config, "intermediate_size"),
+            activation(config, "hidden_act", "silu"),
+            bias=mlp_bias,
+        )
+        mlps = [mlp] * num_layers
     layers = tuple(
         LayerSpec(
             AttentionSpec(
@@ -281,7 +286,7 @@ def llama_like(
             attention_norm=norm,
             mlp_norm=norm,
         )
-        for window in (layer_windows or [None] * num_layers)
+        for window, mlp in zip(layer_windows or [None] * num_layers, mlps, strict=True)
     )
     return DecoderSpec(
         architecture=config["architectures"][0],

@@ -134,6 +134,29 @@ struct CodesPacking {
   const Codes* layout;
 };
 
+// One expert of a mixture.
+struct Expert {
+  Matrix gate;  // gated ones only
+  Matrix up;
+  Matrix down;
+  int32_t gated;  // a Gated
+};
+
+// Experts, of which a router chooses `per_token` for each token. Its matrix is in float32, and has,
+// with `has_shared_gate`, one more row: what the sigmoid of its product is multiplied with is what
+// the layer's own gate, up and down projection make of every token.
+struct Mixture {
+  const Expert* experts;
+  Matrix router;  // [num_experts, or one more, hidden_size]
+  int32_t num_experts;
+  int32_t per_token;
+  int32_t is_normalized;
+  int32_t has_shared_gate;
+  int64_t width;        // between an expert's projections
+  int64_t most_inputs;  // of any of its matrices; this and what follows are for quire_measure
+  int64_t row_bytes;    // of an input, once it is rounded for a product
+};
+
 struct Layer {
   Norm attention_norm;
   Norm mlp_norm;
@@ -143,9 +166,10 @@ struct Layer {
   Norm k_norm;
   Matrix qkv;
   Matrix out;
-  Matrix gate;  // gated MLPs only
+  Matrix gate;  // gated MLPs only; with a mixture, these three are of an expert that all tokens have
   Matrix up;
   Matrix down;
+  const Mixture* mixture;  // null: there is one MLP
   int32_t residual;
   int32_t activation;
   int32_t gated;  // a Gated

@@ -2,6 +2,7 @@
 #pragma once
 #include "attention.h"
 #include "dots.h"
+#include "mixture.h"
 #include "plan.h"
 #include "sampling.h"
 
@@ -95,11 +96,11 @@ inline void run_attention(Thread& thread, const Model& model, const Place& place
               layer.attention_post_norm, rows);
 }
 
-// The MLP of one layer on `input`, added to `x`.
-inline void run_mlp(Thread& thread, const Model& model, const Place& place, const Batch& batch,
-                    const float* input, const Buffers& rows) {
+// What comes before the last projection of an MLP on `input`, to `rows.inner`.
+inline void run_up(Thread& thread, const Model& model, const Place& place, int64_t count,
+                   const float* input, const Buffers& rows) {
   const Layer& layer = place.layer;
-  const int64_t hidden = model.hidden_size, count = batch.num_tokens, size = layer.up.out;
+  const int64_t hidden = model.hidden_size, size = layer.up.out;
   Product up{input, hidden, count, rows.inner, size, &layer.up, Then::kActivate, layer.activation};
   up.adapters = rows.adapters;
   up.delta = up.factor_delta = place.first_delta + kUp;
@@ -118,6 +119,37 @@ inline void run_mlp(Thread& thread, const Model& model, const Place& place, cons
     up.then = Then::kMultiply;
     multiply_shrunk(thread, up, rows.halves);  // for adapters, the gate's inputs were shrunk
   }
+}
+
+// The mixture of experts of one layer on `input`, added to `x`.
+inline void run_mixture(Thread& thread, const Model& model, const Place& place, int64_t count,
+                        const float* input, const Buffers& rows) {
+  const Layer& layer = place.layer;
+  const Mixture& mixture = *layer.mixture;
+  const int64_t hidden = model.hidden_size, size = layer.up.out;
+  const int64_t number = place.first_delta / kNumProjections;
+  route_rows(thread, mixture, number, input, hidden, count, rows);
+  if (size > 0) {  // an expert that all tokens have
+    run_up(thread, model, place, count, input, rows);
+    Product down{rows.inner, size, count, rows.normed, hidden, &layer.down};
+    down.adapters = rows.adapters;
+    down.delta = place.first_delta + kDown;
+    multiply(thread, down, rows.halves);
+  }
+  run_experts(thread, mixture, number, layer.activation, hidden, rows);
+  add_mixture(thread, mixture, size > 0, layer.mlp_post_norm, hidden, count, rows);
+}
+
+// The MLP of one layer on `input`, added to `x`.
+inline void run_mlp(Thread& thread, const Model& model, const Place& place, const Batch& batch,
+                    const float* input, const Buffers& rows) {
+  const Layer& layer = place.layer;
+  const int64_t count = batch.num_tokens, size = layer.up.out;
+  if (layer.mixture != nullptr) {
+    run_mixture(thread, model, place, count, input, rows);
+    return;
+  }
+  run_up(thread, model, place, count, input, rows);
   add_product(thread, rows.inner, size, count, layer.down, place.first_delta + kDown,
               layer.mlp_post_norm, rows);
 }

@@ -9,6 +9,7 @@
 #include <new>
 #include <string>
 
+#include "experts.h"
 #include "isa.h"
 #include "library.h"
 
@@ -72,7 +73,7 @@ constexpr size_t kLoopsPerStretch = 4;
 // Memory for the steps of one model; one step at a time.
 struct Context {
   std::mutex in_use;
-  Memory x, normed, second, inner, partial, scratch, narrow, halves, rows, logits, shrunk;
+  Memory x, normed, second, inner, partial, scratch, narrow, halves, rows, logits, shrunk, mixture;
 
   uint16_t* reserve_halves(const Model& model, int64_t num_rows) {
     return reinterpret_cast<uint16_t*>(halves.reserve(halves_size(model, num_rows)));
@@ -223,6 +224,8 @@ QUIRE_API void quire_pack_copies(const Packing* packings, int64_t count) {
   }
 }
 
+QUIRE_API void quire_measure(Mixture* mixture) { measure(*mixture); }
+
 QUIRE_API void* quire_context_new() { return new (std::nothrow) Context; }
 
 QUIRE_API void quire_context_free(void* context) { delete static_cast<Context*>(context); }
@@ -246,6 +249,7 @@ QUIRE_API int quire_forward(void* context, const Model* model, const Batch* batc
     const int64_t count = batch->num_tokens;
     const int64_t size = scratch_size(*model);
     AdapterPlan adapters = plan_adapters(*model, batch->adapter_slots, count);
+    MixtureRows mixture;
     float* shared = c.inner.reserve(
         std::max(count * inner, padded(count * qkv, 16) + count * attended));
     const Buffers buffers{c.x.reserve(count * model->hidden_size),
@@ -257,9 +261,12 @@ QUIRE_API int quire_forward(void* context, const Model* model, const Batch* batc
                           c.partial.reserve(plan.partial_rows * partial),
                           partial,
                           c.reserve_halves(*model, count),
-                          c.reserve_shrunk(adapters)};
+                          c.reserve_shrunk(adapters),
+                          reserve_rows(*model, count, c.mixture, mixture)};
     const Functions& use = isa().functions;
-    run_team(num_threads, kLoopsBeside + model->num_layers * kLoopsPerLayer,
+    const size_t loops =
+        kLoopsBeside + model->num_layers * kLoopsPerLayer + mixture_loops(*model, count);
+    run_team(num_threads, loops,
              c.scratch.reserve(num_threads * size), size,
              [&](Thread& thread) { use.forward(thread, *model, *batch, plan, buffers); });
   });

@@ -28,6 +28,9 @@ QUIRE_API void quire_pack_copies(const quire::Packing* packings, int64_t count);
 QUIRE_API int quire_pack_codes(const quire::CodesPacking* packing, int num_threads);
 QUIRE_API int quire_unpack_codes(const quire::CodesPacking* packing, int num_threads);
 
+// Fill in what steps want to know of all matrices of a mixture.
+QUIRE_API void quire_measure(quire::Mixture* mixture);
+
 // Memory for the steps of one model; null when there is not enough.
 QUIRE_API void* quire_context_new();
 QUIRE_API void quire_context_free(void* context);

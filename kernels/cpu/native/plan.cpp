@@ -6,6 +6,7 @@
 #include <new>
 
 #include "codes.h"
+#include "experts.h"
 
 namespace quire {
 
@@ -34,6 +35,19 @@ int64_t row_bytes(const Matrix& m) {
   return padded(m.in, kDepth) * 2;
 }
 }  // namespace
+
+void measure(Mixture& mixture) {
+  auto see = [&](const Matrix& m) {
+    mixture.most_inputs = std::max(mixture.most_inputs, m.in);
+    mixture.row_bytes = std::max(mixture.row_bytes, row_bytes(m));
+  };
+  see(mixture.router);
+  for (const Expert* e = mixture.experts; e < mixture.experts + mixture.num_experts; ++e) {
+    see(e->gate);
+    see(e->up);
+    see(e->down);
+  }
+}
 
 AttentionPlan plan_attention(const Model& model, const Batch& batch, int num_threads) {
   AttentionPlan plan;
@@ -118,6 +132,7 @@ int64_t scratch_size(const Model& model) {
   // Of products, two blocks of 16 outputs, widened.
   int64_t widest = 0;
   each_matrix(model, [&](const Matrix& m) { widest = std::max(widest, m.in); });
+  each_mixture(model, [&](const Mixture& m) { widest = std::max(widest, m.most_inputs); });
   int64_t size = 2 * 16 * widest;
   for (int32_t i = 0; i < model.num_layers; ++i) {
     const Layer& layer = model.layers[i];
@@ -131,6 +146,7 @@ int64_t scratch_size(const Model& model) {
 int64_t halves_size(const Model& model, int64_t num_rows) {
   int64_t widest = 0;
   each_matrix(model, [&](const Matrix& m) { widest = std::max(widest, row_bytes(m)); });
+  each_mixture(model, [&](const Mixture& m) { widest = std::max(widest, m.row_bytes); });
   return padded(num_rows, 16) * widest / 4;
 }
 

@@ -31,6 +31,8 @@ struct Merge {
   int64_t slot;
 };
 
+struct MixtureRows;  // experts.h
+
 struct AttentionPlan {
   std::vector<Piece> pieces;
   std::vector<Merge> merges;
@@ -72,6 +74,7 @@ struct Buffers {
   int64_t partial_width;
   uint16_t* halves;  // the input of a product, rounded to bfloat16, where that is done
   const AdapterPlan* adapters;  // null: no row has one
+  const MixtureRows* mixture;   // null: no layer has experts
 };
 
 constexpr int64_t kStretch = 4096;  // most logits of a row that are computed before a look at them

@@ -1,0 +1,71 @@
+"""ExpertOperations: the part of a backend that computes with mixtures of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+Expert = Callable[[torch.Tensor], torch.Tensor]
+"""``rows[num_rows, hidden_size] -> [num_rows, hidden_size]``, each row by itself."""
+
+
+class ExpertOperations(Protocol):
+    """Layers whose tokens are each computed by a few of many experts.
+
+    Sparsely gated mixtures (Shazeer et al., arXiv:1701.06538). The rules of
+    `quire.kernels.interface` hold here as well.
+    """
+
+    def route(
+        self, logits: torch.Tensor, per_token: int, *, normalized: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose the experts of each token, and what each of them counts.
+
+        The softmax of the logits, in float32, says what an expert counts; the highest are chosen,
+        among equal ones those that `torch.topk` chooses.
+
+        Parameters
+        ----------
+        logits : Tensor[num_tokens, num_experts]
+        per_token : int
+            From 1 to ``num_experts``.
+        normalized : bool
+            Whether a token's weights are divided by their sum.
+
+        Returns
+        -------
+        weights : Tensor[num_tokens, per_token], float32
+            In descending order.
+        chosen : Tensor[num_tokens, per_token], int64
+            Experts, each at most once for a token.
+        """
+
+    def mix_experts(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        chosen: torch.Tensor,
+        experts: Sequence[Expert],
+    ) -> torch.Tensor:
+        """Compute each token's weighted sum of what its experts make of it.
+
+        Each expert that any token has chosen is called once, with all rows that did, in the
+        order of the tokens; the others are not called. Contributions to a row are weighted and
+        added in float32, in ascending order of the experts' numbers: where experts compute a row
+        to the same bits in any company, so does this.
+
+        Parameters
+        ----------
+        x : Tensor[num_tokens, hidden_size]
+        weights : Tensor[num_tokens, per_token], float32
+        chosen : Tensor[num_tokens, per_token], int64
+            From `route`. How many rows an expert has is waited for on the CPU.
+        experts : sequence of functions
+            By number.
+
+        Returns
+        -------
+        Tensor[num_tokens, hidden_size]
+        """
