@@ -145,8 +145,9 @@ class PackedCodes:
     def _describe_floats(self, weight: QuantizedWeight, codes: structs.Codes) -> None:
         if weight.kind == "fp8":
             subnormal = 0
-            for rows in weight.codes.view(torch.uint8).split(1 + _PANEL // weight.in_features):
-                digits = rows & 0x7F
+            step = 1 + _PANEL // weight.in_features
+            for first in range(0, weight.out_features, step):
+                digits = weight.codes[first : first + step].view(torch.uint8) & 0x7F
                 subnormal += int(((digits > 0) & (digits < 8)).sum())
             codes.has_subnormals = subnormal > _SUBNORMAL_SHARE * weight.codes.numel()
         if weight.table is not None:
