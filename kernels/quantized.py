@@ -66,7 +66,7 @@ class QuantizedWeight:
     input_factors : Tensor[in_features], float32, optional
         By input, not by column; what ``x`` is multiplied with first.
     table : Tensor[16] or Tensor[out_features, 16], float32, optional
-        ``table4`` only.
+        ``table4`` only. All entries are finite, also those that no code uses.
     outliers : Outliers, optional
     activations : {"float", "int8"}
         ``"int8"``: the weight is to be multiplied with inputs that are rounded to 8 bits, which is

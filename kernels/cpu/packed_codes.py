@@ -70,7 +70,7 @@ class PackedCodes:
     Raises
     ------
     ValueError
-        The kernels do not know such groups, such scales, or outliers beside such codes.
+        The kernels do not know such groups, such scales, or outliers or factors beside such codes.
     MemoryError
         There is not enough memory.
     """
@@ -86,6 +86,8 @@ class PackedCodes:
                 f"outliers beside {weight.kind}; the native kernels take them beside "
                 f"{' and '.join(_FLOATS)}"
             )
+        if weight.activations != "float" and weight.input_factors is not None:
+            raise ValueError("inputs that are rounded to 8 bits cannot have factors as well")
         if weight.kind == "fp8" and bool((weight.scales.abs() >= _SCALE_LIMIT).any()):
             raise ValueError(f"a scale of fp8 codes reaches {_SCALE_LIMIT:g}")
         self._library = library

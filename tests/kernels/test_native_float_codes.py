@@ -266,6 +266,16 @@ def test_outliers_beside_integer_codes_are_refused() -> None:
         PackedCodes(load_library(), weight)
 
 
+def test_factors_of_inputs_that_are_rounded_to_8_bits_are_refused() -> None:
+    """By the native products as by the reference, which says what neither can."""
+    codes, scales = torch.ones(4, 8, dtype=torch.int8), torch.ones(4, 1)
+    weight = QuantizedWeight(
+        "int8", codes, scales, 8, 8, input_factors=torch.ones(8), activations="int8"
+    )
+    with pytest.raises(ValueError, match="8 bits cannot have factors"):
+        PackedCodes(load_library(), weight)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 20])
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_add_to_codes_what_they_add_to_floats(isa: str, kind: str, rows: int) -> None:

@@ -24,6 +24,9 @@ MIXTURE_WEIGHTS = {
     "layers.{}.mlp.experts.{}.down_proj": To("layers.{}.mlp.experts.{}.down"),
 }
 
+_MOST_EXPERTS = 4096
+"""Of a layer. Each is a module of its own, so that many more would take all memory."""
+
 
 def num_experts(config: Mapping[str, Any], default: int) -> int:
     """Return the number of experts, ``num_local_experts`` or ``num_experts``; it may be 0.
@@ -31,7 +34,7 @@ def num_experts(config: Mapping[str, Any], default: int) -> int:
     Raises
     ------
     ModelLoadError
-        It is no number, or there are two.
+        It is no number, or one that makes no sense, or there are two.
     """
     given = {
         key: config[key]
@@ -41,6 +44,10 @@ def num_experts(config: Mapping[str, Any], default: int) -> int:
     for key, value in given.items():
         if type(value) is not int or value < 0:
             raise ModelLoadError(f"{key} in config.json is {value!r}; it must be 0 or more")
+        if value > _MOST_EXPERTS:
+            raise ModelLoadError(
+                f"{key} in config.json is {value}; at most {_MOST_EXPERTS} makes sense"
+            )
     if len(set(given.values())) > 1:
         words = " and ".join(f"{key} is {value}" for key, value in given.items())
         raise ModelLoadError(f"in config.json {words}; they mean the same")
@@ -111,10 +118,14 @@ def qwen_mlps(
     count = num_experts(config, count)
     every = integer(config, "decoder_sparse_step", 1)
     num_layers = integer(config, "num_hidden_layers")
-    dense = config.get("mlp_only_layers") or []
-    if not isinstance(dense, list) or not all(type(each) is int for each in dense):
+    dense = config.get("mlp_only_layers")
+    dense = [] if dense is None else dense
+    if not isinstance(dense, list) or not all(
+        type(each) is int and 0 <= each < num_layers for each in dense
+    ):
         raise ModelLoadError(
-            f"mlp_only_layers in config.json is {dense!r}; it must be a list of layers' numbers"
+            f"mlp_only_layers in config.json is {dense!r}; it must be a list of layers' numbers, "
+            f"0 to {num_layers - 1}"
         )
     made = []
     for number in range(num_layers):
