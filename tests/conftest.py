@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -19,6 +20,10 @@ for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "VLLM_USE_MODELSCOPE", "QUIR
 if _workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     # Each process of `pytest -n`, and what it starts, computes with its share of the cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // _workers, 1)))
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Tests that run in a shell's background: what they start is to hear Ctrl-C all the same.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = [
     "browser",
