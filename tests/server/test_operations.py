@@ -25,10 +25,57 @@ pytest.importorskip("uvicorn")
 LONG = {"prompt": "Hello", "max_tokens": 800, "ignore_eos": True, "stream": True}
 
 
+DEVICE = """
+import os
+import time
+
+from quire import LogitsProcessor
+from quire.engine.engine import Engine
+from quire.errors import DeviceLostError
+
+step = Engine.step
+
+
+def step_of_another_device(engine):
+    if os.path.exists(os.environ["LOST"]):
+        raise DeviceLostError("the device fell off")
+    time.sleep(float(os.environ["STEP_SECONDS"]))
+    return step(engine)
+
+
+Engine.step = step_of_another_device
+
+
+class Nothing(LogitsProcessor):
+    def update(self, change):
+        pass
+
+    def apply(self, logits):
+        return logits
+"""
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> dict[str, str]:
+    """An environment whose steps take 5 ms and more, however fast the machine is.
+
+    What a test asks for is then still running when it looks at it. A file ``LOST`` makes the
+    device fall off.
+    """
+    (tmp_path / "device.py").write_text(DEVICE)
+    return {
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "LOST": str(tmp_path / "lost"),
+        "STEP_SECONDS": "0.005",
+    }
+
+
 @contextmanager
 def running(
     *flags: str, env: dict[str, str] | None = None, port: int = 0
 ) -> Iterator[ServerProcess]:
+    if env is not None:
+        flags = (*flags, "--logits-processors", "device:Nothing")
     server = ServerProcess("quire/demo", *flags, env=env, port=port)
     try:
         yield server
@@ -87,9 +134,9 @@ def status(url: str) -> int | None:
         return None
 
 
-def test_sigterm_lets_running_requests_finish_and_takes_no_more():
+def test_sigterm_lets_running_requests_finish_and_takes_no_more(device: dict[str, str]):
     """/ready says so, new requests are asked to come again, the port closes, the code is 0."""
-    with running("--drain-timeout", "60") as server:
+    with running("--drain-timeout", "60", env=device) as server:
         readers = [Reader(server.url, LONG) for _ in range(2)]
         for reader in readers:
             assert reader.begun.wait(30)
@@ -113,9 +160,9 @@ def test_sigterm_lets_running_requests_finish_and_takes_no_more():
 
 
 @pytest.mark.slow
-def test_what_does_not_finish_in_time_is_ended_and_told():
+def test_what_does_not_finish_in_time_is_ended_and_told(device: dict[str, str]):
     """A stream ends with an error event; then the process ends as well as ever."""
-    with running("--drain-timeout", "0.3") as server:
+    with running("--drain-timeout", "0.3", env=device) as server:
         reader = Reader(server.url, {**LONG, "n": 16})
         assert reader.begun.wait(30)
         began = time.monotonic()
@@ -128,8 +175,8 @@ def test_what_does_not_finish_in_time_is_ended_and_told():
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_at_once():
-    with running("--drain-timeout", "600") as server:
+def test_a_second_signal_ends_at_once(device: dict[str, str]):
+    with running("--drain-timeout", "600", env=device) as server:
         reader = Reader(server.url, {**LONG, "n": 32})
         assert reader.begun.wait(30)
         server.process.send_signal(signal.SIGINT)
@@ -152,46 +199,13 @@ def test_ctrl_c_ends_an_idle_server_and_one_with_idle_connections():
         assert "Traceback" not in server.log
 
 
-BREAKER = """
-import os
-
-from quire import LogitsProcessor
-from quire.engine.engine import Engine
-from quire.errors import DeviceLostError
-
-step = Engine.step
-
-
-def step_or_break(engine):
-    if os.path.exists(os.environ["BREAK"]):
-        raise DeviceLostError("the device fell off")
-    return step(engine)
-
-
-Engine.step = step_or_break
-
-
-class Nothing(LogitsProcessor):
-    def update(self, change):
-        pass
-
-    def apply(self, logits):
-        return logits
-"""
-
-
-def test_a_lost_device_is_seen_by_probes_and_ends_the_process(tmp_path: Path):
+def test_a_lost_device_is_seen_by_probes_and_ends_the_process(device: dict[str, str]):
     """Who waits is told, /health is 503 for a while, and the exit code is not 0."""
-    (tmp_path / "breaker.py").write_text(BREAKER)
-    env = {
-        "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        "BREAK": str(tmp_path / "now"),
-    }
-    with running("--logits-processors", "breaker:Nothing", env=env) as server:
+    with running(env=device) as server:
         assert status(f"{server.url}/health") == 200
         reader = Reader(server.url, LONG)
         assert reader.begun.wait(30)
-        (tmp_path / "now").touch()
+        Path(device["LOST"]).touch()
         answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "Hi"}, timeout=30)
         assert answer.status_code == 503
         assert status(f"{server.url}/health") == 503
@@ -206,10 +220,12 @@ def test_a_lost_device_is_seen_by_probes_and_ends_the_process(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_limits_on_waiting_and_on_time_are_answered_so_that_clients_try_again():
+def test_limits_on_waiting_and_on_time_are_answered_so_that_clients_try_again(
+    device: dict[str, str],
+):
     """503 with Retry-After where too many wait; 504 where it takes too long."""
-    flags = ["--max-num-seqs", "1", "--max-waiting-requests", "1", "--request-timeout", "4"]
-    with running(*flags) as server:
+    flags = ["--max-num-seqs", "1", "--max-waiting-requests", "1", "--request-timeout", "3"]
+    with running(*flags, env=device) as server:
         url = f"{server.url}/v1/completions"
         reader = Reader(server.url, LONG)
         assert reader.begun.wait(30)
@@ -224,19 +240,16 @@ def test_limits_on_waiting_and_on_time_are_answered_so_that_clients_try_again():
         for thread in waiting:
             thread.join(60)
         reader.join(60)
-        codes = sorted(answer.status_code for answer in answers)
-        assert codes[-3:-1] == [503, 503] or codes.count(503) >= 2
-        assert set(codes) <= {200, 503, 504}
+        assert sorted(answer.status_code for answer in answers) == [503, 503, 503, 504]
         for answer in answers:
-            error = answer.json().get("error", {})
+            error = answer.json()["error"]
             if answer.status_code == 503:
                 assert error["code"] == "overloaded"
                 assert int(answer.headers["retry-after"]) >= 1
-            elif answer.status_code == 504:
+            else:
                 assert error["code"] == "request_timeout"
-        late = httpx.post(url, json={**whole, "n": 8}, timeout=60)
-        assert late.status_code == 504
-        assert "4 seconds" in late.json()["error"]["message"]
+                assert "3 seconds" in error["message"]
+        assert reader.events[-1]["error"]["code"] == "request_timeout"
         [gone] = [
             line for line in httpx.get(f"{server.url}/metrics").text.splitlines()
             if line.startswith("quire:num_requests_running{")
@@ -246,9 +259,9 @@ def test_limits_on_waiting_and_on_time_are_answered_so_that_clients_try_again():
 
 
 @pytest.mark.slow
-def test_a_killed_server_starts_anew_on_its_port():
+def test_a_killed_server_starts_anew_on_its_port(device: dict[str, str]):
     """kill -9 under load: clients see it at once, and nothing keeps the next one from starting."""
-    with running() as server:
+    with running(env=device) as server:
         port = int(server.url.rpartition(":")[2])
         readers = [Reader(server.url, LONG) for _ in range(16)]
         for reader in readers:
