@@ -60,6 +60,11 @@ class EngineArguments(TypedDict, total=False):
     max_cpu_loras: int | None
     lora_dtype: str | torch.dtype | None
     lora_modules: LoRAModules | None
+    tensor_parallel_size: int | None
+    pipeline_parallel_size: int | None
+    data_parallel_size: int | None
+    enable_expert_parallel: bool | None
+    distributed_executor_backend: str | None
     seed: int | None
     device: str | torch.device | None
     batch_invariant: bool | None
@@ -82,12 +87,7 @@ class EngineArguments(TypedDict, total=False):
     use_v2_block_manager: bool | None
     max_context_len_to_capture: int | None
     # Not offered by this version beyond the values that ask for nothing.
-    tensor_parallel_size: int | None
-    pipeline_parallel_size: int | None
-    data_parallel_size: int | None
     decode_context_parallel_size: int | None
-    enable_expert_parallel: bool | None
-    distributed_executor_backend: str | None
     worker_cls: str | None
     worker_extension_cls: str | None
     cpu_offload_gb: float | None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -10,8 +12,10 @@ import torch
 
 from quire.engine.engine import Engine
 from quire.engine.processor import ModelLimits
-from quire.engine.runner import ModelRunner, kv_bytes_per_block
-from quire.errors import AdapterError, ConfigError, OutOfMemoryError
+from quire.engine.runner import ModelRunner, Runner, kv_bytes_per_block
+from quire.errors import AdapterError, ConfigError, NotSupportedError, OutOfMemoryError
+from quire.executor.shard import ShardSettings, describe, load_shard
+from quire.executor.team import Team
 from quire.kernels import get_backend
 from quire.kernels.cpu.backend import why_missing
 from quire.lora.store import AdapterStore, AdapterTools
@@ -22,8 +26,8 @@ from quire.models.hf_config import (
     read_generation_config,
     resolve_dtype,
 )
-from quire.models.loader import load_model
-from quire.models.registry import family_of
+from quire.models.registry import build_spec, family_of
+from quire.models.split import check_split
 from quire.quantization import registry
 from quire.sampling.batch_processors import BatchProcessors
 from quire.sampling.sampler import Sampler
@@ -35,6 +39,7 @@ from quire.utils.threads import apply_thread_count
 
 if TYPE_CHECKING:
     from quire.config import EngineConfig, ModelConfig
+    from quire.models.adapter import Adapter, PreparedAdapter
     from quire.models.decoder import Decoder
     from quire.models.family import Family
     from quire.quantization.format import Quantizer, WeightFormat
@@ -60,15 +65,30 @@ def build_engine(config: EngineConfig) -> Engine:
     OutOfMemoryError
         When weights or KV cache do not fit.
     """
+    _check_parallel(config)
     processors = BatchProcessors(config.logits_processors)
-    try:
-        return _build(config, processors)
-    except BaseException:
-        processors.close()  # the next attempt may be given the same ones
-        raise
+    with ExitStack() as undo:
+        undo.callback(processors.close)  # the next attempt may be given the same ones
+        engine = _build(config, processors, undo)
+        undo.pop_all()
+    return engine
 
 
-def _build(config: EngineConfig, processors: BatchProcessors) -> Engine:
+def _check_parallel(config: EngineConfig) -> None:
+    parallel = config.parallel
+    if parallel.data_parallel_size > 1:
+        raise NotSupportedError(
+            f"data_parallel_size={parallel.data_parallel_size} is not offered by this version of "
+            "quire: run as many servers, or leave it at 1"
+        )
+    if parallel.backend in ("ray", "external_launcher"):
+        raise NotSupportedError(
+            f"distributed_executor_backend={parallel.backend!r} is not offered by this version of "
+            "quire: use 'mp', which runs all ranks on this machine"
+        )
+
+
+def _build(config: EngineConfig, processors: BatchProcessors, undo: ExitStack) -> Engine:
     log.configure()
     num_threads = apply_thread_count()
     device = choose_device(config.device)
@@ -82,6 +102,7 @@ def _build(config: EngineConfig, processors: BatchProcessors) -> Engine:
         config.model.quantization_config,
         registry.config_of(path, hf_config),
     )
+    parallel = config.parallel
     how = weight_format or quantizer
     if how is not None and not callable(getattr(kernels, "quantized_linear", None)):
         raise ConfigError(
@@ -95,18 +116,30 @@ def _build(config: EngineConfig, processors: BatchProcessors) -> Engine:
         tokenizer = _load_tokenizer(config.model, path, hf_config)
     asked_len = config.model.max_model_len
     if quantizer is not None:
-        _calibrate(quantizer, path, hf_config, tokenizer, asked_len)
-    model = load_model(
-        path,
-        hf_config,
-        device=device,
-        dtype=dtype,
-        kernels=kernels,
+        _calibrate(quantizer, path, hf_config, tokenizer, config)
+    settings = ShardSettings(
+        path=str(path),
+        hf_config=dict(hf_config),
+        dtype=str(dtype).removeprefix("torch."),
+        device_type=device.type,
+        quantization=config.model.quantization,
+        quantization_config=config.model.quantization_config,
         max_model_len=asked_len,
         max_adapters=config.lora.max_loras if config.lora.enable_lora else 0,
-        weight_format=weight_format,
-        quantizer=quantizer,
+        num_threads=max(1, num_threads // parallel.num_ranks),
+        tensor_size=parallel.tensor_parallel_size,
+        num_stages=parallel.pipeline_parallel_size,
+        expert_parallel=parallel.enable_expert_parallel,
     )
+    team = None
+    if parallel.num_ranks > 1:
+        check_split(build_spec(hf_config, asked_len), settings.place(0))  # before others start
+        device = settings.device(0)
+        team = Team(settings, device)
+        undo.callback(team.close)
+    group = None if team is None else team.ends.group
+    model = load_shard(settings, settings.place(0), group, device, (weight_format, quantizer))
+    others = [] if team is None else team.wait_until_loaded()
     if how is not None:
         _warn_of_no_effect(how, model)
     if config.batch_invariant and model.native is None:
@@ -117,17 +150,20 @@ def _build(config: EngineConfig, processors: BatchProcessors) -> Engine:
             "that has them (see `quire collect-env`), or leave the argument out"
         )
     # Before the KV cache, which is measured by the memory that is left.
-    adapters = _make_store(config, model, family_of(hf_config)[1], dtype)
+    spread = None if team is None else team.spread(model)
+    prepare = model.prepare_adapter if spread is None else spread.prepare
+    adapters = _make_store(config, model, family_of(hf_config)[1], dtype, prepare)
     kv_cache_dtype = choose_kv_cache_dtype(config.cache.kv_cache_dtype, dtype)
     if model.native is not None:
         model.native.check_cache_dtype(kv_cache_dtype)
     plan = plan_kv_cache(
         config,
-        bytes_per_block=kv_bytes_per_block(model, config.cache.block_size, kv_cache_dtype),
         model_max_len=model.spec.max_position,
-        **_device_memory(device),
+        **_cache_memory(
+            [describe(model, device), *others], device, config.cache.block_size, kv_cache_dtype
+        ),
     )
-    runner = ModelRunner(
+    own = ModelRunner(
         model,
         kernels,
         num_blocks=plan.num_blocks,
@@ -135,6 +171,14 @@ def _build(config: EngineConfig, processors: BatchProcessors) -> Engine:
         kv_cache_dtype=kv_cache_dtype,
         device=device,
     )
+    runner: Runner = own
+    if team is not None and spread is not None:
+        allocation = {
+            "num_blocks": plan.num_blocks,
+            "block_size": config.cache.block_size,
+            "kv_cache_dtype": str(kv_cache_dtype).removeprefix("torch."),
+        }
+        runner = team.make_runner(own, spread, allocation)
     if plan.max_model_len < 2:
         raise ConfigError(
             f"max_model_len comes to {plan.max_model_len}, and the shortest request has two "
@@ -174,7 +218,8 @@ def _build(config: EngineConfig, processors: BatchProcessors) -> Engine:
             plan=plan,
             block_size=config.cache.block_size,
             cache_dtype=config.cache.kv_cache_dtype,
-            num_threads=num_threads if device.type == "cpu" else None,
+            num_threads=settings.num_threads if device.type == "cpu" else None,
+            ranks=_ranks_words(config),
         )
     )
     try:
@@ -195,7 +240,11 @@ def _build(config: EngineConfig, processors: BatchProcessors) -> Engine:
 
 
 def _make_store(
-    config: EngineConfig, model: Decoder, family: Family, dtype: torch.dtype
+    config: EngineConfig,
+    model: Decoder,
+    family: Family,
+    dtype: torch.dtype,
+    prepare: Callable[[Adapter], PreparedAdapter],
 ) -> AdapterStore:
     """Return the adapters of an engine, those of ``lora_modules`` read."""
     settings = config.lora
@@ -219,7 +268,7 @@ def _make_store(
             max_rank=settings.max_lora_rank,
             dtype=dtype,
         ),
-        prepare=model.prepare_adapter,
+        prepare=prepare,
     )
     store = AdapterStore(settings, tools)
     for each in settings.lora_modules:
@@ -274,11 +323,17 @@ def _calibrate(
     path: Path,
     hf_config: dict[str, Any],
     tokenizer: Tokenizer | None,
-    max_model_len: int | None,
+    config: EngineConfig,
 ) -> None:
     """Show a quantizer that asks for it what the plain model does with some prompts."""
     if not getattr(quantizer, "prompts", ()):
         return
+    if config.parallel.num_ranks > 1:
+        raise ConfigError(
+            "quantization_config['calibration'] looks at the whole model, which here would be "
+            f"divided among {config.parallel.num_ranks} ranks: make a folder by `quire quantize` "
+            "and load that"
+        )
     from quire.models.calibration import calibrate
 
     def encode(text: str) -> list[int]:
@@ -289,7 +344,7 @@ def _calibrate(
             )
         return tokenizer.encode(text)
 
-    calibrate(cast("CalibratedQuantizer", quantizer), path, hf_config, encode, max_model_len)
+    calibrate(cast("CalibratedQuantizer", quantizer), path, hf_config, encode, config.model.max_model_len)
 
 
 def _warn_of_no_effect(how: WeightFormat | Quantizer, model: Decoder) -> None:
@@ -314,11 +369,34 @@ def _quantization_words(how: WeightFormat | Quantizer | None, model: Decoder) ->
     return f"{words}, {model.weight_bytes() / 2**20:,.0f} MiB"
 
 
-def _device_memory(device: torch.device) -> dict[str, Any]:
+def _cache_memory(
+    ranks: Sequence[Mapping[str, Any]], device: torch.device, block_size: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return what a block of KV cache takes, and how much memory there is, over all ranks.
+
+    Those on a CPU share its memory; of others, the one with the least for the most decides.
+    """
+    needed = [kv_bytes_per_block(each["kv_cache_layers"], block_size, dtype) for each in ranks]
     if device.type == "cpu":
-        return {}
-    free, total = torch.cuda.mem_get_info(device)
-    return {"free_bytes": free, "total_bytes": total}
+        return {"bytes_per_block": sum(needed)}
+    return {
+        "bytes_per_block": max(needed),
+        "free_bytes": min(each["free_bytes"] for each in ranks),
+        "total_bytes": max(each["total_bytes"] for each in ranks),
+    }
+
+
+def _ranks_words(config: EngineConfig) -> str:
+    """Say how many ranks compute the model; nothing where it is one."""
+    parallel = config.parallel
+    if parallel.num_ranks == 1:
+        return ""
+    words = [
+        (parallel.tensor_parallel_size, "tensor-parallel"),
+        (parallel.pipeline_parallel_size, "pipeline-parallel"),
+    ]
+    named = " x ".join(f"{size} {name}" for size, name in words if size > 1)
+    return f"{named} ranks"
 
 
 def _load_tokenizer(config: ModelConfig, path: Path, hf_config: dict[str, Any]) -> Tokenizer:

@@ -36,12 +36,7 @@ NO_EFFECT: dict[str, Check] = {
 """Arguments that are checked and change nothing, each with its check."""
 
 NOT_OFFERED: dict[str, tuple[Any, ...]] = {
-    "tensor_parallel_size": (1,),
-    "pipeline_parallel_size": (1,),
-    "data_parallel_size": (1,),
     "decode_context_parallel_size": (1,),
-    "enable_expert_parallel": (False,),
-    "distributed_executor_backend": (None, "uni"),
     "worker_cls": (None, "auto"),
     "worker_extension_cls": (None, ""),
     "cpu_offload_gb": (0, 0.0),

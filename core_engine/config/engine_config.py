@@ -12,6 +12,7 @@ from quire.config import checks
 from quire.config.checked import Checked, argument
 from quire.config.compatibility import NO_EFFECT, NOT_OFFERED, check_off
 from quire.config.lora_config import LoRAConfig
+from quire.config.parallel_config import ParallelConfig
 from quire.errors import ConfigError
 from quire.logits_processor import LogitsProcessor
 from quire.structured_outputs import BACKENDS
@@ -191,6 +192,7 @@ class EngineConfig(Checked):
     scheduler : SchedulerConfig
     structured : StructuredOutputsConfig
     lora : LoRAConfig
+    parallel : ParallelConfig
     seed : int
         What requests without a seed of their own draw from.
     device : str
@@ -210,6 +212,7 @@ class EngineConfig(Checked):
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     structured: StructuredOutputsConfig = field(default_factory=StructuredOutputsConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     seed: int = argument(0, checks.integer(0, 2**64 - 1))
     device: str = argument("auto", checks.device)
     batch_invariant: bool | None = argument(None, checks.boolean)
@@ -226,8 +229,8 @@ class EngineConfig(Checked):
         model : str or path
         **kwargs
             The fields of :class:`ModelConfig`, :class:`CacheConfig`, :class:`SchedulerConfig`,
-            :class:`StructuredOutputsConfig`, :class:`LoRAConfig`, ``seed``, ``device``,
-            ``batch_invariant``, ``logits_processors``, and the names in
+            :class:`StructuredOutputsConfig`, :class:`LoRAConfig`, :class:`ParallelConfig`,
+            ``seed``, ``device``, ``batch_invariant``, ``logits_processors``, and the names in
             :mod:`quire.config.compatibility`. None is the default of any of them.
 
         Raises
@@ -288,6 +291,7 @@ _PARTS: dict[str, type[Any]] = {
     "scheduler": SchedulerConfig,
     "structured": StructuredOutputsConfig,
     "lora": LoRAConfig,
+    "parallel": ParallelConfig,
 }
 
 _OWN = ("seed", "device", "batch_invariant", "logits_processors")

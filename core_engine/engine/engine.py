@@ -21,7 +21,7 @@ from quire.engine.live_request import LiveRequest, count_adapters
 from quire.engine.metrics import EngineMetrics
 from quire.engine.processor import ModelLimits, Processor
 from quire.engine.prompt_reader import read_prompts
-from quire.engine.runner import ModelRunner, is_device_lost
+from quire.engine.runner import Runner, is_device_lost
 from quire.engine.running import RunningSequences
 from quire.engine.scheduler import Scheduler, StepPlan
 from quire.engine.sequence import Sequence, SequenceStatus
@@ -58,7 +58,7 @@ class Engine:
     Parameters
     ----------
     config : EngineConfig
-    runner : ModelRunner
+    runner : Runner
     tokenizer : Tokenizer or None
     limits : ModelLimits
         What prompts and parameters are checked against.
@@ -73,7 +73,7 @@ class Engine:
         self,
         config: EngineConfig,
         *,
-        runner: ModelRunner,
+        runner: Runner,
         tokenizer: Tokenizer | None,
         limits: ModelLimits,
         num_blocks: int,
@@ -87,7 +87,7 @@ class Engine:
         self.adapters = adapters
         self.lost_adapters = LostAdapters()
         self.metrics_data = EngineMetrics()
-        self._runner: ModelRunner | None = runner
+        self._runner: Runner | None = runner
         self._sampler = sampler
         self._eos_token_ids = frozenset(limits.eos_token_ids)
         self._by_priority = config.scheduler.scheduling_policy == "priority"
@@ -513,8 +513,10 @@ class Engine:
 
     def close(self) -> None:
         """Drop all requests and let weights and KV cache go."""
-        self._runner = None
+        runner, self._runner = self._runner, None
         self.abort(list(self._requests))
+        if runner is not None:
+            runner.close()
         self.adapters.close()
         self._constraints.close()
         self._sampler.close()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,37 @@ if TYPE_CHECKING:
     from quire.kernels.interface import Backend
     from quire.models.adapter import PreparedAdapter
     from quire.models.decoder import Decoder
+
+
+class Runner(Protocol):
+    """What an engine needs of a model, wherever it runs: `ModelRunner`'s methods."""
+
+    device: torch.device
+
+    def set_adapter(self, slot: int, adapter: PreparedAdapter | None) -> None:
+        """See `ModelRunner.set_adapter`."""
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """See `ModelRunner.forward`."""
+
+    def logits(
+        self,
+        hidden: torch.Tensor,
+        indices: torch.Tensor,
+        adapter_slots: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `ModelRunner.logits`."""
+
+    def likeliest(
+        self,
+        hidden: torch.Tensor,
+        indices: torch.Tensor,
+        adapter_slots: torch.Tensor | None = None,
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """See `ModelRunner.likeliest`."""
+
+    def close(self) -> None:
+        """End what runs beside this process, such as other ranks."""
 
 
 class ModelRunner:
@@ -56,9 +88,19 @@ class ModelRunner:
         """Put an adapter into one of the model's slots, or nothing; between two steps."""
         self.model.set_adapter(slot, adapter)
 
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Compute a step: write its keys and values, return ``[num_tokens, hidden_size]``."""
-        return self.model.forward(batch, self._kv_caches)
+    def forward(self, batch: ForwardBatch, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute a step: write its keys and values, return ``[num_tokens, hidden_size]``.
+
+        Parameters
+        ----------
+        batch : ForwardBatch
+        hidden : Tensor[num_tokens, hidden_size], optional
+            What the stage before made, where the model has several.
+        """
+        return self.model.forward(batch, self._kv_caches, hidden)
+
+    def close(self) -> None:
+        """End what runs beside this process: nothing."""
 
     def logits(
         self,
@@ -106,10 +148,19 @@ def is_device_lost(error: BaseException) -> bool:
     return isinstance(error, (DeviceLostError, own))
 
 
-def kv_bytes_per_block(model: Decoder, block_size: int, dtype: torch.dtype) -> int:
-    """Return what one block of all layers' keys and values takes, in bytes."""
+def kv_bytes_per_block(
+    layers: Iterable[Sequence[int]], block_size: int, dtype: torch.dtype
+) -> int:
+    """Return what one block of some layers' keys and values takes, in bytes.
+
+    Parameters
+    ----------
+    layers
+        From ``Decoder.kv_cache_layers``.
+    block_size, dtype
+    """
     elements = sum(
         2 * num_heads * row_width(head_dim, dtype)
-        for num_heads, head_dim in model.kv_cache_layers()
+        for num_heads, head_dim in layers
     )
     return elements * block_size * dtype.itemsize

@@ -10,6 +10,7 @@ from typing import Any
 from quire.config import NO_EFFECT, NOT_OFFERED, EngineConfig, argument_names, checks
 from quire.config import engine_config as parts
 from quire.config.lora_config import LoRAConfig
+from quire.config.parallel_config import ParallelConfig
 from quire.server.flag import Flag, Kind
 
 _GROUPS = {
@@ -18,6 +19,7 @@ _GROUPS = {
     parts.SchedulerConfig: "The scheduler",
     parts.StructuredOutputsConfig: "Structured outputs",
     LoRAConfig: "Adapters",
+    ParallelConfig: "Several processes",
     EngineConfig: "The engine",
 }
 

@@ -51,8 +51,14 @@ def get_logger(name: str = ROOT_NAME) -> logging.Logger:
     return logging.getLogger(name)
 
 
-def configure() -> None:
+def configure(rank: str = "") -> None:
     """Make quire's messages visible if nobody else does; calling it again changes nothing.
+
+    Parameters
+    ----------
+    rank
+        What a process that is not the engine's own is called. Its messages bear that name, and
+        those that the engine's own has as well are left out.
 
     Raises
     ------
@@ -68,8 +74,9 @@ def configure() -> None:
         if asked:
             logger.setLevel(asked)
         elif not configured and logger.level == logging.NOTSET:
-            logger.setLevel(logging.INFO)
+            logger.setLevel(logging.WARNING if rank else logging.INFO)
         if not configured:
             handler = _StderrHandler()
-            handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+            whose = f"[{rank}] " if rank else ""
+            handler.setFormatter(logging.Formatter(f"%(levelname)s %(name)s: {whose}%(message)s"))
             logger.addHandler(handler)

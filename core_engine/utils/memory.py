@@ -219,6 +219,7 @@ def start_line(
     cache_dtype: str = "auto",
     num_threads: int | None = None,
     quantization: str | None = None,
+    ranks: str = "",
 ) -> str:
     """Return the line that an engine logs when it starts.
 
@@ -234,12 +235,15 @@ def start_line(
         Threads on a CPU.
     quantization : str, optional
         What the weights are quantized to.
+    ranks : str
+        How many processes compute it, in words.
     """
     weights = dtype if quantization is None else f"{dtype}, weights in {quantization},"
     of_dtype = "" if cache_dtype == "auto" else f"{cache_dtype}, "
-    threads = f" ({num_threads} threads)" if num_threads else ""
+    threads = f" ({num_threads} threads{' each' if ranks else ''})" if num_threads else ""
+    spread = f", {ranks}" if ranks else ""
     return (
-        f"{model}: {weights} on {device}{threads}, {backend} kernels; KV cache of {of_dtype}"
+        f"{model}: {weights} on {device}{spread}{threads}, {backend} kernels; KV cache of {of_dtype}"
         f"{plan.num_blocks - 1} blocks of {block_size} tokens, room for {plan.num_full_requests} "
         f"requests of the full {plan.max_model_len} tokens"
     )

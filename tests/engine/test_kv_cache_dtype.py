@@ -162,7 +162,7 @@ def test_bytes_of_a_block_are_those_that_are_allocated(dtype):
             5, 4, heads, dim, dtype, torch.device("cpu")
         )
     )
-    assert 5 * kv_bytes_per_block(Model, 4, dtype) == taken
+    assert 5 * kv_bytes_per_block(Model.kv_cache_layers(), 4, dtype) == taken
 
 
 def test_names_of_the_cache_dtype():
