@@ -68,7 +68,7 @@ class Connections:
             return connect(self.to_message(), place, device)
         patience = _PATIENCE if place.num_stages == 1 else _STAGES_PATIENCE
         self._memory.join(place.rank, patience=patience)
-        return _ends_of(self._memory, place)
+        return ends_by_memory(self._memory, place)
 
     def abort(self, rank: int, why: str) -> None:
         """End all waiting, everywhere; what torch.distributed waits for ends with its processes."""
@@ -101,10 +101,11 @@ def connect(message: Mapping[str, Any], place: Place, device: torch.device) -> E
         return connect_by_torch(store, place, device, _STORE_PATIENCE)
     memory = SharedMemory.attach(message["memory"])
     memory.join(place.rank, patience=_NO_END)
-    return _ends_of(memory, place)
+    return ends_by_memory(memory, place)
 
 
-def _ends_of(memory: SharedMemory, place: Place) -> Ends:
+def ends_by_memory(memory: SharedMemory, place: Place) -> Ends:
+    """Return the ends of a rank that has joined."""
     link = memory.link()  # to the next stage, and from the one before; they are a ring
     is_alone = place.num_stages == 1
     at_ends = place.is_first_stage or place.is_last_stage
@@ -112,5 +113,5 @@ def _ends_of(memory: SharedMemory, place: Place) -> Ends:
         group=memory.group() if place.tensor_size > 1 else None,
         before=None if place.is_first_stage else link,
         after=None if place.is_last_stage else link,
-        home=link if place.tensor_rank == 0 and at_ends and not is_alone else None,
+        home=link if at_ends and not is_alone else None,
     )

@@ -15,6 +15,7 @@ import torch
 
 from quire.engine.batch import ForwardBatch
 from quire.executor.messages import pack
+from quire.executor.rank_runner import of_step
 from quire.executor.wire import adapter_to_message, batch_to_message
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ class ParallelRunner:
         self._adapters = adapters
         self._ranks = ranks
         self._block_size = block_size
-        self.model: Decoder = own.runner.model
-        self.device = own.runner.device
+        self.model: Decoder = own.model
+        self.device = own.device
 
     def set_adapter(self, slot: int, adapter: PreparedAdapter | None) -> None:
         """See `ModelRunner.set_adapter`."""
@@ -75,9 +76,9 @@ class ParallelRunner:
         adapter_slots: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `ModelRunner.logits`; ``hidden`` is, or is a part of, what `forward` returned."""
-        indices = self._of_step(hidden, indices)
+        indices = of_step(hidden, indices)
         with self._together("logits", indices=indices.cpu(), adapter_slots=adapter_slots):
-            logits = self._own.logits(indices, adapter_slots)
+            logits = self._own.logits(None, indices, adapter_slots)
         assert logits is not None
         return logits
 
@@ -88,16 +89,11 @@ class ParallelRunner:
         adapter_slots: torch.Tensor | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """See `ModelRunner.likeliest`."""
-        indices = self._of_step(hidden, indices)
+        indices = of_step(hidden, indices)
         with self._together("likeliest", indices=indices.cpu(), adapter_slots=adapter_slots):
-            found = self._own.likeliest(indices, adapter_slots)
+            found = self._own.likeliest(None, indices, adapter_slots)
         assert found is not None
         return found
-
-    def _of_step(self, hidden: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """Turn places in a part of a step's hidden states into places in all of them."""
-        first = hidden.storage_offset() // hidden.shape[-1]
-        return indices + first if first else indices
 
     @contextmanager
     def _together(self, what: str, **message: Any) -> Iterator[None]:

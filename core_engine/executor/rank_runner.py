@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from quire.executor.pieces import split_batch
 
 if TYPE_CHECKING:
     from quire.engine.runner import ModelRunner
+    from quire.models.adapter import PreparedAdapter
     from quire.parallel.fabric import Ends
     from quire.parallel.place import Place
 
@@ -25,21 +27,30 @@ _LEAST_TOKENS = 64
 class RankRunner:
     """A rank's part of the model, its KV cache, and its connections to the other ranks.
 
-    All ranks call the same methods with the same arguments; rank 0 gets the results.
+    All ranks call the same methods with the same arguments. Rank 0 gets the results, the others
+    None, or all of them do: then it is what an engine on every rank steps.
 
     Attributes
     ----------
-    runner : ModelRunner
+    own : ModelRunner
     place : Place
     ends : Ends
+    everywhere : bool
+        Whether all ranks get the results.
+    at_end : callable
+        What `close` calls.
     """
 
-    runner: ModelRunner
+    own: ModelRunner
     place: Place
     ends: Ends
+    everywhere: bool = False
+    at_end: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
-        model = self.runner.model
+        self.device = self.own.device
+        model = self.own.model
+        self.model = model
         self._hidden_size = model.spec.hidden_size
         self._vocab_size = model.spec.vocab_size
         self._dtype = torch.float32 if model.native is not None else model.weights.dtype
@@ -56,7 +67,7 @@ class RankRunner:
             After the final norm; None on ranks that do not get it.
         """
         if self.place.num_stages == 1:
-            self._hidden = self.runner.forward(batch)
+            self._hidden = self.own.forward(batch)
             return self._hidden
         count = min(self.place.num_stages, max(1, batch.num_tokens // _LEAST_TOKENS))
         made = []
@@ -64,8 +75,8 @@ class RankRunner:
             hidden = None
             if self.ends.before is not None:
                 shape = (piece.num_tokens, self._hidden_size)
-                hidden = self.ends.before.receive(shape, self._dtype).to(self.runner.device)
-            hidden = self.runner.forward(piece, hidden)
+                hidden = self.ends.before.receive(shape, self._dtype).to(self.own.device)
+            hidden = self.own.forward(piece, hidden)
             if self.ends.after is not None:
                 self.ends.after.send(hidden)
             else:
@@ -76,13 +87,24 @@ class RankRunner:
         return self._bring_home(self._hidden, (batch.num_tokens, self._hidden_size), self._dtype)
 
     def logits(
-        self, indices: torch.Tensor, adapter_slots: torch.Tensor | None
+        self,
+        hidden: torch.Tensor | None,
+        indices: torch.Tensor,
+        adapter_slots: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
-        """Compute the logits after some tokens of the last step; see `ModelRunner.logits`."""
+        """Compute the logits after some tokens of the last step; see `ModelRunner.logits`.
+
+        Parameters
+        ----------
+        hidden
+            What `forward` returned, or some rows of it side by side; None: what it returned.
+        indices, adapter_slots
+        """
+        indices = of_step(hidden, indices)
         whole = None
         if self.place.is_last_stage:
             assert self._hidden is not None
-            part = self.runner.logits(self._hidden, indices, adapter_slots)
+            part = self.own.logits(self._hidden, indices, adapter_slots)
             if self.ends.group is None:
                 whole = part
             else:
@@ -95,41 +117,77 @@ class RankRunner:
         return self._bring_home(whole, (len(indices), self._vocab_size), torch.float32)
 
     def likeliest(
-        self, indices: torch.Tensor, adapter_slots: torch.Tensor | None
+        self,
+        hidden: torch.Tensor | None,
+        indices: torch.Tensor,
+        adapter_slots: torch.Tensor | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None:
-        """Find the likeliest tokens after some tokens of the last step."""
+        """Find the likeliest tokens after some tokens of the last step; see `logits`."""
+        indices = of_step(hidden, indices)
         found = None
         if self.place.is_last_stage:
             assert self._hidden is not None
-            ids, highest = self.runner.likeliest(self._hidden, indices, adapter_slots)
-            # Exact in this type, both of them.
-            found = torch.from_numpy(np.stack([ids.astype(np.float64), highest]))
+            ids, highest = self.own.likeliest(self._hidden, indices, adapter_slots)
+            # Both of them exactly: ids are below 2^24.
+            found = torch.from_numpy(np.stack([ids.astype(np.float32), highest]))
             if self.ends.group is not None:
                 every = self.ends.group.gather(found)
                 found = None if every is None else _highest_of(every)
-        found = self._bring_home(found, (2, len(indices)), torch.float64)
+        found = self._bring_home(found, (2, len(indices)), torch.float32)
         if found is None:
             return None
         ids, highest = found.numpy()
-        return ids.astype(np.int64), highest.astype(np.float32)
+        return ids.astype(np.int64), highest
 
     def _bring_home(
         self, result: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype
     ) -> torch.Tensor | None:
-        """Hand a result of the last stage's first rank to the first stage's."""
-        if self.ends.home is None or self.place.num_stages == 1:
+        """Hand a result that the last stage's first rank has to who gets it."""
+        place, ends = self.place, self.ends
+        if self.everywhere and place.is_last_stage and ends.group is not None:
+            if result is None:
+                result = torch.zeros(shape, dtype=dtype, device=self.device)
+            elif place.tensor_rank > 0:
+                result = torch.zeros_like(result)
+            result = ends.group.reduce(result)
+        if place.num_stages == 1:
             return result
-        if self.place.is_last_stage:
-            assert result is not None
-            self.ends.home.send(result)
+        if not self.everywhere and place.tensor_rank > 0:
             return None
-        return self.ends.home.receive(shape, dtype)
+        if place.is_last_stage:
+            assert result is not None
+            assert ends.home is not None
+            ends.home.send(result)
+        elif place.is_first_stage or self.everywhere:
+            source = ends.home if place.is_first_stage else ends.before
+            assert source is not None
+            result = source.receive(shape, dtype)
+            if self.everywhere and place.stage < place.num_stages - 2:
+                assert ends.after is not None
+                ends.after.send(result)
+        return result
+
+    def set_adapter(self, slot: int, adapter: PreparedAdapter | None) -> None:
+        """See `ModelRunner.set_adapter`."""
+        self.own.set_adapter(slot, adapter)
+
+    def close(self) -> None:
+        """Let go of the other ranks."""
+        self.at_end()
+
+
+def of_step(hidden: torch.Tensor | None, indices: torch.Tensor) -> torch.Tensor:
+    """Turn places among some rows of a step's hidden states into places among all of them."""
+    if hidden is None:
+        return indices
+    first = hidden.storage_offset() // hidden.shape[-1]
+    return indices + first if first else indices
 
 
 def _highest_of(every: torch.Tensor) -> torch.Tensor:
     """Choose, ``[size, 2, num_rows] -> [2, num_rows]``: the lowest id among equals, or no number."""
     highest = every[:, 1]
-    # A rank's logits that are no number make the row's so; `argmax` takes the first such.
+    # A rank's logits that are no number make the row's so.
     best = torch.where(highest.isnan(), torch.inf, highest).argmax(0)
     best = torch.where(highest.isnan().any(0), highest.isnan().int().argmax(0), best)
     return every.gather(0, best.expand(1, 2, -1))[0]

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 from quire.executor.channel import Channel, ChannelClosedError
 
 if TYPE_CHECKING:
+    import torch
+
     from quire.executor.rank_runner import RankRunner
     from quire.executor.shard import ShardSettings
     from quire.models.adapter import PreparedAdapter
@@ -103,15 +105,13 @@ class Worker:
         assert self._runner is not None
         self._runner.forward(batch_from_message(batch, self._device))
 
-    def _logits(self, **arguments: Any) -> None:
+    def _logits(self, indices: torch.Tensor, adapter_slots: torch.Tensor | None) -> None:
         assert self._runner is not None
-        arguments["indices"] = arguments["indices"].to(self._device)
-        self._runner.logits(**arguments)
+        self._runner.logits(None, indices.to(self._device), adapter_slots)
 
-    def _likeliest(self, **arguments: Any) -> None:
+    def _likeliest(self, indices: torch.Tensor, adapter_slots: torch.Tensor | None) -> None:
         assert self._runner is not None
-        arguments["indices"] = arguments["indices"].to(self._device)
-        self._runner.likeliest(**arguments)
+        self._runner.likeliest(None, indices.to(self._device), adapter_slots)
 
     def _prepare(self, key: int, adapter: dict[str, Any]) -> None:
         from quire.executor.wire import adapter_from_message

@@ -27,7 +27,7 @@ class Ends:
     before, after : Link or None
         From the stage before, to the stage after; None: there is none.
     home : Link or None
-        From the last stage's first rank to the first stage's, which both have; None elsewhere.
+        From the last stage's rank to the first's of the same number; None elsewhere.
     """
 
     group: Group | None = None
@@ -46,7 +46,9 @@ def connections(tensor_size: int, num_stages: int) -> dict[str, list[int]]:
     if num_stages > 1:
         for rank in range((num_stages - 1) * tensor_size):
             named[f"link{rank}"] = [rank, rank + tensor_size]
-        named["home"] = [(num_stages - 1) * tensor_size, 0]
+        last = (num_stages - 1) * tensor_size
+        for rank in range(tensor_size):
+            named[f"home{rank}"] = [last + rank, rank]
     return named
 
 
@@ -59,10 +61,8 @@ def names_of(place: Place) -> dict[str, str]:
         names["before"] = f"link{place.rank - place.tensor_size}"
     if not place.is_last_stage:
         names["after"] = f"link{place.rank}"
-    if place.num_stages > 1 and place.tensor_rank == 0 and (
-        place.is_first_stage or place.is_last_stage
-    ):  # fmt: skip
-        names["home"] = "home"
+    if place.num_stages > 1 and (place.is_first_stage or place.is_last_stage):
+        names["home"] = f"home{place.tensor_rank}"
     return names
 
 
