@@ -79,6 +79,27 @@ class DeviceLostError(QuireError, RuntimeError):
     """The device that a model runs on does not answer any more, and the engine with it."""
 
 
+class RankError(DeviceLostError):
+    """One of the processes that compute a model together is gone, or does not answer.
+
+    Attributes
+    ----------
+    rank : int
+        Which of them; -1: it is not known.
+    why : str
+        What became of it.
+    """
+
+    def __init__(self, rank: int, why: str) -> None:
+        name = "one of them" if rank < 0 else f"rank {rank}"
+        super().__init__(f"a rank of the model was lost: {name} {why}")
+        self.rank = rank
+        self.why = why
+
+    def __reduce__(self) -> tuple[type, tuple[int, str]]:
+        return type(self), (self.rank, self.why)
+
+
 class RequestFailedError(QuireError, RuntimeError):
     """A request that was accepted and then failed while it ran.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -70,6 +70,19 @@ _FUNCTIONS = {
             c_int,
         ),
     ),
+    "quire_shared_size": (c_int64, (POINTER(structs.SharedSizes),)),
+    "quire_shared_init": (None, (c_void_p, POINTER(structs.SharedSizes))),
+    "quire_shared_sizes": (c_int, (c_void_p, c_int64, POINTER(structs.SharedSizes))),
+    "quire_shared_fail": (None, (c_void_p, c_int32, c_char_p)),
+    "quire_shared_failure": (c_int, (c_void_p, POINTER(c_int32), c_char_p, c_int64)),
+    "quire_comm_new": (c_void_p, (c_void_p, c_int32, c_int32, c_double)),
+    "quire_comm_free": (None, (c_void_p,)),
+    "quire_comm_base": (c_void_p, (c_void_p,)),
+    "quire_comm_counters": (None, (c_void_p, POINTER(structs.CommCounters))),
+    "quire_comm_reduce": (c_int, (c_void_p, c_void_p, c_int64)),
+    "quire_comm_gather": (c_int, (c_void_p, c_void_p, c_int64, c_void_p)),
+    "quire_comm_send": (c_int, (c_void_p, c_void_p, c_int64)),
+    "quire_comm_receive": (c_int, (c_void_p, c_void_p, c_int64)),
 }
 
 

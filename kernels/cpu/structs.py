@@ -272,3 +272,26 @@ class Penalties(ctypes.Structure):
         ("repetition", c_void_p),
         ("num_entries", c_int64),
     )
+
+
+class SharedSizes(ctypes.Structure):
+    """What the memory is divided into that the ranks of a model share; of native/comm.h."""
+
+    _fields_ = (
+        ("tensor_size", c_int32),
+        ("num_stages", c_int32),
+        ("capacity", c_int64),
+        ("link_capacity", c_int64),
+        ("link_pieces", c_int32),
+    )
+
+
+class CommCounters(ctypes.Structure):
+    """What a rank's exchanges took so far; of native/comm.h."""
+
+    _fields_ = (
+        ("operations", c_int64),
+        ("bytes", c_int64),
+        ("waited", c_int64),
+        ("took", c_int64),
+    )

@@ -1,7 +1,8 @@
 // The functions that the library offers. They return 0, -1 when there is not enough memory, -2 when
-// a thread cannot be started.
+// a thread cannot be started; those below -2 are in comm.h.
 #pragma once
 #include "abi.h"
+#include "comm.h"
 
 #define QUIRE_API extern "C" __attribute__((visibility("default")))
 
@@ -63,3 +64,25 @@ QUIRE_API int quire_log_probabilities(void* context, const quire::Logits* logits
 QUIRE_API void quire_penalize(float* logits, int64_t stride, const quire::Penalties* penalties);
 QUIRE_API void quire_mask(float* logits, int64_t stride, int64_t vocab, const int64_t* rows,
                           int64_t num_masks, const uint32_t* words, int64_t num_words);
+
+// From here on: what ranks of a model share. What memory it takes; what is to be called first, by one
+// of them; and how the memory is divided, -1 if it is not what it should be.
+QUIRE_API int64_t quire_shared_size(const quire::SharedSizes* sizes);
+QUIRE_API void quire_shared_init(void* base, const quire::SharedSizes* sizes);
+QUIRE_API int quire_shared_sizes(void* base, int64_t bytes, quire::SharedSizes* sizes);
+
+// Say that a rank is lost: whoever waits for anybody ends, now and later.
+QUIRE_API void quire_shared_fail(void* base, int32_t rank, const char* why);
+
+// What went wrong, a CommStatus, with the rank (-1: not known) and the reason; 0: nothing did.
+QUIRE_API int quire_shared_failure(void* base, int32_t* rank, char* why, int64_t size);
+
+// The seat of a rank; null when there is not enough memory.
+QUIRE_API void* quire_comm_new(void* base, int32_t rank, int32_t fd, double patience);
+QUIRE_API void quire_comm_free(void* comm);
+QUIRE_API void* quire_comm_base(void* comm);
+QUIRE_API void quire_comm_counters(void* comm, quire::CommCounters* counters);
+QUIRE_API int quire_comm_reduce(void* comm, float* data, int64_t count);
+QUIRE_API int quire_comm_gather(void* comm, const void* data, int64_t bytes, void* out);
+QUIRE_API int quire_comm_send(void* comm, const void* data, int64_t bytes);
+QUIRE_API int quire_comm_receive(void* comm, void* data, int64_t bytes);

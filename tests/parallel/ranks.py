@@ -1,0 +1,77 @@
+"""Ranks: processes that share memory with the test that started them.
+
+Each runs `part(memory, **arguments)` of a module beside the tests and prints what it returned.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from quire.errors import RankError
+from quire.parallel.shared_memory import SharedMemory
+
+HELPERS = Path(__file__).resolve().parents[1] / "helpers"
+
+
+class Rank:
+    """One process, and what became of it."""
+
+    def __init__(self, memory: SharedMemory, rank: int, part: str, **arguments: Any) -> None:
+        environment = dict(os.environ)
+        paths = [str(Path(__file__).parent), str(HELPERS), *sys.path]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        environment["OMP_NUM_THREADS"] = "1"
+        self.rank = rank
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "ranks", str(memory.fd), str(rank), part, json.dumps(arguments)],
+            pass_fds=[memory.fd],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def result(self, timeout: float = 120) -> Any:
+        """Wait for its end; what it returned, or the error that it ended with as a dict."""
+        out, err = self.process.communicate(timeout=timeout)
+        assert out, f"rank {self.rank} ended with {self.process.returncode}: {err}"
+        return json.loads(out.splitlines()[-1])
+
+
+def run(memory: SharedMemory, part: str, ranks: range, **arguments: Any) -> list[Any]:
+    """Run ranks side by side, and return what each returned."""
+    started = [Rank(memory, rank, part, **arguments) for rank in ranks]
+    try:
+        return [each.result() for each in started]
+    finally:
+        for each in started:
+            each.process.kill()
+            each.process.communicate()
+
+
+def main() -> None:
+    """Be one of them."""
+    fd, rank, part, arguments = sys.argv[1:]
+    module, _, name = part.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    options = json.loads(arguments)
+    memory = SharedMemory.attach(int(fd))
+    memory.join(int(rank), patience=options.pop("patience", 60.0))
+    begin = time.monotonic()
+    try:
+        result = function(memory, **options)
+    except RankError as error:
+        seconds = time.monotonic() - begin
+        result = {"lost": error.rank, "why": error.why, "seconds": seconds}
+    print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
