@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -14,6 +15,7 @@ from quire.engine.engine import Engine
 from quire.engine.processor import ModelLimits
 from quire.engine.runner import ModelRunner, Runner, kv_bytes_per_block
 from quire.errors import AdapterError, ConfigError, NotSupportedError, OutOfMemoryError
+from quire.executor.launched import Launched, launched_rank
 from quire.executor.shard import ShardSettings, describe, load_shard
 from quire.executor.team import Team
 from quire.kernels import get_backend
@@ -34,7 +36,7 @@ from quire.sampling.sampler import Sampler
 from quire.tokenizer import load_tokenizer
 from quire.utils import log
 from quire.utils.checks import shown
-from quire.utils.memory import plan_kv_cache, start_line
+from quire.utils.memory import KVCachePlan, plan_kv_cache, start_line
 from quire.utils.threads import apply_thread_count
 
 if TYPE_CHECKING:
@@ -81,15 +83,19 @@ def _check_parallel(config: EngineConfig) -> None:
             f"data_parallel_size={parallel.data_parallel_size} is not offered by this version of "
             "quire: run as many servers, or leave it at 1"
         )
-    if parallel.backend in ("ray", "external_launcher"):
+    if parallel.backend == "ray":
         raise NotSupportedError(
-            f"distributed_executor_backend={parallel.backend!r} is not offered by this version of "
-            "quire: use 'mp', which runs all ranks on this machine"
+            "distributed_executor_backend='ray' is not offered by this version of quire: use "
+            "'mp', which runs all ranks on this machine"
         )
 
 
 def _build(config: EngineConfig, processors: BatchProcessors, undo: ExitStack) -> Engine:
-    log.configure()
+    parallel = config.parallel
+    rank = 0
+    if parallel.backend == "external_launcher":
+        rank = launched_rank(parallel.num_ranks)
+    log.configure(f"rank {rank}" if rank else "")
     num_threads = apply_thread_count()
     device = choose_device(config.device)
     kernels = get_backend(device)
@@ -102,7 +108,6 @@ def _build(config: EngineConfig, processors: BatchProcessors, undo: ExitStack) -
         config.model.quantization_config,
         registry.config_of(path, hf_config),
     )
-    parallel = config.parallel
     how = weight_format or quantizer
     if how is not None and not callable(getattr(kernels, "quantized_linear", None)):
         raise ConfigError(
@@ -126,20 +131,27 @@ def _build(config: EngineConfig, processors: BatchProcessors, undo: ExitStack) -
         quantization_config=config.model.quantization_config,
         max_model_len=asked_len,
         max_adapters=config.lora.max_loras if config.lora.enable_lora else 0,
-        num_threads=max(1, num_threads // parallel.num_ranks),
+        num_threads=max(1, num_threads // parallel.num_ranks)
+        if parallel.backend == "mp"
+        else num_threads,
         tensor_size=parallel.tensor_parallel_size,
         num_stages=parallel.pipeline_parallel_size,
         expert_parallel=parallel.enable_expert_parallel,
     )
-    team = None
+    place = settings.place(rank)
+    team: Team | Launched | None = None
     if parallel.num_ranks > 1:
-        check_split(build_spec(hf_config, asked_len), settings.place(0))  # before others start
-        device = settings.device(0)
-        team = Team(settings, device)
+        check_split(build_spec(hf_config, asked_len), place)  # before others start
+        device = settings.device(rank)
+        if parallel.backend == "mp":
+            team = Team(settings, device)
+        else:
+            team = Launched(settings, rank, device)
         undo.callback(team.close)
     group = None if team is None else team.ends.group
-    model = load_shard(settings, settings.place(0), group, device, (weight_format, quantizer))
-    others = [] if team is None else team.wait_until_loaded()
+    model = load_shard(settings, place, group, device, (weight_format, quantizer))
+    described = describe(model, device)
+    shards = [described] if team is None else team.exchange_shards(described)
     if how is not None:
         _warn_of_no_effect(how, model)
     if config.batch_invariant and model.native is None:
@@ -150,7 +162,7 @@ def _build(config: EngineConfig, processors: BatchProcessors, undo: ExitStack) -
             "that has them (see `quire collect-env`), or leave the argument out"
         )
     # Before the KV cache, which is measured by the memory that is left.
-    spread = None if team is None else team.spread(model)
+    spread = team.spread(model) if isinstance(team, Team) else None
     prepare = model.prepare_adapter if spread is None else spread.prepare
     adapters = _make_store(config, model, family_of(hf_config)[1], dtype, prepare)
     kv_cache_dtype = choose_kv_cache_dtype(config.cache.kv_cache_dtype, dtype)
@@ -159,10 +171,10 @@ def _build(config: EngineConfig, processors: BatchProcessors, undo: ExitStack) -
     plan = plan_kv_cache(
         config,
         model_max_len=model.spec.max_position,
-        **_cache_memory(
-            [describe(model, device), *others], device, config.cache.block_size, kv_cache_dtype
-        ),
+        **_cache_memory(shards, device, config.cache.block_size, kv_cache_dtype),
     )
+    if isinstance(team, Launched):
+        plan = KVCachePlan(**team.of_rank_0("cache", dataclasses.asdict(plan)))
     own = ModelRunner(
         model,
         kernels,
@@ -172,7 +184,9 @@ def _build(config: EngineConfig, processors: BatchProcessors, undo: ExitStack) -
         device=device,
     )
     runner: Runner = own
-    if team is not None and spread is not None:
+    if isinstance(team, Launched):
+        runner = team.make_runner(own)
+    elif team is not None and spread is not None:
         allocation = {
             "num_blocks": plan.num_blocks,
             "block_size": config.cache.block_size,

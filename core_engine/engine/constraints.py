@@ -89,11 +89,22 @@ class RequestConstraints:
         """Let a request go that may be waiting."""
         self._waiting.pop(live.request.request_id, None)
 
-    def take_ready(self) -> list[tuple[LiveRequest, BaseException | None]]:
-        """Return the requests that need wait no longer, with what went wrong."""
+    def take_ready(
+        self, *, wait_for_all: bool = False
+    ) -> list[tuple[LiveRequest, BaseException | None]]:
+        """Return the requests that need wait no longer, with what went wrong.
+
+        Parameters
+        ----------
+        wait_for_all
+            Let none wait any longer, so that when a request begins is no matter of time.
+        """
         if not self._waiting:
             return []
         self._compiler.expire()
+        while wait_for_all and not all(each.done for _, each in self._waiting.values()):
+            self.wait()
+            self._compiler.expire()
         ready: list[tuple[LiveRequest, BaseException | None]] = []
         for live, compilation in list(self._waiting.values()):
             if not compilation.done:

@@ -90,6 +90,8 @@ class Engine:
         self._runner: Runner | None = runner
         self._sampler = sampler
         self._eos_token_ids = frozenset(limits.eos_token_ids)
+        # With engines on other ranks, which must all decide the same.
+        self._in_lockstep = config.parallel.backend == "external_launcher"
         self._by_priority = config.scheduler.scheduling_policy == "priority"
         self._num_blocks = num_blocks
         self._device = runner.device
@@ -275,7 +277,7 @@ class Engine:
         A step that raises fails the requests in it, and no others.
         """
         outputs: list[StepOutput] = []
-        for live, error in self._constraints.take_ready():
+        for live, error in self._constraints.take_ready(wait_for_all=self._in_lockstep):
             outputs += self._enter(live, error)
         if self.scheduler.has_work:
             outputs += self._compute()

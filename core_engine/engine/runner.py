@@ -133,7 +133,8 @@ class ModelRunner:
         """
         native = self.model.native
         if native is None:
-            return self._kernels.argmax(self.logits(hidden, indices, adapter_slots))
+            ids, highest = self._kernels.argmax(self.logits(hidden, indices, adapter_slots))
+            return ids + self.model.vocab_rows.start, highest
         if adapter_slots is None:
             return native.likeliest(hidden, indices)
         return native.likeliest(hidden, indices, adapter_slots)

@@ -114,10 +114,16 @@ class Launched:
     def _get(self, name: str) -> Any:
         return json.loads(self._store.get(name))
 
-    def tell_all(self, name: str, own: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return what each rank says, in their order."""
-        self._put(f"{name}-{self.place.rank}", dict(own))
-        return [self._get(f"{name}-{rank}") for rank in range(self.place.size)]
+    def exchange_shards(self, own: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """Return what each rank says of its part of the model, once they are loaded."""
+        self._put(f"shard-{self.place.rank}", own)
+        return [self._get(f"shard-{rank}") for rank in range(self.place.size)]
+
+    def of_rank_0(self, name: str, own: Any) -> Any:
+        """Return what rank 0 says, so that all go by the same."""
+        if self.place.rank == 0:
+            self._put(name, own)
+        return self._get(name)
 
     def make_runner(self, own: ModelRunner) -> RankRunner:
         """Return what an engine steps."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from quire.engine.runner import ModelRunner
 from quire.executor.connect import Connections
-from quire.executor.messages import Message
 from quire.executor.parallel_runner import ParallelRunner, SpreadAdapters
 from quire.executor.rank_runner import RankRunner
 from quire.executor.ranks import Ranks
@@ -55,9 +54,9 @@ class Team:
     def _start(self, rank: int, lose: Callable[[int, str], None]) -> WorkerProcess:
         return WorkerProcess(rank, self._connections.fds, self._settings.num_threads, lose)
 
-    def wait_until_loaded(self) -> list[Message]:
-        """Return what each of the other ranks says of its part of the model."""
-        return self.ranks.collect("ready")
+    def exchange_shards(self, own: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """Return what each rank says of its part of the model, once they are loaded."""
+        return [own, *self.ranks.collect("ready")]
 
     def spread(self, model: Decoder) -> SpreadAdapters:
         """Return what prepares adapters on all ranks."""
