@@ -358,7 +358,9 @@ def _calibrate(
             )
         return tokenizer.encode(text)
 
-    calibrate(cast("CalibratedQuantizer", quantizer), path, hf_config, encode, config.model.max_model_len)
+    calibrate(
+        cast("CalibratedQuantizer", quantizer), path, hf_config, encode, config.model.max_model_len
+    )
 
 
 def _warn_of_no_effect(how: WeightFormat | Quantizer, model: Decoder) -> None:

@@ -23,6 +23,7 @@ class Runner(Protocol):
     """What an engine needs of a model, wherever it runs: `ModelRunner`'s methods."""
 
     device: torch.device
+    model: Decoder
 
     def set_adapter(self, slot: int, adapter: PreparedAdapter | None) -> None:
         """See `ModelRunner.set_adapter`."""
@@ -149,9 +150,7 @@ def is_device_lost(error: BaseException) -> bool:
     return isinstance(error, (DeviceLostError, own))
 
 
-def kv_bytes_per_block(
-    layers: Iterable[Sequence[int]], block_size: int, dtype: torch.dtype
-) -> int:
+def kv_bytes_per_block(layers: Iterable[Sequence[int]], block_size: int, dtype: torch.dtype) -> int:
     """Return what one block of some layers' keys and values takes, in bytes.
 
     Parameters
@@ -160,8 +159,5 @@ def kv_bytes_per_block(
         From ``Decoder.kv_cache_layers``.
     block_size, dtype
     """
-    elements = sum(
-        2 * num_heads * row_width(head_dim, dtype)
-        for num_heads, head_dim in layers
-    )
+    elements = sum(2 * num_heads * row_width(head_dim, dtype) for num_heads, head_dim in layers)
     return elements * block_size * dtype.itemsize

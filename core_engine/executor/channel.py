@@ -6,6 +6,7 @@ the process that is started for it.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import struct
@@ -105,8 +106,6 @@ class Channel:
 
     def close(self) -> None:
         """Close this end; who receives at either is told."""
-        try:
+        with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
         self._socket.close()

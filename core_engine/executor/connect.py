@@ -95,9 +95,9 @@ def connect(message: Mapping[str, Any], place: Place, device: torch.device) -> E
         Of the rank.
     """
     if message["store"] is not None:
-        import torch.distributed as dist
+        from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-        store = dist.FileStore(message["store"], place.size)
+        store = FileStore(message["store"], place.size)
         return connect_by_torch(store, place, device, _STORE_PATIENCE)
     memory = SharedMemory.attach(message["memory"])
     memory.join(place.rank, patience=_NO_END)

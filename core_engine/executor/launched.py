@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -24,9 +24,9 @@ from quire.parallel.fabric import connect_by_torch
 from quire.parallel.shared_memory import SharedMemory
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import Store
 
-    from quire.engine.runner import ModelRunner
+    from quire.engine.runner import ModelRunner, Runner
     from quire.executor.shard import ShardSettings
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -100,7 +100,9 @@ class Launched:
                 except OSError:  # of another user, or in another container
                     memory = None
         self._put(f"has-memory-{rank}", memory is not None)
-        if not all([self._get(f"has-memory-{each}") for each in range(size)]):
+        # Of all, also where one has none: nobody is to answer before it is asked.
+        answers = [self._get(f"has-memory-{each}") for each in range(size)]
+        if not all(answers):
             if memory is not None:
                 memory.close()
             return None
@@ -125,9 +127,10 @@ class Launched:
             self._put(name, own)
         return self._get(name)
 
-    def make_runner(self, own: ModelRunner) -> RankRunner:
+    def make_runner(self, own: ModelRunner) -> Runner:
         """Return what an engine steps."""
-        return RankRunner(own, self.place, self.ends, everywhere=True, at_end=self.close)
+        runner = RankRunner(own, self.place, self.ends, everywhere=True, at_end=self.close)
+        return cast("Runner", runner)  # nothing that it returns is None, where all get it
 
     def close(self) -> None:
         """Leave the others."""
@@ -135,13 +138,13 @@ class Launched:
             self._memory.close()
 
 
-def _store() -> dist.Store:
-    import torch.distributed as dist
+def _store() -> Store:
+    from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     # The launcher's own, and no group: that is the program's.
     store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=_SECONDS)))
-    return dist.PrefixStore(f"quire-{next(_numbers)}", store)
+    return PrefixStore(f"quire-{next(_numbers)}", store)
 
 
 def _machine() -> str:

@@ -185,7 +185,7 @@ def of_step(hidden: torch.Tensor | None, indices: torch.Tensor) -> torch.Tensor:
 
 
 def _highest_of(every: torch.Tensor) -> torch.Tensor:
-    """Choose, ``[size, 2, num_rows] -> [2, num_rows]``: the lowest id among equals, or no number."""
+    """Choose, ``[size, 2, num_rows] -> [2, num_rows]``: the lowest id of equals, or no number."""
     highest = every[:, 1]
     # A rank's logits that are no number make the row's so.
     best = torch.where(highest.isnan(), torch.inf, highest).argmax(0)

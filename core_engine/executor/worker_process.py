@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
@@ -15,8 +16,6 @@ from quire.executor.messages import Message, MessageError
 
 SILENT_SECONDS = 7.0
 """Without a sign of life, after which a worker is taken for hung; it gives one each second."""
-
-_LAST_WORDS = ("failed",)
 
 
 class WorkerProcess:
@@ -95,10 +94,8 @@ class WorkerProcess:
     def end(self) -> None:
         """Ask it to end."""
         self._is_ending = True
-        try:
+        with contextlib.suppress(ChannelClosedError):
             self.channel.send({"what": "end"})
-        except ChannelClosedError:
-            pass
 
     def join(self, seconds: float) -> None:
         """Wait for its end, and bring it about after a while."""

@@ -10,7 +10,7 @@ import torch
 from quire.parallel.torch_group import TorchGroup, TorchLink, make_process_group
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import Store
 
     from quire.parallel.group import Group, Link
     from quire.parallel.place import Place
@@ -66,9 +66,7 @@ def names_of(place: Place) -> dict[str, str]:
     return names
 
 
-def connect_by_torch(
-    store: dist.Store, place: Place, device: torch.device, seconds: float
-) -> Ends:
+def connect_by_torch(store: Store, place: Place, device: torch.device, seconds: float) -> Ends:
     """Connect a rank by torch.distributed; all ranks call this at once.
 
     Parameters

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import Store
 
 
 def make_process_group(
-    store: dist.Store, name: str, rank: int, size: int, device: torch.device, seconds: float
+    store: Store, name: str, rank: int, size: int, device: torch.device, seconds: float
 ) -> Any:
     """Return a process group of some ranks; all of them call this at once.
 
@@ -33,16 +33,17 @@ def make_process_group(
     seconds
         How long an operation may take.
     """
-    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
 
-    own = dist.PrefixStore(name, store)
+    own = distributed_c10d.PrefixStore(name, store)
     patience = timedelta(seconds=seconds)
     if device.type == "cpu":
-        return dist.ProcessGroupGloo(own, rank, size, patience)  # type: ignore[attr-defined]
+        return distributed_c10d.ProcessGroupGloo(own, rank, size, patience)
     if device.type == "cuda":
-        options = dist.ProcessGroupNCCL.Options()  # type: ignore[attr-defined]
+        kind = distributed_c10d.ProcessGroupNCCL
+        options = kind.Options()
         options._timeout = patience
-        return dist.ProcessGroupNCCL(own, rank, size, options)  # type: ignore[attr-defined]
+        return kind(own, rank, size, options)
     raise ValueError(f"no process group is known for devices of type {device.type!r}")
 
 

@@ -241,9 +241,9 @@ def start_line(
     weights = dtype if quantization is None else f"{dtype}, weights in {quantization},"
     of_dtype = "" if cache_dtype == "auto" else f"{cache_dtype}, "
     threads = f" ({num_threads} threads{' each' if ranks else ''})" if num_threads else ""
-    spread = f", {ranks}" if ranks else ""
+    of_ranks = f"{device}, {ranks}" if ranks else device
     return (
-        f"{model}: {weights} on {device}{spread}{threads}, {backend} kernels; KV cache of {of_dtype}"
+        f"{model}: {weights} on {of_ranks}{threads}, {backend} kernels; KV cache of {of_dtype}"
         f"{plan.num_blocks - 1} blocks of {block_size} tokens, room for {plan.num_full_requests} "
         f"requests of the full {plan.max_model_len} tokens"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,7 +53,7 @@ def test_each_token_is_in_one_piece_and_sees_what_it_would(sequences, count, wit
     for piece in pieces:
         bounds = piece.query_start_loc.tolist()
         assert bounds[-1] == piece.num_tokens
-        for i, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for i, (first, end) in enumerate(itertools.pairwise(bounds)):
             assert end > first
             length = int(piece.seq_lens[i])
             assert piece.positions[first:end].tolist() == list(range(length - end + first, length))
