@@ -47,7 +47,7 @@ class ExpertOperations(Protocol):
         x: torch.Tensor,
         weights: torch.Tensor,
         chosen: torch.Tensor,
-        experts: Sequence[Expert],
+        experts: Sequence[Expert | None],
     ) -> torch.Tensor:
         """Compute each token's weighted sum of what its experts make of it.
 
@@ -63,7 +63,7 @@ class ExpertOperations(Protocol):
         chosen : Tensor[num_tokens, per_token], int64
             From `route`. How many rows an expert has is waited for on the CPU.
         experts : sequence of functions
-            By number.
+            By number. None in place of one adds nothing: another rank has it.
 
         Returns
         -------

@@ -204,6 +204,7 @@ class _Reading:
         for role in ("weight", "bias"):
             if role not in change.tensors:
                 continue
+            self._decoder.check_whole(f"{change.target.name}.{role}")
             own = self._decoder.weights.get(f"{change.target.name}.{role}")
             new = self._file.tensor(change.tensors[role])
             if (

@@ -95,7 +95,8 @@ class Targets:
         if name == "embed":
             return Target("embedding", name, 0, self._decoder.spec.vocab_size, self.width)
         weights = self._decoder.weights
-        if f"{name}.weight" in weights or f"{name}.bias" in weights:
+        names = (f"{name}.weight", f"{name}.bias")
+        if any(each in weights or each in weights.elsewhere for each in names):
             return Target("other", name, 0, 0, 0)
         return None
 
@@ -109,7 +110,7 @@ class Targets:
                 first += rows
         order = None
         if grouped and linear.groups > 1:
-            order = self._decoder.weights.ungrouped_rows(f"{linear.name}.weight")
+            order = linear.ungrouped_rows()
         return Target("linear", linear.name, first, num_rows, linear.in_features, order)
 
     def modules(self, prefix: str | None = None) -> Iterator[str]:

@@ -9,8 +9,10 @@ from typing import Any, Protocol
 
 import torch
 
+from quire.errors import ModelLoadError
 from quire.kernels.quantized import Outliers, QuantizedWeight, concatenate
 from quire.kernels.reference.quantized import dequantize
+from quire.models.cut import Cut
 
 Piece = QuantizedWeight | torch.Tensor
 """Consecutive outputs of a projection: in codes, or plain ``[num_rows, in_features]``."""
@@ -142,6 +144,37 @@ def on_device(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
         input_factors=moved(weight.input_factors),
         table=moved(weight.table),
         outliers=outliers,
+    )
+
+
+def share_of_codes(weight: QuantizedWeight, cut: Cut, part: str) -> QuantizedWeight:
+    """Return what is here of a weight, or of a part of one; a copy, unless that is all.
+
+    Raises
+    ------
+    ModelLoadError
+        Inputs are cut between two that have a scale in common.
+    """
+    if cut.rows is not None:
+        weight = weight.select(cut.index(part).to(weight.codes.device))
+    if cut.columns is not None:
+        _check_groups(weight, cut.columns)
+        weight = weight.columns(cut.columns.start, cut.columns.stop)
+    return weight
+
+
+def _check_groups(weight: QuantizedWeight, columns: range) -> None:
+    """See that a cut is where a group begins; with an order, groups are scattered anyway."""
+    width, size = weight.in_features, weight.group_size
+    if weight.order is not None or size >= width:
+        return
+    if columns.start % size == 0 and (columns.stop % size == 0 or columns.stop == width):
+        return
+    ways = width // len(columns)
+    good = [n for n in range(1, width // size + 1) if width % n == 0 and width // n % size == 0]
+    raise ModelLoadError(
+        f"is in groups of {size} columns, which tensor_parallel_size={ways} would cut: it gives "
+        f"each rank {len(columns)} of {width}; {', '.join(map(str, good or [1]))} would do"
     )
 
 

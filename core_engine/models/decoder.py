@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
+from quire.errors import AdapterError
 from quire.kernels.lora import LoraRows
 from quire.kernels.quantized import QuantizedWeight
 from quire.models.adapter import Adapter, PreparedAdapter
 from quire.models.adapter_check import check_adapter
 from quire.models.adapter_operations import AdapterOperations
+from quire.models.adapter_share import share_of_adapter
 from quire.models.layers import (
     KVCache,
     Layer,
@@ -25,18 +28,22 @@ from quire.models.layers import (
     create_layer,
     create_norm,
     layer_linears,
+    own_linears,
 )
 from quire.models.linear import Apply, Linear, LinearMethod, WeightMethod
 from quire.models.mlp import is_expert
 from quire.models.rotary import RotaryTable
 from quire.models.spec import DecoderSpec, RotarySpec
+from quire.models.split import split_spec, split_vocab
 from quire.models.weights import Weights
+from quire.parallel.place import WHOLE, Place
 
 if TYPE_CHECKING:
     import ctypes
 
     from quire.kernels import Backend
     from quire.models.native import NativeForward
+    from quire.parallel.group import Group
 
 
 logger = logging.getLogger(__name__)
@@ -78,10 +85,13 @@ class Decoder:
     through `weights`; `bind` makes it runnable. Adapters are made ready by `prepare_adapter`, from
     any thread, and computed with once `set_adapter` has put them into a slot.
 
+    Of a model that several ranks compute together it is what one of them has: its stage's layers,
+    and its share of each. Names are those of the whole model all the same.
+
     Parameters
     ----------
     spec
-        What the model is made of.
+        What the whole model is made of.
     device, dtype
         Of weights and activations.
     kernels
@@ -90,10 +100,17 @@ class Decoder:
         How the layers' projections are stored and applied; None: by what their weights are.
     max_adapters
         Slots for adapters; 0: there can be none, and nothing is spent on them.
+    place
+        Which of the model's ranks this is.
+    group
+        The ranks of its stage; needed where they are several.
 
     Attributes
     ----------
     spec : DecoderSpec
+        Of the whole model.
+    place : Place
+    group : Group or None
     max_adapters : int
     weights : Weights
         Parameters: ``embed``, ``embed_positions``, ``project_in``, ``layers.{i}.attention_norm``,
@@ -113,8 +130,18 @@ class Decoder:
         kernels: Backend,
         method: LinearMethod | None = None,
         max_adapters: int = 0,
+        place: Place = WHOLE,
+        group: Group | None = None,
     ) -> None:
+        if place.tensor_size > 1 and (
+            group is None or (group.rank, group.size) != (place.tensor_rank, place.tensor_size)
+        ):
+            raise ValueError(f"{place} needs the group of its stage")
         self.spec = spec
+        self.place = place
+        self.group = group
+        self._own_spec = split_spec(spec, place)
+        self._own_layers = place.layers(spec.num_layers)
         self.max_adapters = max_adapters
         self.weights = Weights(device, dtype)
         self._kernels = kernels
@@ -137,27 +164,48 @@ class Decoder:
         self._adaptable = {
             name: linear for name, linear in self._projections.items() if not is_expert(name)
         }
-        self._allocate(width)
+        self._create(self.weights, place)
+        if not place.is_whole:
+            all_of_it = Weights(device, dtype)
+            self._create(all_of_it, WHOLE)
+            self.weights.elsewhere |= {*all_of_it.names()} - {*self.weights.names()}
 
-    def _allocate(self, width: int) -> None:
-        spec, weights, plain = self.spec, self.weights, WeightMethod()
-        weights.create("embed.weight", (spec.vocab_size, width))
-        if spec.learned_positions is not None:
+    def _create(self, weights: Weights, place: Place) -> None:
+        """Enter what a rank has of the parameters."""
+        spec, plain = self.spec, WeightMethod()
+        tied = spec.tie_word_embeddings
+        if place.is_first_stage or (tied and place.is_last_stage):
+            plain.create(self._matrix("embed", place), weights)
+        if place.is_first_stage and spec.learned_positions is not None:
             table = spec.learned_positions
             num_rows = table.num_positions + table.offset
             weights.create("embed_positions.weight", (num_rows, spec.hidden_size))
-        for linear in (self._project_in, self._project_out):
-            if linear is not None:
-                plain.create(linear, weights)
-        for index, layer in enumerate(spec.layers):
-            create_layer(f"layers.{index}", layer, spec.hidden_size, self._method, weights)
-        create_norm("final_norm", spec.final_norm, spec.hidden_size, weights)
-        if not spec.tie_word_embeddings:
-            self.create_lm_head()
+        if place.is_first_stage and self._project_in is not None:
+            plain.create(self._project_in, weights)
+        if place.is_last_stage and self._project_out is not None:
+            plain.create(self._project_out, weights)
+        for index in place.layers(spec.num_layers):
+            layer = spec.layers[index]
+            create_layer(f"layers.{index}", layer, spec.hidden_size, self._method, weights, place)
+        if place.is_last_stage:
+            create_norm("final_norm", spec.final_norm, spec.hidden_size, weights)
+        if place.is_last_stage and not tied:
+            plain.create(self._matrix("lm_head", place), weights)
 
     def create_lm_head(self) -> None:
         """Allocate an output matrix of its own."""
-        self.weights.create("lm_head.weight", (self.spec.vocab_size, self._embedding_size))
+        if self.place.is_last_stage:
+            WeightMethod().create(self._matrix("lm_head", self.place), self.weights)
+        else:
+            self.weights.leave("lm_head.weight")
+
+    def untie(self) -> None:
+        """Have an output matrix other than the embedding, whatever the configuration says."""
+        self.spec = replace(self.spec, tie_word_embeddings=False)
+        self._own_spec = split_spec(self.spec, self.place)
+        self.create_lm_head()
+        if not self.place.is_first_stage:
+            self.weights.leave("embed.weight")
 
     def settle(self, name: str) -> None:
         """Bring a weight that came in codes into the form that steps read.
@@ -185,7 +233,7 @@ class Decoder:
         if self._bound:  # the native kernels would bring the weights into their order once more
             raise RuntimeError("a decoder is bound once")
         self._bound = True
-        spec, weights, kernels = self.spec, self.weights, self._kernels
+        spec, weights, kernels = self._own_spec, self.weights, self._kernels
         plain, method = WeightMethod(), self._method
         library = self._native_library()
         coded = self.weights.all_coded()
@@ -203,13 +251,16 @@ class Decoder:
                 each.unpack()
         self._adapters = None
         if self.max_adapters and library is None:
-            self._adapters = AdapterOperations(self.max_adapters, self.linears(), weights, kernels)
+            own = self._own_adaptable()
+            self._adapters = AdapterOperations(self.max_adapters, own, weights, kernels)
             method = self._adapters.method(method)
         self._tables: list[RotaryTable] = []
         indices: dict[RotarySpec, int] = {}
         self._rotary_indices: list[int | None] = []
         self._layers: list[Layer] = []
-        for number, layer in enumerate(spec.layers):
+        reduce = self.group.reduce if self.group is not None and self._is_shared else None
+        for number in self._own_layers:
+            layer = spec.layers[number]
             rotary = layer.attention.rotary
             index = None
             if rotary is not None:
@@ -228,6 +279,7 @@ class Decoder:
                     method,
                     weights,
                     kernels,
+                    reduce,
                 )
             )
         self._position_weight = weights.get("embed_positions.weight")
@@ -236,13 +288,15 @@ class Decoder:
         if spec.embedding_scale is not None:
             self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=weights.dtype).item()
         self.native = None if library is None else self._bind_natively(library)
-        if self.native is None:
+        self._into = self._out_of = self._lookup = self._head = None
+        if self.native is None and self.place.is_first_stage:
             self._lookup = self._bind_lookup()
             self._into = self._bind_projection(self._project_in, plain)
+        if self.native is None and self.place.is_last_stage:
             self._out_of = self._bind_projection(self._project_out, plain)
             self._head = plain.bind(self._matrix(self._name_of("lm_head")), weights, kernels)
         self._final_norm = self._final_add_norm = None
-        if spec.final_norm is not None:
+        if spec.final_norm is not None and self.place.is_last_stage:
             self._final_norm = bind_norm("final_norm", spec.final_norm, weights, kernels)
             self._final_add_norm = bind_add_norm("final_norm", spec.final_norm, weights, kernels)
 
@@ -251,9 +305,11 @@ class Decoder:
         library: ctypes.CDLL | None = getattr(self._kernels, "library", None)
         if library is None or type(self._method) is not WeightMethod:
             return None
+        if not self.place.is_whole:  # the native kernels run whole models only
+            return None
         from quire.models import native
 
-        return library if native.supports(self.spec, self.weights) else None
+        return library if native.supports(self._own_spec, self.weights) else None
 
     def _bind_natively(self, library: ctypes.CDLL) -> NativeForward:
         from quire.models import native
@@ -272,7 +328,7 @@ class Decoder:
         return None if linear is None else method.bind(linear, self.weights, self._kernels)
 
     def _bind_lookup(self) -> Apply:
-        """Return ``ids -> embeddings``."""
+        """Return ``ids -> embeddings``, for ids counted from the first that is here."""
         kernels, dtype = self._kernels, self.weights.dtype
         coded = self.weights.coded("embed.weight")
         if coded is None:
@@ -284,21 +340,31 @@ class Decoder:
 
     def _name_of(self, name: str) -> str:
         """Whose weight a projection has: an output matrix may have the embedding's."""
-        tied = name == "lm_head" and "lm_head.weight" not in self.weights
-        return "embed" if tied else name
+        return "embed" if name == "lm_head" and self.spec.tie_word_embeddings else name
 
-    def _matrix(self, name: str) -> Linear:
+    def _matrix(self, name: str, place: Place = WHOLE) -> Linear:
         """The embedding, or the output matrix, as a projection."""
-        return Linear(name, self._embedding_size, {name: self.spec.vocab_size})
+        size = self.spec.vocab_size
+        rows = (split_vocab(size, place),) if place.tensor_size > 1 else None
+        return Linear(name, self._embedding_size, {name: size}, own_rows=rows)
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether other ranks have other shares of the same layers."""
+        return self.place.tensor_size > 1
+
+    @property
+    def vocab_rows(self) -> range:
+        """The tokens whose embeddings and logits are here: all, unless ranks share them."""
+        return split_vocab(self.spec.vocab_size, self.place)
 
     def kv_cache_layers(self) -> list[tuple[int, int]]:
-        """``(num_kv_heads, head_dim)`` of each layer's KV cache."""
-        return [
-            (layer.attention.num_kv_heads, layer.attention.head_dim) for layer in self.spec.layers
-        ]
+        """``(num_kv_heads, head_dim)`` of the KV cache of each layer that is here."""
+        layers = [self._own_spec.layers[index].attention for index in self._own_layers]
+        return [(each.num_kv_heads, each.head_dim) for each in layers]
 
     def weight_bytes(self) -> int:
-        """Bytes of all weights, as they are kept; a tied embedding counts once."""
+        """Bytes of all weights here, as they are kept; a tied embedding counts once."""
         return self.weights.num_bytes()
 
     def code_kinds(self) -> set[str]:
@@ -306,15 +372,49 @@ class Decoder:
         return {kind for each in self.weights.all_coded().values() for kind in each.kinds}
 
     def projections(self) -> Mapping[str, Linear]:
-        """Return all projections of the layers, and ``lm_head``, by name.
+        """Return all projections of the whole model's layers, and ``lm_head``, by name.
 
         ``lm_head`` is there also where it is the embedding.
         """
         return self._projections
 
     def linears(self) -> Mapping[str, Linear]:
-        """Return the projections that an adapter may change: all but those of single experts."""
+        """Return the projections that an adapter may change: all but those of single experts.
+
+        They are those of the whole model.
+        """
         return self._adaptable
+
+    def _own_adaptable(self) -> dict[str, Linear]:
+        """Of `linears`, those that this rank has something of, and what that is."""
+        if self.place.is_whole:
+            return self._adaptable
+        spec, place = self.spec, self.place
+        own = [
+            linear
+            for index in self._own_layers
+            for linear in own_linears(
+                f"layers.{index}", spec.layers[index], spec.hidden_size, place
+            )
+        ]
+        if place.is_last_stage:
+            own.append(self._matrix("lm_head", place))
+        return {each.name: each for each in own if each.name in self._adaptable}
+
+    def check_whole(self, name: str) -> None:
+        """Check that a parameter can be read, because other ranks have nothing of it.
+
+        Raises
+        ------
+        AdapterError
+            They have; nobody but adapters reads parameters.
+        """
+        if not self.weights.is_whole(name):
+            raise AdapterError(
+                f"the adapter is one for which the model's {name} has to be read, of which this "
+                "process has a share at most: such adapters need tensor_parallel_size=1 and "
+                "pipeline_parallel_size=1"
+            )
 
     def read_weight(self, name: str) -> torch.Tensor:
         """Copy a weight to the CPU; from any thread, once the decoder is bound.
@@ -329,7 +429,13 @@ class Decoder:
         Tensor[out_features, in_features]
             Its rows in the order of the projection's parts; the embedding has one per token. In
             float32 where it is in codes.
+
+        Raises
+        ------
+        AdapterError
+            See `check_whole`.
         """
+        self.check_whole(f"{self._name_of(name)}.weight")
         linear = self._projections.get(name)
         if linear is None and name != "embed":
             raise ValueError(f"the model has no weight {name!r}")
@@ -346,7 +452,14 @@ class Decoder:
         return self.weights.coded(f"{self._name_of(name)}.weight") is not None
 
     def read_bias(self, name: str) -> torch.Tensor | None:
-        """Copy a projection's bias, ``[out_features]``, to the CPU; None where it has none."""
+        """Copy a projection's bias, ``[out_features]``, to the CPU; None where it has none.
+
+        Raises
+        ------
+        AdapterError
+            See `check_whole`.
+        """
+        self.check_whole(f"{name}.bias")
         bias = self.weights.get(f"{name}.bias")
         return None if bias is None else bias.to("cpu", copy=True)
 
@@ -356,7 +469,8 @@ class Decoder:
         Parameters
         ----------
         adapter
-            Its tensors are used up: they belong to the result, which may change them.
+            Of the whole model. Its tensors are used up: they belong to the result, which may change
+            them.
 
         Raises
         ------
@@ -368,6 +482,8 @@ class Decoder:
         if not self.max_adapters:
             raise ValueError("an adapter needs a slot; the decoder was made with max_adapters=0")
         check_adapter(adapter, self.linears(), self.spec.vocab_size, self._embedding_size)
+        if not self.place.is_whole:
+            adapter = share_of_adapter(adapter, self._own_adaptable(), self.vocab_rows, self.place)
         if self.native is not None:
             packed = self.native.prepare(adapter)
             return PreparedAdapter(adapter.digest, packed.num_bytes, packed, self._mark)
@@ -400,21 +516,27 @@ class Decoder:
             self._filled_slots.add(slot)
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, kv_caches: list[KVCache]) -> torch.Tensor:
-        """Compute one step and write its keys and values into the cache.
+    def forward(
+        self, batch: Batch, kv_caches: list[KVCache], hidden: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Compute one step of the layers that are here, and write its keys and values.
 
         Parameters
         ----------
         batch
             The step's tokens.
         kv_caches
-            ``(key_cache, value_cache)`` of each layer.
+            ``(key_cache, value_cache)`` of each layer that is here.
+        hidden : Tensor[num_tokens, hidden_size], float32, optional
+            What the stage before returned; the first stage has none before it.
 
         Returns
         -------
         Tensor[num_tokens, hidden_size]
-            After the final norm.
+            After the final norm; of a stage that is not the last, what the next one needs, float32.
         """
+        if (hidden is None) != self.place.is_first_stage:
+            raise ValueError("every stage but the first, and no other, goes on from another")
         self._check_slots(batch.adapter_slots, len(batch.input_ids))
         if self.native is not None:
             return self.native.forward(batch, kv_caches)
@@ -432,10 +554,15 @@ class Decoder:
             max_length = int(batch.seq_lens.max())
             rotary = [table.lookup(positions, max_length) for table in self._tables]
         step = Step(batch.slot_mapping, batch.attention, rotary)
-        x = self._embed(batch.input_ids, positions)
+        if hidden is None:
+            x = self._embed(batch.input_ids, positions)
+        else:
+            x = hidden.to(self.weights.dtype)
         residual: torch.Tensor | None = None
         for layer, cache in zip(self._layers, kv_caches, strict=True):
             x, residual = layer(x, residual, step, cache)
+        if not self.place.is_last_stage:
+            return (x if residual is None else x + residual).float()
         if residual is None:
             return x if self._final_norm is None else self._final_norm(x)
         if self._final_add_norm is None:
@@ -443,9 +570,7 @@ class Decoder:
         return self._final_add_norm(x, residual)[0]
 
     def _embed(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        x = self._lookup(input_ids)
-        if self._adapters is not None:
-            self._adapters.embed(input_ids, x)
+        x = self._look_up(input_ids)
         if self._embedding_scale is not None:
             x = x * self._embedding_scale
         if self._into is not None:
@@ -455,11 +580,25 @@ class Decoder:
             x = x + self._kernels.embedding(positions + offset, self._position_weight)
         return x
 
+    def _look_up(self, input_ids: torch.Tensor) -> torch.Tensor:
+        assert self._lookup is not None
+        absent = None
+        if self._is_shared:
+            rows = self.vocab_rows
+            absent = (input_ids < rows.start) | (input_ids >= rows.stop)
+            input_ids = (input_ids - rows.start).masked_fill(absent, 0)
+        x = self._lookup(input_ids)
+        if self._adapters is not None:
+            self._adapters.embed(input_ids, x)
+        if absent is not None and self.group is not None:
+            x = self.group.reduce(x.masked_fill(absent[:, None], 0))
+        return x
+
     @torch.inference_mode()
     def compute_logits(
         self, hidden: torch.Tensor, adapter_slots: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the logits, float32.
+        """Return the logits of the tokens in `vocab_rows`, float32; on the last stage.
 
         Parameters
         ----------
@@ -470,13 +609,14 @@ class Decoder:
 
         Returns
         -------
-        Tensor[num_rows, vocab_size]
+        Tensor[num_rows, len(vocab_rows)]
         """
         self._check_slots(adapter_slots, len(hidden))
         if self.native is not None:
             return self.native.logits(hidden, adapter_slots)
         if self._out_of is not None:
             hidden = self._out_of(hidden)
+        assert self._head is not None
         logits = self._head(hidden).float()
         if self._adapters is not None and adapter_slots is not None:
             self._adapters.head(hidden, logits, adapter_slots)

@@ -16,7 +16,9 @@ import torch
 from quire.models.linear import Apply, Linear, LinearMethod
 from quire.models.mlp import bind_mlp, create_router, mlp_linears
 from quire.models.spec import AttentionSpec, LayerSpec, NormSpec
+from quire.models.split import split_layer, split_linear
 from quire.models.weights import Weights
+from quire.parallel.place import WHOLE, Place
 
 if TYPE_CHECKING:
     from quire.kernels import Backend
@@ -65,23 +67,51 @@ def attention_linears(name: str, spec: AttentionSpec, hidden_size: int) -> tuple
     """Return the fused projection to queries, keys and values, and the one back."""
     query, key = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     parts = {"q": query, "k": key, "v": key}
-    qkv = Linear(f"{name}.qkv", hidden_size, parts, spec.qkv_bias, spec.num_kv_heads)
-    return qkv, Linear(f"{name}.out", query, {"out": hidden_size}, spec.out_bias)
+    qkv = Linear(f"{name}.qkv", hidden_size, parts, spec.qkv_bias, spec.num_kv_heads, "rows")
+    out = Linear(f"{name}.out", query, {"out": hidden_size}, spec.out_bias, split="columns")
+    return qkv, out
 
 
 def layer_linears(name: str, spec: LayerSpec, hidden_size: int) -> list[Linear]:
-    """Return all projections of one decoder layer."""
+    """Return all projections of one decoder layer that are here."""
     return [
         *attention_linears(f"{name}.attention", spec.attention, hidden_size),
         *mlp_linears(f"{name}.mlp", spec.mlp, hidden_size),
     ]
 
 
+def own_linears(name: str, spec: LayerSpec, hidden_size: int, place: Place) -> list[Linear]:
+    """Return the projections of one decoder layer that a rank of its stage has something of.
+
+    They are the whole model's, with what of each is the rank's.
+    """
+    here = {each.name for each in layer_linears(name, split_layer(spec, place), hidden_size)}
+    return [
+        split_linear(linear, place)
+        for linear in layer_linears(name, spec, hidden_size)
+        if linear.name in here
+    ]
+
+
 def create_layer(
-    name: str, spec: LayerSpec, hidden_size: int, method: LinearMethod, weights: Weights
+    name: str,
+    spec: LayerSpec,
+    hidden_size: int,
+    method: LinearMethod,
+    weights: Weights,
+    place: Place = WHOLE,
 ) -> None:
-    """Allocate all parameters of one decoder layer."""
-    for linear in layer_linears(name, spec, hidden_size):
+    """Allocate what a rank has of the parameters of one decoder layer.
+
+    Parameters
+    ----------
+    name, spec, hidden_size
+        Of the whole layer.
+    method, weights
+    place
+        Whose stage has the layer.
+    """
+    for linear in own_linears(name, spec, hidden_size, place):
         method.create(linear, weights)
     create_router(f"{name}.mlp", spec.mlp, hidden_size, weights)
     for norm in ("attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm"):
@@ -173,12 +203,19 @@ def bind_layer(
     method: LinearMethod,
     weights: Weights,
     kernels: Backend,
+    reduce: Apply | None = None,
 ) -> Layer:
-    """Return the function of one decoder layer."""
+    """Return the function of one decoder layer.
+
+    `reduce` sums what attention, and MLP, are on each of the ranks that share them, and `spec` is
+    what the layer is on this one.
+    """
     attention = bind_attention(
         f"{name}.attention", spec.attention, hidden_size, rotary_index, method, weights, kernels
     )
     mlp = bind_mlp(f"{name}.mlp", spec.mlp, hidden_size, method, weights, kernels)
+    if reduce is not None:
+        attention, mlp = _attention_then(reduce, attention), _then(reduce, mlp)
     if spec.attention_post_norm is not None:
         post = bind_norm(f"{name}.attention_post_norm", spec.attention_post_norm, weights, kernels)
         attention = _attention_then(post, attention)

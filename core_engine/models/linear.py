@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
+from quire.models.cut import Cut
 from quire.models.weights import Weights
 
 if TYPE_CHECKING:
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from quire.kernels.quantized import QuantizedWeight
 
 Apply = Callable[[torch.Tensor], torch.Tensor]
+
+Split = Literal["rows", "columns"]
+"""How ranks share a projection: each has some outputs of every part; or some inputs, and what they
+make of these is to be summed."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,12 @@ class Linear:
         Whether there is one.
     groups
         Groups of heads, for parts that are queries, keys and values.
+    split
+        How ranks share it, where there are several; None: each has all of it.
+    own_rows
+        Of each part, in order, the rows that this rank has, see `Cut`; None: all.
+    own_columns
+        The inputs that it has; None: all.
     """
 
     name: str
@@ -41,11 +52,27 @@ class Linear:
     parts: Mapping[str, int]
     bias: bool = False
     groups: int = 1
+    split: Split | None = None
+    own_rows: tuple[range, ...] | None = None
+    own_columns: range | None = None
 
     @property
     def out_features(self) -> int:
-        """Width of the result."""
+        """Width of the result, as a whole."""
         return sum(self.parts.values())
+
+    @property
+    def cut(self) -> Cut:
+        """What this rank has of the weight."""
+        shape = (self.out_features, self.in_features)
+        parts = self.parts if len(self.parts) > 1 else {}
+        return Cut(shape, parts, self.groups, self.own_rows, self.own_columns)
+
+    def ungrouped_rows(self) -> torch.Tensor:
+        """Where each row of the whole weight is when its rows lie ``"grouped"``."""
+        rows = torch.arange(self.out_features).view(self.groups, -1)
+        sizes = [size // self.groups for size in self.parts.values()]
+        return torch.cat([each.reshape(-1) for each in rows.split_with_sizes(sizes, dim=1)])
 
 
 class LinearMethod(Protocol):
@@ -72,11 +99,10 @@ class WeightMethod:
 
     def create(self, linear: Linear, weights: Weights) -> None:
         """See `LinearMethod.create`."""
-        parts = linear.parts if len(linear.parts) > 1 else None
-        shape = (linear.out_features, linear.in_features)
-        weights.create(f"{linear.name}.weight", shape, parts=parts, groups=linear.groups)
+        cut = linear.cut
+        weights.enter(f"{linear.name}.weight", cut)
         if linear.bias:
-            weights.create(f"{linear.name}.bias", shape[:1], parts=parts, groups=linear.groups)
+            weights.enter(f"{linear.name}.bias", replace(cut, shape=cut.shape[:1], columns=None))
 
     def bind(self, linear: Linear, weights: Weights, kernels: Backend) -> Apply:
         """See `LinearMethod.bind`."""

@@ -20,11 +20,13 @@ from quire.models.decoder import Decoder
 from quire.models.family import Family, To
 from quire.models.registry import build_spec, family_of
 from quire.models.sources import Source, Sources
+from quire.parallel.place import WHOLE, Place
 from quire.quantization.format import Kinds, Quantizer, WeightFormat
 from quire.utils.freed_memory import return_freed_memory
 
 if TYPE_CHECKING:
     from quire.kernels import Backend
+    from quire.parallel.group import Group
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +50,10 @@ def load_model(
     max_adapters: int = 0,
     weight_format: WeightFormat | None = None,
     quantizer: Quantizer | None = None,
+    place: Place = WHOLE,
+    group: Group | None = None,
 ) -> Decoder:
-    """Load the model of a folder. No code that lies in the folder is run.
+    """Load the model of a folder, or one rank's share. No code that lies in the folder is run.
 
     Parameters
     ----------
@@ -70,9 +74,13 @@ def load_model(
         How the checkpoint keeps its projections; None: they are plain.
     quantizer
         What makes codes of plain projections while they are read; None: they stay as they are.
+    place, group
+        As for `quire.models.decoder.Decoder`.
 
     Raises
     ------
+    ConfigError
+        The model cannot be split so.
     UnsupportedModelError
         It is a model that quire cannot run.
     ModelLoadError
@@ -83,7 +91,15 @@ def load_model(
     spec = build_spec(config, max_model_len)
     _, family = family_of(config)
     files = weight_files(folder)
-    decoder = Decoder(spec, device=device, dtype=dtype, kernels=kernels, max_adapters=max_adapters)
+    decoder = Decoder(
+        spec,
+        device=device,
+        dtype=dtype,
+        kernels=kernels,
+        max_adapters=max_adapters,
+        place=place,
+        group=group,
+    )
     with Sources(files, family.stacked) as sources:
         _Loading(decoder, family, folder, sources, weight_format, quantizer).run()
     decoder.bind()
@@ -173,6 +189,8 @@ class _Loading:
     def _take(self, module: _Module) -> None:
         """Put everything of a module into its place, if the decoder has one."""
         target, weights = module.to.module, self._decoder.weights
+        if f"{target}.weight" in weights.elsewhere and f"{target}.weight" not in weights:
+            return  # the rank that has it sees what there is
         kinds = self._kinds(module)
         if kinds is not None:
             self._read_codes(module, kinds)
@@ -184,6 +202,8 @@ class _Loading:
                     if kind == "weight" and self._quantize(module, source):
                         continue
                     self._fill(source, module.to, kind)
+                elif f"{target}.{kind}" in weights.elsewhere:
+                    continue  # a bias that another rank adds
                 elif self._adds_nothing(module, kind, source, kinds):
                     continue
                 elif not self._family.ignores(source.name):
@@ -233,7 +253,7 @@ class _Loading:
                 (rows, columns),
             )
             if module.to.layout == "grouped":
-                weight = weight.select(weights.ungrouped_rows(name))
+                weight = weight.select(self._linears[module.to.module].ungrouped_rows())
             if module.to.module in self._kept_plain:
                 weights.fill(name, part, "plain", dequantize(weight))
             else:
@@ -249,7 +269,7 @@ class _Loading:
         if self._quantizer is None:
             return False
         target = module.to.module
-        is_tied = target == "embed" and "lm_head.weight" not in weights
+        is_tied = target == "embed" and self._decoder.spec.tie_word_embeddings
         if not is_tied and target not in self._linears:
             return False
         tensor = self._sources.tensor(source)
@@ -257,7 +277,7 @@ class _Loading:
             weights.check(name, module.to.part, module.to.layout, tensor)
             plain = tensor.t() if module.to.layout == "transposed" else tensor
             if module.to.layout == "grouped":
-                plain = plain[weights.ungrouped_rows(name)]
+                plain = plain[self._linears[target].ungrouped_rows()]
             parts = [module.to.part] if module.to.part else weights.parts(name)
             first = 0
             for part in parts:
@@ -332,8 +352,7 @@ class _Loading:
             self._folder,
             head.sources[0].name,
         )
-        decoder.create_lm_head()
-        decoder.spec = replace(decoder.spec, tie_word_embeddings=False)
+        decoder.untie()
 
     def _are_equal(self, embedding: Source, head: Source) -> bool:
         """Whether two tensors are the same to the decoder."""

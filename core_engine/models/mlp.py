@@ -29,7 +29,9 @@ def is_expert(name: str) -> bool:
 
 
 def inner_mlps(name: str, spec: MlpSpec) -> dict[str, MlpSpec]:
-    """Return the single MLPs of a layer by their names: itself, or each expert and the shared one.
+    """Return the single MLPs of a layer by their names: itself, or the experts and the shared one.
+
+    Of the experts, those that are here.
 
     Parameters
     ----------
@@ -40,7 +42,10 @@ def inner_mlps(name: str, spec: MlpSpec) -> dict[str, MlpSpec]:
     if spec.experts is None:
         return {name: spec}
     one = replace(spec, experts=None)
-    mlps = {f"{name}.experts.{number}": one for number in range(spec.experts.num_experts)}
+    held = spec.experts.held
+    if held is None:
+        held = range(spec.experts.num_experts)
+    mlps = {f"{name}.experts.{number}": one for number in held}
     if spec.experts.shared_size is not None:
         mlps[f"{name}.shared"] = replace(one, intermediate_size=spec.experts.shared_size)
     return mlps
@@ -56,10 +61,11 @@ def mlp_linears(name: str, spec: MlpSpec, hidden_size: int) -> list[Linear]:
         ]
     size = spec.intermediate_size
     if spec.gated:
-        up = Linear(f"{name}.gate_up", hidden_size, {"gate": size, "up": size}, spec.bias)
+        parts = {"gate": size, "up": size}
+        up = Linear(f"{name}.gate_up", hidden_size, parts, spec.bias, split="rows")
     else:
-        up = Linear(f"{name}.up", hidden_size, {"up": size}, spec.bias)
-    return [up, Linear(f"{name}.down", size, {"down": hidden_size}, spec.bias)]
+        up = Linear(f"{name}.up", hidden_size, {"up": size}, spec.bias, split="rows")
+    return [up, Linear(f"{name}.down", size, {"down": hidden_size}, spec.bias, split="columns")]
 
 
 def create_router(name: str, spec: MlpSpec, hidden_size: int, weights: Weights) -> None:
@@ -99,11 +105,12 @@ def _bind_mixture(
     weights: Weights,
     kernels: Backend,
 ) -> Apply:
-    experts = [
-        bind_mlp(inner, one, hidden_size, method, weights, kernels)
+    here = {
+        inner: bind_mlp(inner, one, hidden_size, method, weights, kernels)
         for inner, one in inner_mlps(name, spec).items()
-    ]
-    shared = experts.pop() if mixture.shared_size is not None else None
+    }
+    experts = [here.get(f"{name}.experts.{number}") for number in range(mixture.num_experts)]
+    shared = here.get(f"{name}.shared")
     router = weights[f"{name}.router.weight"]
     gate = weights.get(f"{name}.shared_gate.weight")
     per_token, normalized = mixture.per_token, mixture.normalized

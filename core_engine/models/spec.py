@@ -115,6 +115,8 @@ class ExpertsSpec:
         Width of one more expert that computes every token; None: there is none.
     shared_gate
         Whether what that one makes is multiplied with ``sigmoid(x @ gate.T)``, a number per token.
+    held
+        The experts that are here, where a model's ranks share them out; None: all.
     """
 
     num_experts: int
@@ -123,6 +125,7 @@ class ExpertsSpec:
     scoring: Literal["softmax"] = "softmax"
     shared_size: int | None = None
     shared_gate: bool = False
+    held: range | None = None
 
 
 @dataclass(frozen=True)

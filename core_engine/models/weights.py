@@ -11,7 +11,8 @@ import torch
 
 from quire.errors import ModelLoadError, OutOfMemoryError
 from quire.kernels.quantized import QuantizedWeight
-from quire.models.coded import CodedWeight, Piece, on_device
+from quire.models.coded import CodedWeight, Piece, on_device, share_of_codes
+from quire.models.cut import Cut
 from quire.utils import huge_pages
 
 Layout = Literal["plain", "transposed", "grouped"]
@@ -25,12 +26,12 @@ class Parameter:
 
     Attributes
     ----------
+    cut : Cut
+        What it is as a whole, and which of that is here.
     shape : tuple of int
-        Rows first.
+        Of what is here, rows first.
     parts : dict
-        Name -> number of rows of each part, in order; empty: a single whole.
-    groups : int
-        How many groups of heads a fused ``query, key, value`` has (the key/value heads).
+        Name -> number of rows of each part that are here, in order; empty: a single whole.
     tensor : Tensor[rows, ...] or None
         Unwritten until loaded; None: nothing has asked for it yet, or it is in codes.
     loaded : set of str
@@ -41,13 +42,16 @@ class Parameter:
         All of them, in stead of `tensor`.
     """
 
-    shape: tuple[int, ...]
-    parts: Mapping[str, int] = field(default_factory=dict)
-    groups: int = 1
+    cut: Cut
+    shape: tuple[int, ...] = field(init=False)
+    parts: Mapping[str, int] = field(init=False)
     tensor: torch.Tensor | None = None
     loaded: set[str] = field(default_factory=set)
     codes: dict[str, QuantizedWeight] = field(default_factory=dict)
     coded: CodedWeight | None = None
+
+    def __post_init__(self) -> None:
+        self.shape, self.parts = self.cut.own_shape, self.cut.own_parts
 
     def missing(self) -> list[str]:
         """Parts without values (``[""]`` for the whole)."""
@@ -74,11 +78,17 @@ class Weights:
     ----------
     device, dtype
         Of every parameter that is created.
+
+    Attributes
+    ----------
+    elsewhere : set of str
+        Names of the model's other parameters, of which this rank has nothing.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
         self.dtype = dtype
+        self.elsewhere: set[str] = set()
         self._parameters: dict[str, Parameter] = {}
 
     def create(
@@ -93,7 +103,17 @@ class Weights:
 
         It is allocated when it is first asked for.
         """
-        self._parameters[name] = Parameter(shape, parts or {}, groups)
+        self.enter(name, Cut(shape, parts or {}, groups))
+
+    def enter(self, name: str, cut: Cut) -> None:
+        """Enter a parameter of which perhaps not all is here; see `create`."""
+        self._parameters[name] = Parameter(cut)
+        self.elsewhere.discard(name)
+
+    def leave(self, name: str) -> None:
+        """Take note that a parameter is elsewhere, and not here."""
+        self._parameters.pop(name, None)
+        self.elsewhere.add(name)
 
     def _allocated(self, name: str) -> torch.Tensor:
         parameter = self._parameters[name]
@@ -137,11 +157,11 @@ class Weights:
         }
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a parameter, however it is kept."""
+        """Shape of what is here of a parameter, however it is kept."""
         return self._parameters[name].shape
 
     def names(self) -> list[str]:
-        """Names of all parameters."""
+        """Names of all parameters that are here."""
         return list(self._parameters)
 
     def num_bytes(self) -> int:
@@ -153,6 +173,12 @@ class Weights:
             elif each.tensor is not None:
                 total += each.tensor.nbytes
         return total
+
+    def is_whole(self, name: str) -> bool:
+        """Whether all of a parameter is here; also where the model has none of that name."""
+        if name in self._parameters:
+            return self._parameters[name].cut.is_whole
+        return name not in self.elsewhere
 
     def is_loaded(self, name: str) -> bool:
         """Whether the parameter has all its values."""
@@ -174,7 +200,7 @@ class Weights:
         source: torch.Tensor,
         done: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Copy a checkpoint's tensor into its place, converting the dtype on the way.
+        """Copy what is here of a checkpoint's tensor, converting the dtype on the way.
 
         Parameters
         ----------
@@ -197,13 +223,17 @@ class Weights:
         """
         parameter = self._parameters[name]
         self.check(name, part, layout, source)
-        target = self._allocated(name)[parameter.rows(part)]
-        if layout == "grouped":
-            _copy_grouped(target, source, parameter)
-        elif layout == "transposed":
-            target.copy_(source.t() if source.dim() == 2 else source)
-        else:
-            _copy_rows(target, source, done)
+        target, cut = self._allocated(name)[parameter.rows(part)], parameter.cut
+        if layout == "transposed" and source.dim() == 2:
+            source = source.t()
+        if cut.columns is not None:
+            source = source[:, cut.columns.start : cut.columns.stop]
+        for run in cut.runs(part, grouped=layout == "grouped"):
+            rows = source[run.there : run.there + run.num_rows]
+            if layout == "plain":
+                _copy_rows(target[run.here :], rows, run.there, done)
+            else:
+                target[run.here : run.here + run.num_rows].copy_(rows)
         parameter.loaded.add(part)
 
     def check(self, name: str, part: str, layout: Layout, source: torch.Tensor) -> None:
@@ -229,21 +259,12 @@ class Weights:
         self._check_free(name, part)
 
     def part_shape(self, name: str, part: str) -> tuple[int, ...]:
-        """Shape of a part of a parameter; ``""`` is the whole."""
-        parameter = self._parameters[name]
-        rows = parameter.rows(part)
-        return (rows.stop - rows.start, *parameter.shape[1:])
+        """Shape that a part of a parameter has as a whole; ``""`` is all parts."""
+        return self._parameters[name].cut.part_shape(part)
 
     def parts(self, name: str) -> list[str]:
         """Names of a parameter's parts; ``[""]`` where it is of one."""
         return list(self._parameters[name].parts) or [""]
-
-    def ungrouped_rows(self, name: str) -> torch.Tensor:
-        """Where each row of a parameter is when its rows lie ``"grouped"``."""
-        parameter = self._parameters[name]
-        rows = torch.arange(parameter.shape[0]).view(parameter.groups, -1)
-        sizes = [size // parameter.groups for size in parameter.parts.values()]
-        return torch.cat([each.reshape(-1) for each in rows.split_with_sizes(sizes, dim=1)])
 
     def _check_free(self, name: str, part: str) -> None:
         loaded = self._parameters[name].loaded
@@ -251,12 +272,12 @@ class Weights:
             raise ModelLoadError("comes twice")
 
     def put_codes(self, name: str, part: str, weight: QuantizedWeight) -> None:
-        """Put a weight in codes, or a part of one, into its place.
+        """Put what is here of a weight in codes, or of a part of one, into its place.
 
         Raises
         ------
         ModelLoadError
-            The shape does not fit, or the place is taken.
+            The shape does not fit, the place is taken, or the weight's groups cannot be cut.
         """
         expected = self.part_shape(name, part)
         if (weight.out_features, weight.in_features) != expected:
@@ -266,6 +287,7 @@ class Weights:
             )
         self._check_free(name, part)
         parameter = self._parameters[name]
+        weight = share_of_codes(weight, parameter.cut, part)
         parameter.codes[part] = on_device(weight, self.device)
         parameter.loaded.add(part)
 
@@ -300,25 +322,16 @@ class Weights:
 
 
 def _copy_rows(
-    target: torch.Tensor, source: torch.Tensor, done: Callable[[int, int], None] | None
+    target: torch.Tensor,
+    source: torch.Tensor,
+    first_row: int,
+    done: Callable[[int, int], None] | None,
 ) -> None:
+    """Copy rows, which are from `first_row` on in the checkpoint's tensor."""
     num_rows = source.shape[0]
     step = max(1, num_rows * _CHUNK_BYTES // max(source.nbytes, 1))
     for first in range(0, num_rows, step):
         end = min(first + step, num_rows)
         target[first:end].copy_(source[first:end])
         if done is not None:
-            done(first, end)
-
-
-def _copy_grouped(target: torch.Tensor, source: torch.Tensor, parameter: Parameter) -> None:
-    groups = parameter.groups
-    rest = source.shape[1:]
-    grouped = source.view(groups, -1, *rest)
-    first, in_group = 0, 0
-    for num_rows in parameter.parts.values():
-        per_group = num_rows // groups
-        rows = target[first : first + num_rows].view(groups, per_group, *rest)
-        rows.copy_(grouped[:, in_group : in_group + per_group])
-        first += num_rows
-        in_group += per_group
+            done(first_row + first, first_row + end)

@@ -76,3 +76,7 @@ class Place:
         each, more = divmod(num_layers, self.num_stages)
         first = self.stage * each + min(self.stage, more)
         return range(first, first + each + (self.stage < more))
+
+
+WHOLE = Place()
+"""Of the only rank that a model has."""

@@ -24,7 +24,7 @@ def mix_experts(
     x: torch.Tensor,
     weights: torch.Tensor,
     chosen: torch.Tensor,
-    experts: Sequence[Expert],
+    experts: Sequence[Expert | None],
 ) -> torch.Tensor:
     """See `quire.kernels.experts_interface.ExpertOperations.mix_experts`."""
     flat = chosen.flatten()
@@ -38,8 +38,9 @@ def mix_experts(
         if not count:
             continue
         end = first + count
-        mine = rows[first:end]
-        # No row is there twice: nothing is added in an order that could be another.
-        total[mine] += expert(x[mine]).float().mul_(shares[first:end])
+        if expert is not None:
+            mine = rows[first:end]
+            # No row is there twice: nothing is added in an order that could be another.
+            total[mine] += expert(x[mine]).float().mul_(shares[first:end])
         first = end
     return total.to(x.dtype)
