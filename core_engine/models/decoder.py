@@ -410,12 +410,12 @@ class Decoder:
         return {each.name: each for each in own if each.name in self._adaptable}
 
     def check_whole(self, name: str) -> None:
-        """Check that a parameter can be read, because other ranks have nothing of it.
+        """Check that all of a parameter is here, to be read for an adapter.
 
         Raises
         ------
         AdapterError
-            They have; nobody but adapters reads parameters.
+            Other ranks have some of it, or all.
         """
         if not self.weights.is_whole(name):
             raise AdapterError(
