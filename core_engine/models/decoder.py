@@ -305,7 +305,7 @@ class Decoder:
         library: ctypes.CDLL | None = getattr(self._kernels, "library", None)
         if library is None or type(self._method) is not WeightMethod:
             return None
-        if not self.place.is_whole:  # the native kernels run whole models only
+        if self._is_shared and self._comm is None:
             return None
         from quire.models import native
 
@@ -316,12 +316,15 @@ class Decoder:
 
         return native.NativeForward(
             library,
-            self.spec,
+            self._own_spec,
             self.weights,
             tables=self._tables,
             rotary_indices=self._rotary_indices,
             embedding_scale=self._embedding_scale,
             max_adapters=self.max_adapters,
+            place=self.place,
+            vocab_rows=self.vocab_rows,
+            comm=self._comm,
         )
 
     def _bind_projection(self, linear: Linear | None, method: LinearMethod) -> Apply | None:
@@ -352,6 +355,11 @@ class Decoder:
     def _is_shared(self) -> bool:
         """Whether other ranks have other shares of the same layers."""
         return self.place.tensor_size > 1
+
+    @property
+    def _comm(self) -> int | None:
+        """What the native kernels sum by over the ranks of the stage, if they do."""
+        return self.group.native if self.group is not None and self._is_shared else None
 
     @property
     def vocab_rows(self) -> range:
@@ -402,12 +410,12 @@ class Decoder:
         return {each.name: each for each in own if each.name in self._adaptable}
 
     def check_whole(self, name: str) -> None:
-        """Check that a parameter can be read, because other ranks have nothing of it.
+        """Check that all of a parameter is here, to be read for an adapter.
 
         Raises
         ------
         AdapterError
-            They have; nobody but adapters reads parameters.
+            Other ranks have some of it, or all.
         """
         if not self.weights.is_whole(name):
             raise AdapterError(
@@ -539,7 +547,7 @@ class Decoder:
             raise ValueError("every stage but the first, and no other, goes on from another")
         self._check_slots(batch.adapter_slots, len(batch.input_ids))
         if self.native is not None:
-            return self.native.forward(batch, kv_caches)
+            return self.native.forward(batch, kv_caches, hidden)
         if self._adapters is not None:
             slots = batch.adapter_slots
             self._adapters.rows = None if slots is None else LoraRows.of(slots, self.weights.device)

@@ -19,6 +19,8 @@ from quire.models.adapter import Adapter
 from quire.models.native_model import NativeModel, check
 from quire.models.spec import DecoderSpec
 from quire.models.weights import Weights
+from quire.parallel.place import WHOLE, Place
+from quire.parallel.shared_memory import failure_of
 
 if TYPE_CHECKING:
     from quire.models.decoder import Batch
@@ -54,13 +56,19 @@ class NativeForward:
     library
         From :func:`quire.kernels.cpu.library.load_library`.
     spec, weights
-        The model, its parameters filled.
+        What is here of the model, its parameters filled.
     tables : list of RotaryTable
     rotary_indices : list of (int or None)
-        For each layer, which of the tables it rotates by.
+        For each layer that is here, which of the tables it rotates by.
     embedding_scale : float or None
     max_adapters : int
         Slots for adapters.
+    place : Place
+        Which of the model's ranks this is.
+    vocab_rows : range, optional
+        The tokens that embedding and output matrix are here for; None: all.
+    comm : int or None
+        Address of the rank's ``quire_comm``, needed where it is not alone in its stage.
     """
 
     def __init__(
@@ -73,8 +81,15 @@ class NativeForward:
         rotary_indices: list[int | None],
         embedding_scale: float | None,
         max_adapters: int = 0,
+        place: Place = WHOLE,
+        vocab_rows: range | None = None,
+        comm: int | None = None,
     ) -> None:
         self._library = library
+        self._place_in_model = place
+        self._own_layers = place.layers(len(spec.layers))
+        self._vocab_rows = range(spec.vocab_size) if vocab_rows is None else vocab_rows
+        self._comm = comm
         self._weights = weights
         self._spec = spec
         self._tables = tables
@@ -87,7 +102,15 @@ class NativeForward:
         finalizer.atexit = False  # a thread may be in a step until the process ends
         self._adapters = (structs.Adapter * max_adapters)()
         self._in_slot: list[PackedAdapter | None] = [None] * max_adapters
-        made = NativeModel(library, spec, weights, embedding_scale)
+        made = NativeModel(
+            library,
+            spec,
+            weights,
+            embedding_scale,
+            place=place,
+            first_token=self._vocab_rows.start,
+            comm=comm,
+        )
         made.model.adapters = ctypes.addressof(self._adapters)
         self._made = made  # it holds what the structs point to
         self._layers, self._model = made.layers, made.model
@@ -104,7 +127,7 @@ class NativeForward:
         try:
             return PackedAdapter(
                 self._library,
-                len(self._spec.layers) * len(structs.PROJECTIONS) + 1,
+                len(self._own_layers) * len(structs.PROJECTIONS) + 1,
                 self._place(adapter),
                 embed=adapter.embed_weight,
                 embedding=adapter.embedding,
@@ -119,11 +142,11 @@ class NativeForward:
         numbers = {name: number for number, name in enumerate(structs.PROJECTIONS)}
         for name, delta in adapter.linears.items():
             if name == "lm_head":
-                last = len(self._spec.layers) * len(numbers)
-                yield PlacedDelta(last, delta, 0, self._spec.vocab_size)
+                last = len(self._own_layers) * len(numbers)
+                yield PlacedDelta(last, delta, 0, len(self._vocab_rows))
                 continue
             _, layer, *_, projection = name.split(".")
-            first = int(layer) * len(numbers)
+            first = self._own_layers.index(int(layer)) * len(numbers)
             if projection == "gate_up":
                 size = self._weights.shape(f"{name}.weight")[0] // 2
                 yield PlacedDelta(first + numbers["gate"], delta, 0, size)
@@ -179,14 +202,14 @@ class NativeForward:
             ``embed``, ``lm_head`` (also where it is tied), or a projection's, such as
             ``layers.0.mlp.gate_up``. In float32 where it is in codes, at least in part.
         """
-        tied = "lm_head.weight" not in self._weights
+        tied = self._spec.tie_word_embeddings
         if name == "lm_head" and tied:
             name = "embed"
         coded = self._weights.coded(f"{name}.weight")
         if coded is not None:
             return coded.read(unpack)
         weight = self._weights[f"{name}.weight"]
-        if name == "embed" and not tied:
+        if name == "embed" and not (tied and self._place_in_model.is_last_stage):
             return weight.clone()
         if name.endswith(".gate_up"):
             return torch.cat([unpack(half) for half in weight.chunk(2)])
@@ -194,7 +217,9 @@ class NativeForward:
 
     # -- steps -----------------------------------------------------------------------------------
 
-    def forward(self, batch: Batch, kv_caches: list[KVCache]) -> torch.Tensor:
+    def forward(
+        self, batch: Batch, kv_caches: list[KVCache], hidden_in: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Compute a step; see :meth:`quire.models.decoder.Decoder.forward`.
 
         Returns
@@ -217,6 +242,10 @@ class NativeForward:
         tables = batch.block_tables
         if tables.stride(1) != 1:
             tables = tables.contiguous()
+        if hidden_in is not None:
+            hidden_in = hidden_in.float().contiguous()
+            if hidden_in.shape != hidden.shape:
+                raise ValueError(f"hidden has the shape {list(hidden_in.shape)}")
         slots = self._slots(getattr(batch, "adapter_slots", None), num_tokens)
         call = structs.Batch(
             *(each.data_ptr() for each in held),
@@ -227,10 +256,14 @@ class NativeForward:
             num_tokens,
             hidden.data_ptr(),
             None if slots is None else slots.data_ptr(),
+            None if hidden_in is None else hidden_in.data_ptr(),
         )
-        check(
-            self._library.quire_forward(self._context, self._model, call, torch.get_num_threads())
+        status = self._library.quire_forward(
+            self._context, self._model, call, torch.get_num_threads()
         )
+        if self._comm is not None and status != 0:
+            raise failure_of(self._comm)
+        check(status)
         return hidden
 
     def logits(
@@ -246,7 +279,7 @@ class NativeForward:
 
         Returns
         -------
-        Tensor[num_rows, vocab_size], float32
+        Tensor[num_rows, len(vocab_rows)], float32
         """
         slots = self._slots(adapter_slots, hidden.shape[0])
         parts = self._by_head(slots)
@@ -254,7 +287,7 @@ class NativeForward:
             return self._logits(parts[0][0], hidden, slots)
         assert slots is not None
         logits = torch.empty(
-            hidden.shape[0], self._spec.vocab_size, dtype=torch.float32, device="cpu"
+            hidden.shape[0], len(self._vocab_rows), dtype=torch.float32, device="cpu"
         )
         for model, rows in parts:
             some = torch.from_numpy(rows)
@@ -266,7 +299,7 @@ class NativeForward:
     ) -> torch.Tensor:
         hidden = hidden.contiguous()
         logits = torch.empty(
-            hidden.shape[0], self._spec.vocab_size, dtype=torch.float32, device="cpu"
+            hidden.shape[0], len(self._vocab_rows), dtype=torch.float32, device="cpu"
         )
         check(
             self._library.quire_logits(
@@ -299,6 +332,7 @@ class NativeForward:
         Returns
         -------
         token_ids : ndarray[num_rows], int64
+            Of those in `vocab_rows`.
         highest : ndarray[num_rows], float32
             Their logits; NaN where any of the row's is.
         """

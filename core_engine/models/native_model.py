@@ -22,6 +22,7 @@ from quire.models.spec import (
     NormSpec,
 )
 from quire.models.weights import Weights
+from quire.parallel.place import WHOLE, Place
 from quire.utils import huge_pages
 
 
@@ -63,13 +64,19 @@ class NativeModel:
     library
         From :func:`quire.kernels.cpu.library.load_library`.
     spec, weights
-        The model, its parameters filled, codes packed by `pack`.
+        What is here of the model, its parameters filled, codes packed by `pack`.
     embedding_scale : float or None
+    place
+        Which of the model's ranks this is.
+    first_token
+        The first that embedding and output matrix are here for.
+    comm
+        Address of the rank's ``quire_comm``, if it is not alone in its stage.
 
     Attributes
     ----------
     layers : ctypes array of structs.Layer
-        Without rotary tables and KV caches.
+        Those of the rank's stage, without rotary tables and KV caches.
     model : structs.Model
         Without adapters.
     """
@@ -80,48 +87,58 @@ class NativeModel:
         spec: DecoderSpec,
         weights: Weights,
         embedding_scale: float | None,
+        *,
+        place: Place = WHOLE,
+        first_token: int = 0,
+        comm: int | None = None,
     ) -> None:
         self._library = library
         self._weights = weights
         self._spec = spec
+        self._place = place
         self._kept: list[torch.Tensor] = []  # what the structs point to and nobody else holds
         self._structs: list[object] = []
-        self.layers = (structs.Layer * len(spec.layers))()
-        for number, layer in enumerate(spec.layers):
-            self._fill_layer(self.layers[number], f"layers.{number}", layer)
+        numbers = place.layers(len(spec.layers))
+        self.layers = (structs.Layer * len(numbers))()
+        for out, number in zip(self.layers, numbers, strict=True):
+            self._fill_layer(out, f"layers.{number}", spec.layers[number])
         self.model = self._make_model(embedding_scale)
+        self.model.first_token = first_token
+        self.model.comm = comm
 
     def _make_model(self, embedding_scale: float | None) -> structs.Model:
-        spec, weights = self._spec, self._weights
+        spec, weights, place = self._spec, self._weights, self._place
         width = spec.embedding_size or spec.hidden_size
-        tied = "lm_head.weight" not in weights
-        head = self._matrix("embed.weight" if tied else "lm_head.weight")
-        embed = head if tied else structs.Matrix()
-        if not tied:
+        tied, none = spec.tie_word_embeddings, structs.Matrix()
+        head, embed, is_packed = none, none, False
+        if place.is_last_stage:
+            head = self._matrix("embed.weight" if tied else "lm_head.weight")
+        if place.is_first_stage and tied and place.is_last_stage:
+            embed, is_packed = head, True
+        elif place.is_first_stage and weights.coded("embed.weight") is not None:
+            embed, is_packed = self._matrix("embed.weight"), True
+        elif place.is_first_stage:
             table = weights["embed.weight"]
-            embed = structs.Matrix(
-                table.data_ptr(), None, None, width, spec.vocab_size, dtype_of(table)
-            )
+            embed = structs.Matrix(table.data_ptr(), None, None, width, len(table), dtype_of(table))
         positions = None
-        if spec.learned_positions is not None:
+        if spec.learned_positions is not None and place.is_first_stage:
             table = weights["embed_positions.weight"]
             positions = table[spec.learned_positions.offset :].data_ptr()
-        none = structs.Matrix()
         projects = width != spec.hidden_size
         return structs.Model(
             self.layers,
-            len(spec.layers),
+            len(self.layers),
             structs.DTYPES[str(weights.dtype).removeprefix("torch.")],
             spec.hidden_size,
             width,
-            tied,
+            is_packed,
             embedding_scale or 0.0,
             embed,
             positions,
-            self._matrix("project_in.weight") if projects else none,
-            self._matrix("project_out.weight") if projects else none,
+            self._matrix("project_in.weight") if projects and place.is_first_stage else none,
+            self._matrix("project_out.weight") if projects and place.is_last_stage else none,
             head,
-            self._norm("final_norm", spec.final_norm),
+            self._norm("final_norm", spec.final_norm if place.is_last_stage else None),
             spec.logits_softcap or 0.0,
         )
 
@@ -156,7 +173,8 @@ class NativeModel:
     def _fill_mixture(
         self, out: structs.Layer, name: str, spec: MlpSpec, mixture: ExpertsSpec
     ) -> None:
-        experts = (structs.Expert * mixture.num_experts)()
+        held = mixture.held if mixture.held is not None else range(mixture.num_experts)
+        experts = (structs.Expert * len(held))()
         each = iter(experts)
         for inner, one in inner_mlps(name, spec).items():
             self._fill_mlp(next(each) if is_expert(f"{inner}.") else out, inner, one)
@@ -175,6 +193,8 @@ class NativeModel:
             mixture.normalized,
             gate is not None,
             spec.intermediate_size,
+            first_held=held.start,
+            num_held=len(held),
         )
         self._library.quire_measure(made)
         self._structs += [experts, made]

@@ -19,7 +19,7 @@ from quire.kernels.cpu.library import load_library
 from quire.parallel.place import Place
 
 PATIENCE = 300.0
-"""Seconds that a rank waits for another that lives: the longest that one part of a step may take."""
+"""Seconds that a rank waits for another that lives: the longest that a part of a step may take."""
 
 _CAPACITY = 1 << 20  # floats of a rank's slot: what is larger goes piece by piece
 _LINK_CAPACITY = 1 << 20  # bytes of a piece

@@ -156,6 +156,8 @@ class Mixture(ctypes.Structure):
         ("width", c_int64),
         ("most_inputs", c_int64),
         ("row_bytes", c_int64),
+        ("first_held", c_int32),
+        ("num_held", c_int32),
     )
 
 
@@ -215,6 +217,8 @@ class Model(ctypes.Structure):
         ("final_norm", Norm),
         ("logits_softcap", c_float),
         ("adapters", c_void_p),
+        ("first_token", c_int64),
+        ("comm", c_void_p),
     )
 
 
@@ -234,6 +238,7 @@ class Batch(ctypes.Structure):
         ("num_tokens", c_int64),
         ("hidden", c_void_p),
         ("adapter_slots", c_void_p),
+        ("hidden_in", c_void_p),
     )
 
 

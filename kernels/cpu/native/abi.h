@@ -142,11 +142,12 @@ struct Expert {
   int32_t gated;  // a Gated
 };
 
-// Experts, of which a router chooses `per_token` for each token. Its matrix is in float32, and has,
-// with `has_shared_gate`, one more row: what the sigmoid of its product is multiplied with is what
-// the layer's own gate, up and down projection make of every token.
+// Experts, of which a router chooses `per_token` for each token; `num_held` of them are here, from
+// `first_held` on, and the others on other ranks. The router's matrix is in float32, and
+// has, with `has_shared_gate`, one more row: what the sigmoid of its product is multiplied with is
+// what the layer's own gate, up and down projection make of every token.
 struct Mixture {
-  const Expert* experts;
+  const Expert* experts;  // [num_held]
   Matrix router;  // [num_experts, or one more, hidden_size]
   int32_t num_experts;
   int32_t per_token;
@@ -155,6 +156,8 @@ struct Mixture {
   int64_t width;        // between an expert's projections
   int64_t most_inputs;  // of any of its matrices; this and what follows are for quire_measure
   int64_t row_bytes;    // of an input, once it is rounded for a product
+  int32_t first_held;
+  int32_t num_held;
 };
 
 struct Layer {
@@ -190,6 +193,10 @@ struct Layer {
   void* value_cache;
 };
 
+class Comm;  // comm.h
+
+// Of a model that several ranks share, what is here of it. Of the embedding and of the output matrix
+// that are the tokens from `first_token` on; layers, heads and MLPs are only those that are here.
 struct Model {
   const Layer* layers;
   int32_t num_layers;
@@ -206,6 +213,8 @@ struct Model {
   Norm final_norm;
   float logits_softcap;  // 0: none
   const Adapter* adapters;  // by slot
+  int64_t first_token;
+  Comm* comm;  // null: what layers make needs not be added up
 };
 
 struct Batch {
@@ -221,6 +230,8 @@ struct Batch {
   int64_t num_tokens;
   float* hidden;  // out: [num_tokens][hidden_size]
   const int32_t* adapter_slots;  // [num_tokens], -1: none; null: nobody has one
+  const float* hidden_in;  // [num_tokens][hidden_size]: what the layers before made; null: these are
+                           // the first, and tokens are looked up
 };
 
 // Rows of logits, `stride` numbers apart.

@@ -223,6 +223,10 @@ void Comm::meet(int64_t number, int64_t bytes) {
   counters_.waited += now() - begin;
 }
 
+void Comm::give_up(int32_t status) {
+  fail(kRankLost, rank_, status == -1 ? "has no memory for a step" : "cannot start a thread");
+}
+
 int32_t Comm::reduce(float* data, int64_t count) {
   const int64_t begin = now();
   for (int64_t first = 0; first < count && status_ == 0; first += capacity_) {

@@ -67,6 +67,9 @@ class Comm {
   // fails at once.
   void meet(int64_t number, int64_t bytes);
 
+  // Let no other rank wait for this one.
+  void give_up(int32_t status);
+
   // On one thread.
   int32_t reduce(float* data, int64_t count);
   // `out` is [size][bytes] on the first rank of the stage.

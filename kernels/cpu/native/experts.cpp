@@ -43,7 +43,7 @@ size_t mixture_loops(const Model& model, int64_t num_tokens) {
   size_t loops = 0;
   each_mixture(model, [&](const Mixture& m) {
     // Gate, up and down of each expert that has rows.
-    const int64_t active = std::min<int64_t>(m.num_experts, num_tokens * m.per_token);
+    const int64_t active = std::min<int64_t>(m.num_held, num_tokens * m.per_token);
     loops += kLoopsBesideExperts + kLoopsPerProduct * 3 * active;
   });
   return loops;

@@ -34,6 +34,11 @@ void each_mixture(const Model& model, With with) {
   }
 }
 
+// Whether an expert is on this rank.
+inline bool is_held(const Mixture& m, int32_t number) {
+  return number >= m.first_held && number < m.first_held + m.num_held;
+}
+
 // Fill in what steps want to know of all matrices of a mixture.
 void measure(Mixture& mixture);
 

@@ -2,6 +2,7 @@
 #pragma once
 #include "attention.h"
 #include "dots.h"
+#include "exchange.h"
 #include "mixture.h"
 #include "plan.h"
 #include "sampling.h"
@@ -9,19 +10,34 @@
 namespace quire {
 namespace QUIRE_ISA {
 
-inline void embed(Thread& thread, const Model& model, const Batch& batch, const Buffers& buffers) {
+// What the step begins with: tokens' embeddings, or what the layers before these made.
+inline void embed(Thread& thread, const Model& model, const Batch& batch, const Buffers& buffers,
+                  Exchange& exchange) {
   const int64_t hidden = model.hidden_size, width = model.embedding_size;
+  if (batch.hidden_in != nullptr) {
+    thread.share(batch.num_tokens, [&](int64_t t) {
+      std::memcpy(buffers.x + t * hidden, batch.hidden_in + t * hidden, hidden * sizeof(float));
+    });
+    return;
+  }
   const bool projects = model.project_in.blocks != nullptr || model.project_in.tail != nullptr;
   float* x = buffers.x;
   float* rows = projects ? buffers.inner : x;
+  float* found = exchange.is_on() ? exchange.parts(batch.num_tokens * width) : rows;
   thread.share(batch.num_tokens, [&](int64_t t) {
-    float* row = rows + t * width;
+    float* row = found + t * width;
     const Adapter* adapter = buffers.adapters == nullptr ? nullptr : buffers.adapters->of_row[t];
     embed_token(model, adapter, batch.input_ids[t], row);
     if (model.embedding_scale != 0.0f) {
       for (int64_t i = 0; i < width; ++i) row[i] *= model.embedding_scale;
     }
   });
+  if (exchange.is_on()) {
+    exchange.add(thread, batch.num_tokens * width, width,
+                 [&](int64_t first, int64_t count, const float* sums) {
+                   std::memcpy(rows + first, sums, count * sizeof(float));
+                 });
+  }
   if (projects) {
     multiply(thread, {rows, width, batch.num_tokens, x, hidden, &model.project_in},
              buffers.halves);
@@ -48,14 +64,22 @@ struct Place {
   int64_t first_delta;
 };
 
-// The product of `count` rows with a weight, and what a norm makes of it, added to `x`.
+// The product of `count` rows with a weight, and what a norm makes of it, added to `x`. Of a weight
+// that ranks share it is added up over these before that.
 inline void add_product(Thread& thread, const float* input, int64_t size, int64_t count,
                         const Matrix& weight, int64_t delta, const Norm& norm,
-                        const Buffers& rows) {
+                        const Buffers& rows, Exchange& exchange) {
   const int64_t hidden = weight.out;
   Product p{input, size, count, rows.x, hidden, &weight, Then::kAdd};
   p.adapters = rows.adapters;
   p.delta = delta;
+  if (exchange.is_on()) {
+    p.y = exchange.parts(count * hidden);
+    p.then = Then::kStore;
+    multiply(thread, p, rows.halves);
+    add_sums(thread, exchange, count, hidden, norm, rows.x);
+    return;
+  }
   if (norm.kind == kNoNorm) {
     multiply(thread, p, rows.halves);
     return;
@@ -73,7 +97,7 @@ inline void add_product(Thread& thread, const float* input, int64_t size, int64_
 // The attention of one layer, added to `x`.
 inline void run_attention(Thread& thread, const Model& model, const Place& place,
                           const Batch& batch, const AttentionPlan& plan, const Buffers& rows,
-                          AttentionScratch& scratch) {
+                          AttentionScratch& scratch, Exchange& exchange) {
   const Layer& layer = place.layer;
   const int64_t hidden = model.hidden_size, count = batch.num_tokens;
   const int64_t width = layer.qkv.out, heads = static_cast<int64_t>(layer.num_heads) * layer.head_dim;
@@ -93,7 +117,7 @@ inline void run_attention(Thread& thread, const Model& model, const Place& place
          {&layer, &batch, rows.qkv, width, rows.attended, &plan, rows.partial, rows.partial_width},
          scratch);
   add_product(thread, rows.attended, heads, count, layer.out, place.first_delta + kOut,
-              layer.attention_post_norm, rows);
+              layer.attention_post_norm, rows, exchange);
 }
 
 // What comes before the last projection of an MLP on `input`, to `rows.inner`.
@@ -123,7 +147,7 @@ inline void run_up(Thread& thread, const Model& model, const Place& place, int64
 
 // The mixture of experts of one layer on `input`, added to `x`.
 inline void run_mixture(Thread& thread, const Model& model, const Place& place, int64_t count,
-                        const float* input, const Buffers& rows) {
+                        const float* input, const Buffers& rows, Exchange& exchange) {
   const Layer& layer = place.layer;
   const Mixture& mixture = *layer.mixture;
   const int64_t hidden = model.hidden_size, size = layer.up.out;
@@ -137,21 +161,21 @@ inline void run_mixture(Thread& thread, const Model& model, const Place& place, 
     multiply(thread, down, rows.halves);
   }
   run_experts(thread, mixture, number, layer.activation, hidden, rows);
-  add_mixture(thread, mixture, size > 0, layer.mlp_post_norm, hidden, count, rows);
+  add_mixture(thread, mixture, size > 0, layer.mlp_post_norm, hidden, count, rows, exchange);
 }
 
 // The MLP of one layer on `input`, added to `x`.
 inline void run_mlp(Thread& thread, const Model& model, const Place& place, const Batch& batch,
-                    const float* input, const Buffers& rows) {
+                    const float* input, const Buffers& rows, Exchange& exchange) {
   const Layer& layer = place.layer;
   const int64_t count = batch.num_tokens, size = layer.up.out;
   if (layer.mixture != nullptr) {
-    run_mixture(thread, model, place, count, input, rows);
+    run_mixture(thread, model, place, count, input, rows, exchange);
     return;
   }
   run_up(thread, model, place, count, input, rows);
   add_product(thread, rows.inner, size, count, layer.down, place.first_delta + kDown,
-              layer.mlp_post_norm, rows);
+              layer.mlp_post_norm, rows, exchange);
 }
 
 inline void forward(Thread& thread, const Model& model, const Batch& batch, const AttentionPlan& plan,
@@ -160,7 +184,8 @@ inline void forward(Thread& thread, const Model& model, const Batch& batch, cons
   const int64_t hidden = model.hidden_size, count = batch.num_tokens;
   AttentionScratch scratch;
   scratch.memory = thread.scratch();
-  embed(thread, model, batch, rows);
+  Exchange exchange(rows);
+  embed(thread, model, batch, rows, exchange);
   for (int32_t i = 0; i < model.num_layers; ++i) {
     const Layer& layer = model.layers[i];
     const Place place{layer, int64_t{i} * kNumProjections};
@@ -172,14 +197,14 @@ inline void forward(Thread& thread, const Model& model, const Batch& batch, cons
       normalize_all(thread, layer.mlp_norm, rows.x, count, hidden, rows.second);
       mlp_input = rows.second;
     }
-    run_attention(thread, model, place, batch, plan, rows, scratch);
+    run_attention(thread, model, place, batch, plan, rows, scratch, exchange);
     if (layer.residual == kSequential) {
       normalize_all(thread, layer.mlp_norm, rows.x, count, hidden, rows.normed);
     } else if (layer.residual == kPost) {
       normalize_all(thread, layer.attention_norm, rows.x, count, hidden, rows.x);
       mlp_input = rows.x;
     }
-    run_mlp(thread, model, place, batch, mlp_input, rows);
+    run_mlp(thread, model, place, batch, mlp_input, rows, exchange);
     if (layer.residual == kPost) {
       normalize_all(thread, layer.mlp_norm, rows.x, count, hidden, rows.x);
     }
@@ -234,7 +259,7 @@ inline void likeliest(Thread& thread, const Model& model, const Likeliest& what)
   thread.share(what.num_rows, [&](int64_t r) {
     std::memcpy(what.rows + r * hidden, what.hidden + what.indices[r] * hidden,
                 hidden * sizeof(float));
-    what.ids[r] = 0;
+    what.ids[r] = model.first_token;
     what.highest[r] = -std::numeric_limits<float>::infinity();
   });
   Product p = head_product(thread, model, what.rows, what.num_rows, what.adapters, what.narrow,
@@ -260,7 +285,7 @@ inline void likeliest(Thread& thread, const Model& model, const Likeliest& what)
     thread.share(what.num_rows, [&](int64_t r) {
       float* logits = what.logits + r * what.width;
       soften(model, logits, part.out);
-      find_highest(logits, part.out, first, what.ids[r], what.highest[r]);
+      find_highest(logits, part.out, model.first_token + first, what.ids[r], what.highest[r]);
     });
   }
 }

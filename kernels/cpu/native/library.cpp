@@ -9,6 +9,7 @@
 #include <new>
 #include <string>
 
+#include "comm.h"
 #include "experts.h"
 #include "isa.h"
 #include "library.h"
@@ -69,11 +70,14 @@ void mask_word(float* logits, uint32_t word) {
 constexpr size_t kLoopsPerLayer = 28;
 constexpr size_t kLoopsBeside = 16;
 constexpr size_t kLoopsPerStretch = 4;
+constexpr size_t kSumsPerLayer = 2;
+constexpr size_t kLoopsPerSum = 2;
+constexpr size_t kLoopsPerPieceOfSum = 3;
 
 // Memory for the steps of one model; one step at a time.
 struct Context {
   std::mutex in_use;
-  Memory x, normed, second, inner, partial, scratch, narrow, halves, rows, logits, shrunk, mixture;
+  Memory x, normed, second, inner, partial, scratch, narrow, halves, rows, logits, shrunk, mixture, summed;
 
   uint16_t* reserve_halves(const Model& model, int64_t num_rows) {
     return reinterpret_cast<uint16_t*>(halves.reserve(halves_size(model, num_rows)));
@@ -86,6 +90,15 @@ struct Context {
     return &plan;
   }
 };
+
+// Loops that the sums over ranks of a step take at most.
+size_t exchange_loops(const Model& model, int64_t num_tokens) {
+  if (model.comm == nullptr) return 0;
+  const int64_t count = num_tokens * std::max(model.hidden_size, model.embedding_size);
+  const size_t pieces = static_cast<size_t>(count / model.comm->capacity() + 1);
+  const size_t sums = 1 + kSumsPerLayer * model.num_layers;
+  return sums * (kLoopsPerSum + kLoopsPerPieceOfSum * pieces);
+}
 
 // What a thread of a program that chooses tokens needs room for.
 int64_t sampling_scratch(int64_t vocab) {
@@ -233,7 +246,7 @@ QUIRE_API void quire_context_free(void* context) { delete static_cast<Context*>(
 QUIRE_API int quire_forward(void* context, const Model* model, const Batch* batch,
                             int num_threads) {
   num_threads = std::max(num_threads, 1);
-  return guarded(context, [&](Context& c) {
+  const int status = guarded(context, [&](Context& c) {
     const AttentionPlan plan = plan_attention(*model, *batch, num_threads);
     int64_t qkv = 0, attended = 0, partial = 0;
     int64_t inner = model->embedding_size;
@@ -248,6 +261,7 @@ QUIRE_API int quire_forward(void* context, const Model* model, const Batch* batc
     }
     const int64_t count = batch->num_tokens;
     const int64_t size = scratch_size(*model);
+    const int64_t width = std::max(model->hidden_size, model->embedding_size);
     AdapterPlan adapters = plan_adapters(*model, batch->adapter_slots, count);
     MixtureRows mixture;
     float* shared = c.inner.reserve(
@@ -262,14 +276,22 @@ QUIRE_API int quire_forward(void* context, const Model* model, const Batch* batc
                           partial,
                           c.reserve_halves(*model, count),
                           c.reserve_shrunk(adapters),
-                          reserve_rows(*model, count, c.mixture, mixture)};
+                          reserve_rows(*model, count, c.mixture, mixture),
+                          model->comm == nullptr ? nullptr : c.summed.reserve(count * width),
+                          model->comm,
+                          model->comm == nullptr ? 0 : model->comm->next()};
     const Functions& use = isa().functions;
     const size_t loops =
-        kLoopsBeside + model->num_layers * kLoopsPerLayer + mixture_loops(*model, count);
+        kLoopsBeside + model->num_layers * kLoopsPerLayer + mixture_loops(*model, count) +
+        exchange_loops(*model, count);
     run_team(num_threads, loops,
              c.scratch.reserve(num_threads * size), size,
              [&](Thread& thread) { use.forward(thread, *model, *batch, plan, buffers); });
   });
+  // A rank that fails by itself fails all: they would wait for it.
+  if (model->comm == nullptr) return status;
+  if (status != 0) model->comm->give_up(status);
+  return status != 0 ? status : model->comm->status();
 }
 
 QUIRE_API int quire_logits(void* context, const Model* model, const float* hidden,

@@ -9,12 +9,13 @@
 #include <cstring>
 
 #include "dots.h"
+#include "exchange.h"
 #include "experts.h"
 
 namespace quire {
 namespace QUIRE_ISA {
 
-// Choose the experts of all rows of `input`, and bring these to their places.
+// Choose the experts of all rows of `input`, and bring these to their places, as far as they are here.
 inline void route_rows(Thread& thread, const Mixture& m, int64_t layer, const float* input,
                        int64_t hidden, int64_t count, const Buffers& rows) {
   const MixtureRows& r = *rows.mixture;
@@ -25,7 +26,10 @@ inline void route_rows(Thread& thread, const Mixture& m, int64_t layer, const fl
                    r.chosen + t * m.per_token);
   });
   thread.share(1, [&](int64_t) { order_pairs(m, layer, count, r); });
-  thread.share(count * m.per_token, [&](int64_t pair) {
+  const int32_t* firsts = r.first_of(layer);
+  const int64_t first = firsts[m.first_held];
+  thread.share(firsts[m.first_held + m.num_held] - first, [&](int64_t item) {
+    const int64_t pair = first + item;
     std::memcpy(r.pairs + pair * hidden, input + r.tokens[pair] * hidden, hidden * sizeof(float));
   });
 }
@@ -35,10 +39,10 @@ inline void run_experts(Thread& thread, const Mixture& m, int64_t layer, int act
                         int64_t hidden, const Buffers& rows) {
   const MixtureRows& r = *rows.mixture;
   const int32_t* firsts = r.first_of(layer);
-  for (int32_t number = 0; number < m.num_experts; ++number) {
+  for (int32_t number = m.first_held; number < m.first_held + m.num_held; ++number) {
     const int64_t first = firsts[number], count = firsts[number + 1] - first;
     if (count == 0) continue;
-    const Expert& e = m.experts[number];
+    const Expert& e = m.experts[number - m.first_held];
     float* x = r.pairs + first * hidden;
     const int64_t size = e.up.out;
     Product up{x, hidden, count, r.inner, size, e.gated == kNoGate ? &e.up : &e.gate,
@@ -58,10 +62,12 @@ inline void run_experts(Thread& thread, const Mixture& m, int64_t layer, int act
 }
 
 // The weighted sums of what experts made of each row, and of what stands in `rows.normed` if there
-// is a shared expert, added to `x` by way of a norm, if there is one.
+// is a shared expert, added to `x` by way of a norm, if there is one. Where ranks share the mixture,
+// they are added up over these before that.
 inline void add_mixture(Thread& thread, const Mixture& m, bool has_shared, const Norm& norm,
-                        int64_t hidden, int64_t count, const Buffers& rows) {
+                        int64_t hidden, int64_t count, const Buffers& rows, Exchange& exchange) {
   const MixtureRows& r = *rows.mixture;
+  float* parts = exchange.is_on() ? exchange.parts(count * hidden) : nullptr;
   thread.share(count, [&](int64_t t) {
     float* total = rows.normed + t * hidden;
     if (!has_shared) std::fill_n(total, hidden, 0.0f);
@@ -71,14 +77,20 @@ inline void add_mixture(Thread& thread, const Mixture& m, bool has_shared, const
       for (int64_t i = 0; i < hidden; ++i) total[i] *= share;
     }
     for (int64_t pair = t * m.per_token; pair < (t + 1) * m.per_token; ++pair) {
+      if (!is_held(m, r.chosen[pair])) continue;
       const float* made = r.pairs + r.places[pair] * hidden;
       const float share = r.weights[pair];
       for (int64_t i = 0; i < hidden; ++i) total[i] += made[i] * share;
+    }
+    if (parts != nullptr) {
+      std::memcpy(parts + t * hidden, total, hidden * sizeof(float));
+      return;
     }
     if (norm.kind != kNoNorm) normalize(norm, total, hidden, total);
     float* x = rows.x + t * hidden;
     for (int64_t i = 0; i < hidden; ++i) x[i] += total[i];
   });
+  if (parts != nullptr) add_sums(thread, exchange, count, hidden, norm, rows.x);
 }
 
 }  // namespace QUIRE_ISA

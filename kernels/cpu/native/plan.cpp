@@ -42,7 +42,7 @@ void measure(Mixture& mixture) {
     mixture.row_bytes = std::max(mixture.row_bytes, row_bytes(m));
   };
   see(mixture.router);
-  for (const Expert* e = mixture.experts; e < mixture.experts + mixture.num_experts; ++e) {
+  for (const Expert* e = mixture.experts; e < mixture.experts + mixture.num_held; ++e) {
     see(e->gate);
     see(e->up);
     see(e->down);

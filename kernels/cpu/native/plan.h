@@ -75,6 +75,9 @@ struct Buffers {
   uint16_t* halves;  // the input of a product, rounded to bfloat16, where that is done
   const AdapterPlan* adapters;  // null: no row has one
   const MixtureRows* mixture;   // null: no layer has experts
+  float* summed;    // [num_tokens][hidden_size, or embedding_size]; null: there is one rank
+  Comm* comm;
+  int64_t exchange;  // the number of the step's first
 };
 
 constexpr int64_t kStretch = 4096;  // most logits of a row that are computed before a look at them

@@ -90,9 +90,17 @@ inline void add_embedding(const Adapter& adapter, int64_t id, float* row) {
   }
 }
 
-// A token's embedding, as it lies in the model, or in the adapter, if there is one.
+// A token's embedding, as it lies in the model, or in the adapter, if there is one. Zeros, if it is
+// another rank's.
 inline void embed_token(const Model& model, const Adapter* adapter, int64_t id, float* row) {
   const int64_t width = model.embedding_size;
+  if (model.comm != nullptr) {
+    id -= model.first_token;
+    if (id < 0 || id >= model.embed.out) {
+      std::fill_n(row, width, 0.0f);
+      return;
+    }
+  }
   const bool is_own = adapter != nullptr && adapter->embed.blocks != nullptr;
   const Matrix& table = is_own ? adapter->embed : model.embed;
   if (model.embed_is_packed && !is_own) {

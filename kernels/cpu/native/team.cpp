@@ -19,7 +19,7 @@ struct Job {
   const std::function<void(Thread&)>& program;
 
   void run(int index) {
-    Thread thread(loops, scratch + index * scratch_size);
+    Thread thread(loops, scratch + index * scratch_size, index == 0);
     program(thread);
   }
 };

@@ -39,10 +39,14 @@ struct alignas(128) Loop {
 // One thread's way through the program. All threads of a team come by the same loops.
 class Thread {
  public:
-  Thread(std::vector<Loop>& loops, float* scratch) : loops_(loops), scratch_(scratch) {}
+  Thread(std::vector<Loop>& loops, float* scratch, bool is_first)
+      : loops_(loops), scratch_(scratch), is_first_(is_first) {}
 
   // Memory of this thread's own, for the time of one item.
   float* scratch() const { return scratch_; }
+
+  // Whether it is the one that called the team together.
+  bool is_first() const { return is_first_; }
 
   // Do each item once, on whichever thread takes it first, and go on when all are done. What is
   // waited for is items, not threads: one that has lost its core holds up the others by the item
@@ -60,6 +64,7 @@ class Thread {
  private:
   std::vector<Loop>& loops_;
   float* const scratch_;
+  const bool is_first_;
   size_t next_ = 0;
 };
 

@@ -1,6 +1,6 @@
-"""Ranks: processes that share memory with the test that started them.
+"""RankProcess: a process that shares memory with the test that started it.
 
-Each runs `part(memory, **arguments)` of a module beside the tests and prints what it returned.
+It runs `part(memory, **arguments)` of a module of these, and prints what it returned.
 """
 
 from __future__ import annotations
@@ -17,20 +17,28 @@ from typing import Any
 from quire.errors import RankError
 from quire.parallel.shared_memory import SharedMemory
 
-HELPERS = Path(__file__).resolve().parents[1] / "helpers"
+HELPERS = Path(__file__).resolve().parent
 
 
-class Rank:
+class RankProcess:
     """One process, and what became of it."""
 
     def __init__(self, memory: SharedMemory, rank: int, part: str, **arguments: Any) -> None:
         environment = dict(os.environ)
-        paths = [str(Path(__file__).parent), str(HELPERS), *sys.path]
+        paths = [str(HELPERS), *sys.path]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         environment["OMP_NUM_THREADS"] = "1"
         self.rank = rank
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "ranks", str(memory.fd), str(rank), part, json.dumps(arguments)],
+            [
+                sys.executable,
+                "-m",
+                "rank_processes",
+                str(memory.fd),
+                str(rank),
+                part,
+                json.dumps(arguments),
+            ],
             pass_fds=[memory.fd],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -45,9 +53,9 @@ class Rank:
         return json.loads(out.splitlines()[-1])
 
 
-def run(memory: SharedMemory, part: str, ranks: range, **arguments: Any) -> list[Any]:
+def run_ranks(memory: SharedMemory, part: str, ranks: range, **arguments: Any) -> list[Any]:
     """Run ranks side by side, and return what each returned."""
-    started = [Rank(memory, rank, part, **arguments) for rank in ranks]
+    started = [RankProcess(memory, rank, part, **arguments) for rank in ranks]
     try:
         return [each.result() for each in started]
     finally:

@@ -1,4 +1,4 @@
-"""What ranks do in tests; see ranks.py."""
+"""What ranks do in tests; see rank_processes.py."""
 
 from __future__ import annotations
 
