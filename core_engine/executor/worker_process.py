@@ -91,6 +91,10 @@ class WorkerProcess:
         except ValueError:
             return f"its process was ended by signal {-code}"
 
+    def send_packed(self, data: bytes) -> None:
+        """See `Channel.send_packed`."""
+        self.channel.send_packed(data)
+
     def end(self) -> None:
         """Ask it to end."""
         self._is_ending = True

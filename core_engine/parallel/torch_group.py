@@ -53,7 +53,7 @@ def make_process_group(
     own = distributed_c10d.PrefixStore(name, store)
     patience = timedelta(seconds=seconds)
     if device.type == "cpu":
-        gloo = distributed_c10d.ProcessGroupGloo
+        gloo: Any = distributed_c10d.ProcessGroupGloo
         if address is None:
             return gloo(own, rank, size, patience)
         of_gloo = gloo._Options()
