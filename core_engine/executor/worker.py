@@ -17,7 +17,9 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from quire.errors import QuireError
 from quire.executor.channel import Channel, ChannelClosedError
+from quire.executor.messages import MessageError
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +32,11 @@ ALIVE_SECONDS = 1.0
 """From one sign of life to the next."""
 
 _FAREWELL_SECONDS = 2.0
+
+_ORDERS = frozenset(
+    {"allocate", "forward", "logits", "likeliest", "prepare", "set_adapter", "drop"}
+)
+"""What a message to a worker can begin with, and is followed by the arguments of."""
 
 
 class Worker:
@@ -60,6 +67,8 @@ class Worker:
             what = message["what"]
             if what == "end":
                 return
+            if what not in _ORDERS:
+                raise MessageError(f"a worker does not know what {what!r} is")
             getattr(self, f"_{what}")(**{k: v for k, v in message.items() if k != "what"})
 
     def _start(self, settings: ShardSettings, message: dict[str, Any]) -> None:
@@ -79,7 +88,7 @@ class Worker:
         self._model = load_shard(settings, place, self._ends.group, device)
         self._channel.send({"what": "ready", **describe(self._model, device)})
 
-    # -- what can be told: each is a message's "what" -------------------------------------------
+    # -- what can be ordered --------------------------------------------------------------------
 
     def _allocate(self, num_blocks: int, block_size: int, kv_cache_dtype: str) -> None:
         import torch
@@ -163,6 +172,8 @@ def main() -> None:
     except BaseException as error:
         with contextlib.suppress(ChannelClosedError):
             channel.send({"what": "failed", "kind": type(error).__name__, "text": str(error)})
+        if isinstance(error, QuireError):  # which says all there is to say
+            sys.exit(1)
         raise
 
 
