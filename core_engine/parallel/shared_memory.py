@@ -139,15 +139,15 @@ class SharedMemory:
             Seconds that it waits for another rank that lives, also for one that has not joined yet.
         """
         if self._comm is not None:
-            raise RuntimeError(f"this process has joined, as rank {self._place}")
-        self._place = Place.of_rank(rank, self.tensor_size, self.num_stages)
-        if self._place.stage >= self.num_stages:
-            raise ValueError(f"rank is {rank}; there are {self._place.size}")
+            raise RuntimeError(f"this process has joined, as rank {self.place.rank}")
+        num_ranks = self.tensor_size * self.num_stages
+        if not 0 <= rank < num_ranks:
+            raise ValueError(f"rank is {rank}; there are {num_ranks}")
         library = self._library
         comm = library.quire_comm_new(self.base, rank, self.fd, patience)
         if not comm:
             raise OutOfMemoryError("no memory for a rank's seat")
-        self._comm = comm
+        self._comm, self._place = comm, Place.of_rank(rank, self.tensor_size, self.num_stages)
         self._leave = weakref.finalize(self, library.quire_comm_free, comm)
         self._leave.atexit = False  # a thread may be in a step until the process ends
 

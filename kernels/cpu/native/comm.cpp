@@ -24,6 +24,8 @@ constexpr int kSpins = 1 << 11;
 constexpr int64_t kMillisecond = 1000000;
 // A wait is first for a rank that is about to come, and then for one that computes.
 constexpr int64_t kYieldsFor = 2 * kMillisecond;
+constexpr int64_t kShortestRest = kMillisecond / 20;
+constexpr int64_t kPartOfWait = 64;
 constexpr int64_t kLooksEvery = 20 * kMillisecond;
 
 enum Presence : int32_t { kNotYet = 0, kHere = 1, kLeft = 2 };
@@ -190,7 +192,8 @@ bool Comm::wait(Ready ready, Missing missing) {
     if (time - begin < kYieldsFor) {
       std::this_thread::yield();
     } else {
-      std::this_thread::sleep_for(std::chrono::microseconds(50));
+      const int64_t rest = std::clamp((time - begin) / kPartOfWait, kShortestRest, kMillisecond);
+      std::this_thread::sleep_for(std::chrono::nanoseconds(rest));
     }
   }
   return true;
