@@ -164,7 +164,11 @@ def test_nothing_is_left_of_processes_that_were_killed(tmp_path: Path) -> None:
 
 def _names_in_memory() -> set[str]:
     folder = Path("/dev/shm")
-    return {path.name for path in folder.iterdir() if "quire" in path.name} if folder.is_dir() else set()
+    return (
+        {path.name for path in folder.iterdir() if "quire" in path.name}
+        if folder.is_dir()
+        else set()
+    )
 
 
 def test_time_and_bytes_are_counted() -> None:
@@ -193,7 +197,7 @@ def test_misuse_is_an_error() -> None:
     with tempfile.TemporaryFile() as file:
         file.truncate(4096)
         with pytest.raises(ValueError, match="no memory that ranks"):
-            SharedMemory.attach(file.fileno())
+            SharedMemory.attach(os.dup(file.fileno()))
 
 
 def test_waiting_costs_little() -> None:
