@@ -21,7 +21,7 @@ from quire.models.spec import DecoderSpec
 from quire.models.weights import Weights
 
 if TYPE_CHECKING:
-    from quire.models.decoder import Batch
+    from quire.models.batch import Batch
     from quire.models.layers import KVCache
     from quire.models.rotary import RotaryTable
 
