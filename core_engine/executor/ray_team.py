@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quire import __version__
-from quire.errors import ConfigError, DeviceLostError
+from quire.errors import ConfigError, RankError
 from quire.executor.ranks import Ranks
 from quire.executor.ray_cluster import Bundles, RayCluster
 from quire.executor.ray_rank import PATIENCE, RayRank
@@ -130,9 +130,10 @@ class RayTeam(Crew):
             try:
                 answer = ray.get(actor.where.remote(), timeout=_START_SECONDS)
             except RayError as error:
-                raise DeviceLostError(
-                    f"rank {rank} of the model could not be started: {how_it_ended(error)}; "
-                    "each machine of the Ray cluster needs the same install of quire"
+                raise RankError(
+                    rank,
+                    f"could not be started: {how_it_ended(error)}; each machine of the Ray "
+                    "cluster needs the same install of quire",
                 ) from error
             if answer["version"] != __version__:
                 raise ConfigError(

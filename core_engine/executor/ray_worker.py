@@ -59,19 +59,19 @@ class RayWorker:
                 for data in ray.get(waiting, timeout=_LISTEN_SECONDS + SILENT_SECONDS - 1):
                     message = unpack(data)
                     if message["what"] == "failed":
-                        why = f"{message['kind']}: {message['text']}"
+                        why = f"failed: {message['kind']}: {message['text']}"
                     self.replies.put(message)
         except GetTimeoutError:
-            why = f"it gave no sign of life for {SILENT_SECONDS:g} s"
+            why = f"gave no sign of life for {SILENT_SECONDS:g} s"
         except RayError as error:
-            why = how_it_ended(error)
+            why = f"ended: {how_it_ended(error)}"
         except MessageError as error:
-            why = str(error)
+            why = f"said what is no message: {error}"
         except Exception as error:  # such as Ray's own end in this process
-            why = f"{type(error).__name__}: {error}"
+            why = f"was lost with Ray itself: {type(error).__name__}: {error}"
         self._is_lost = True
         if not self._is_ending:
-            self._lose(self.rank, f"{why} (on {self._address})")
+            self._lose(self.rank, f"on {self._address} {why}")
         self.replies.put(None)
 
     def send_packed(self, data: bytes) -> None:
@@ -86,6 +86,10 @@ class RayWorker:
     def end(self) -> None:
         """Bring about its end; nothing there is to be kept."""
         self._is_ending = True
+        self.kill()
+
+    def kill(self) -> None:
+        """Bring about its end, whatever it does."""
         end_actor(self._actor)
 
     def join(self, seconds: float) -> None:
@@ -108,4 +112,4 @@ def how_it_ended(error: Exception) -> str:
     text = str(error)
     found = re.search(r"The actor is dead because (.*?)(?:\. Some common causes|\n|$)", text, re.S)
     said = found[1] if found else text.strip().splitlines()[-1] if text.strip() else ""
-    return f"its actor is gone: {said or type(error).__name__}"
+    return said or type(error).__name__

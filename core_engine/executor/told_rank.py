@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quire.engine.runner import ModelRunner
+from quire.executor.messages import MessageError
 from quire.executor.rank_runner import RankRunner
 from quire.executor.shard import ShardSettings, describe, load_shard
 from quire.executor.wire import adapter_from_message, batch_from_message
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
     from quire.models.adapter import PreparedAdapter
     from quire.parallel.fabric import Ends
     from quire.parallel.place import Place
+
+_ORDERS = frozenset(
+    {"allocate", "forward", "logits", "likeliest", "prepare", "set_adapter", "drop"}
+)
+"""What a message can begin with, and is followed by the arguments of."""
 
 
 class ToldRank:
@@ -52,12 +58,14 @@ class ToldRank:
         what = message["what"]
         if what == "end":
             return False
-        getattr(self, f"_do_{what}")(**{k: v for k, v in message.items() if k != "what"})
+        if what not in _ORDERS:
+            raise MessageError(f"a worker does not know what {what!r} is")
+        getattr(self, f"_{what}")(**{k: v for k, v in message.items() if k != "what"})
         return True
 
-    # -- what can be told: each is a message's "what" -------------------------------------------
+    # -- what can be ordered --------------------------------------------------------------------
 
-    def _do_allocate(self, num_blocks: int, block_size: int, kv_cache_dtype: str) -> None:
+    def _allocate(self, num_blocks: int, block_size: int, kv_cache_dtype: str) -> None:
         runner = ModelRunner(
             self._model,
             get_backend(self._device),
@@ -69,24 +77,24 @@ class ToldRank:
         self._runner = RankRunner(runner, self._place, self._ends)
         self._reply({"what": "allocated"})
 
-    def _do_forward(self, batch: dict[str, Any]) -> None:
+    def _forward(self, batch: dict[str, Any]) -> None:
         assert self._runner is not None
         self._runner.forward(batch_from_message(batch, self._device))
 
-    def _do_logits(self, indices: torch.Tensor, adapter_slots: torch.Tensor | None) -> None:
+    def _logits(self, indices: torch.Tensor, adapter_slots: torch.Tensor | None) -> None:
         assert self._runner is not None
         self._runner.logits(None, indices.to(self._device), adapter_slots)
 
-    def _do_likeliest(self, indices: torch.Tensor, adapter_slots: torch.Tensor | None) -> None:
+    def _likeliest(self, indices: torch.Tensor, adapter_slots: torch.Tensor | None) -> None:
         assert self._runner is not None
         self._runner.likeliest(None, indices.to(self._device), adapter_slots)
 
-    def _do_prepare(self, key: int, adapter: dict[str, Any]) -> None:
+    def _prepare(self, key: int, adapter: dict[str, Any]) -> None:
         self._adapters[key] = self._model.prepare_adapter(adapter_from_message(adapter))
 
-    def _do_set_adapter(self, slot: int, key: int | None) -> None:
+    def _set_adapter(self, slot: int, key: int | None) -> None:
         self._model.set_adapter(slot, None if key is None else self._adapters[key])
 
-    def _do_drop(self, keys: list[int]) -> None:
+    def _drop(self, keys: list[int]) -> None:
         for key in keys:
             del self._adapters[key]

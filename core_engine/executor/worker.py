@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 
+from quire.errors import QuireError
 from quire.executor.channel import Channel, ChannelClosedError
 
 ALIVE_SECONDS = 1.0
@@ -82,6 +83,8 @@ def main() -> None:
     except BaseException as error:
         with contextlib.suppress(ChannelClosedError):
             channel.send({"what": "failed", "kind": type(error).__name__, "text": str(error)})
+        if isinstance(error, QuireError):  # which says all there is to say
+            sys.exit(1)
         raise
 
 

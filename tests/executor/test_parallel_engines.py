@@ -81,13 +81,13 @@ FOUR = {**TWO, **STAGES}
         pytest.param("llama", TWO, id="llama-tp"),
         pytest.param("llama", STAGES, id="llama-pp"),
         pytest.param("mixtral", EXPERTS, id="mixtral-ep"),
-        pytest.param("falcon", TWO, id="falcon-tp", marks=pytest.mark.slow),
+        pytest.param("falcon-7b", TWO, id="falcon-tp", marks=pytest.mark.slow),
         pytest.param("qwen2", TWO, id="qwen2-tp", marks=pytest.mark.slow),
         pytest.param("gpt2", TWO, id="gpt2-tp", marks=pytest.mark.slow),
         pytest.param("gpt2", STAGES, id="gpt2-pp", marks=pytest.mark.slow),
         pytest.param("mixtral", TWO, id="mixtral-tp", marks=pytest.mark.slow),
         pytest.param("llama", FOUR, id="llama-tp-pp", marks=pytest.mark.slow),
-        pytest.param("qwen2_moe", {**EXPERTS, **STAGES}, id="moe-ep-pp", marks=pytest.mark.slow),
+        pytest.param("qwen2-moe", {**EXPERTS, **STAGES}, id="moe-ep-pp", marks=pytest.mark.slow),
     ],
 )
 def test_several_processes_give_what_one_gives(engines, name, spread):
@@ -137,7 +137,7 @@ def test_codes_are_divided_as_they_are(engines, quantization):
     """Made of whole weights, then divided: no rank has other numbers than one process has."""
     options: dict[str, Any] = {"quantization": quantization, "kv_cache_dtype": "int8"}
     if quantization == "int4":
-        options["quantization_config"] = {"group_size": 16}
+        options["quantization_config"] = {"group_size": 8}
     whole, several = engines("llama", **options), engines("llama", **options, **TWO)
     ours = several.generate(prompts(), GREEDY, use_tqdm=False)
     theirs = whole.generate(prompts(), GREEDY, use_tqdm=False)
@@ -163,7 +163,7 @@ def test_what_cannot_be_divided_says_what_can(tiny_checkpoint):
 
 def test_an_adapter_that_does_not_fit_fails_alone(tiny_checkpoint, tmp_path, engines):
     """The ranks go on."""
-    other = write_adapter(tmp_path / "other", tiny_checkpoint("qwen2"))
+    other = write_adapter(tmp_path / "other", tiny_checkpoint("gpt2"))
     several = engines("llama", enable_lora=True, max_loras=2, max_cpu_loras=2, **TWO)
     with pytest.raises(AdapterError):
         several.generate(["x"], GREEDY, lora_request=LoRARequest("other", 9, str(other)))
