@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,6 +13,8 @@ from quire.errors import ConfigError
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
+
+_ANSWER_SECONDS = 5.0
 
 _ROOM_SECONDS = 60.0
 """How long what others use of the cluster may take to become free."""
@@ -100,16 +103,35 @@ def _connect() -> None:
 
     quiet: dict[str, Any] = {"logging_level": "warning"}
     address = os.environ.get("RAY_ADDRESS") or "auto"
+    if address != "local":
+        if address != "auto":
+            _check_answers(address)
+        try:
+            ray.init(address=address, **quiet)
+            return
+        except ConnectionError:
+            if address != "auto":
+                raise
+    ray.init(address="local", include_dashboard=False, **quiet)
+
+
+def _check_answers(address: str) -> None:
+    """Refuse an address that nobody is at, for which Ray itself waits a long time."""
+    if "://" in address:
+        raise ConfigError(
+            f"RAY_ADDRESS={address!r} is for programs outside of a cluster, and this process is "
+            "to compute in it: run it on a machine of the cluster, with RAY_ADDRESS=auto"
+        )
+    host, _, port = address.rpartition(":")
     try:
-        ray.init(address=address, **quiet)
-    except ConnectionError as error:
-        if address not in ("auto", "local"):
-            raise ConfigError(
-                f"RAY_ADDRESS={address!r}: no Ray cluster answers there ({error}); "
-                "`ray start --head` starts one, and without RAY_ADDRESS one of this machine "
-                "alone is started"
-            ) from None
-        ray.init(address="local", include_dashboard=False, **quiet)
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS):
+            pass
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"RAY_ADDRESS={address!r}: no Ray cluster answers there ({error}); "
+            "`ray start --head` starts one, and without RAY_ADDRESS one of this machine alone "
+            "is started"
+        ) from None
 
 
 class Bundles:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -27,24 +28,30 @@ def test_without_a_cluster_one_is_started_and_ended(tmp_path):
     """In a process of its own, for Ray is one for all of a process."""
     pytest.importorskip("ray", reason="ray is not installed")
     program = """
-        import os, time
-        from quire import LLM, SamplingParams
+        import os
         import ray
+        from quire import LLM, SamplingParams
+        from quire.errors import ConfigError
 
         if __name__ == "__main__":
             own = dict(distributed_executor_backend="ray", num_gpu_blocks_override=32)
             greedy = SamplingParams(temperature=0, max_tokens=4)
             with LLM("quire/demo", pipeline_parallel_size=2, **own) as first:
-                second = LLM("quire/demo", tensor_parallel_size=1, **own)
+                second = LLM("quire/demo", **own)
                 assert first.generate(["x"], greedy)[0].finished
                 second.close()
                 assert ray.is_initialized()
             assert not ray.is_initialized()
+            os.environ["RAY_ADDRESS"] = "127.0.0.1:9"
             try:
-                os.environ["RAY_ADDRESS"] = "127.0.0.1:9"
                 LLM("quire/demo", tensor_parallel_size=2, **own)
-            except Exception as error:
-                print(type(error).__name__, error)
+            except ConfigError as error:
+                assert "RAY_ADDRESS='127.0.0.1:9'" in str(error)
+            else:
+                raise AssertionError("there is no cluster")
     """
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(program))
+    told = {"RAY_ADDRESS": "local", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, script], env={**os.environ, **told}, timeout=120)
+    assert done.returncode == 0
