@@ -47,14 +47,19 @@ class RayCluster:
 
     The one that the program has made; else the cluster of ``RAY_ADDRESS``, or that was started on
     this machine; else one of this machine alone.
+
+    Parameters
+    ----------
+    what
+        Asks for it, for errors.
     """
 
     _lock: ClassVar = threading.Lock()
     _users: ClassVar[int] = 0
     _is_own: ClassVar[bool] = False
 
-    def __init__(self) -> None:
-        check_ray("distributed_executor_backend='ray'")
+    def __init__(self, what: str = "distributed_executor_backend='ray'") -> None:
+        check_ray(what)
         import ray
 
         self._is_open = False
