@@ -79,6 +79,11 @@ def build_engine(config: EngineConfig) -> Engine:
 
 def _check_parallel(config: EngineConfig) -> None:
     parallel = config.parallel
+    if parallel.data_parallel_backend == "ray":
+        raise ConfigError(
+            "data_parallel_backend='ray' is for `quire serve`, whose copies are replicas of Ray "
+            "Serve: leave it out, or use 'mp'"
+        )
     if parallel.data_parallel_size > 1:
         raise NotSupportedError(
             f"data_parallel_size={parallel.data_parallel_size} is not offered by this version of "

@@ -1,4 +1,4 @@
-"""``quire serve --data-parallel-backend ray``: the Ray Serve application, until it is told to end."""
+"""``quire serve --data-parallel-backend ray``: a Ray Serve application, until told to end."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from quire.config import EngineConfig
 from quire.errors import ConfigError
 from quire.executor.ray_cluster import RayCluster, check_ray
 from quire.server.plan import make_plan
 from quire.server.settings import Listening
 from quire.server.sockets import is_local
+from quire.utils.threads import count_threads
 
 logger = logging.getLogger("quire")
 
 NAME = "quire"
 """Of the application, of which a cluster has one."""
 
-_OF_LISTENING = ("host", "port")
+_HERE = (
+    "host", "port", "drain_timeout", "keep_alive_timeout", "data_parallel_backend",
+    "data_parallel_size",
+)  # fmt: skip
 _REFUSED = (
     "uds", "header_timeout", "max_header_bytes", "max_connections", "ssl_keyfile", "ssl_certfile",
     "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers", "ssl_keyfile_password",
@@ -51,7 +56,11 @@ def launch_on_ray(given: Mapping[str, Any]) -> int:
     set_up_logs(plan.log_level, plan.uvicorn_log_level)
     cluster = RayCluster("data_parallel_backend='ray'")
     try:
-        return _serve(dict(given), plan.listening, bool(plan.settings.api_keys))
+        num_ranks = EngineConfig.create(**plan.engine_args).parallel.num_ranks
+        replicas = given.get("data_parallel_size", 1)
+        cpus = cluster.share_of_cpus(count_threads(), replicas * num_ranks)
+        values = {**given, "num_replicas": replicas, "cpus_per_rank": cpus}
+        return _serve(values, plan.listening, bool(plan.settings.api_keys))
     finally:
         cluster.close()
 
@@ -62,9 +71,8 @@ def _serve(values: dict[str, Any], listening: Listening, has_keys: bool) -> int:
 
     from quire.server.ray_app import build
 
-    values["num_replicas"] = values.pop("data_parallel_size", 1)
     values["graceful_shutdown_timeout_s"] = listening.drain_timeout
-    for name in (*_OF_LISTENING, "drain_timeout", "keep_alive_timeout", "data_parallel_backend"):
+    for name in _HERE:
         values.pop(name, None)
     application = build(values)
     others = set(serve.status().applications)

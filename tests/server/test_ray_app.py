@@ -158,3 +158,29 @@ def test_wrong_arguments_are_named(given, message):
 
     with pytest.raises(ConfigError, match=message):
         build(given)
+
+
+def test_a_client_that_goes_away_ends_its_request(client):
+    """Through Ray Serve's proxy and the front: the replica has nothing to do any more."""
+    fields = {"model": "quire/demo", "prompt": "1 2", "max_tokens": 900, "ignore_eos": True}
+    with client.stream("POST", "/v1/completions", json={**fields, "stream": True}) as answer:
+        next(answer.iter_lines())
+
+    def is_aborted() -> bool:
+        lines = client.get("/metrics").text.splitlines()  # of either replica
+        return any("request_success_total" in x and "abort" in x and "} 1.0" in x for x in lines)
+
+    wait_until(is_aborted, 5)
+
+
+def test_a_replica_of_two_ranks_has_the_other_beside_it(serve, url, right):
+    """In the placement group that Ray Serve makes for it, which ends with it."""
+    from quire.server.ray_app import build
+
+    given = {"model": "quire/demo", "tensor_parallel_size": 2, "max_model_len": 512}
+    serve.run(build({**given, "dtype": "float32"}), name="spread", route_prefix="/spread")
+    (pid,) = actor_pids("RayRank")
+    with httpx.Client(base_url=f"{url}/spread", timeout=60) as client:
+        assert ask(client, TEXT)["choices"][0]["text"] == right
+    serve.delete("spread")
+    wait_until(lambda: pid not in actor_pids("RayRank"), 30)
