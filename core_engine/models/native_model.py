@@ -25,9 +25,7 @@ from quire.models.weights import Weights
 from quire.utils import huge_pages
 
 
-def pack(
-    library: ctypes.CDLL, dtype: torch.dtype, weight: QuantizedWeight
-) -> PackedCodes | None:
+def pack(library: ctypes.CDLL, dtype: torch.dtype, weight: QuantizedWeight) -> PackedCodes | None:
     """Bring a weight in codes into the native kernels' order; None: they cannot multiply it.
 
     In a model of bfloat16, its inputs may be rounded to that, as a plain weight's are.
