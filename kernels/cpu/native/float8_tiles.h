@@ -105,20 +105,19 @@ struct Float8Blocks {
   const char* codes[Blocks];
 
   const Matrix& weight() const { return *weights[0]; }
-  // Asks memory for the chunks that come some time after those at `place`. What follows a block is
-  // gone over beside it: up to the next of its weight's that is not.
-  void ask_for_later(int64_t place) const {
+  // What comes some time after the codes at `place`. What follows a block is gone over beside it: up
+  // to the next of its weight's that is not.
+  int64_t later(int64_t place) const {
     const int64_t block_bytes = weight().codes->block_bytes;
     const bool is_gated = Blocks > 1 && weights[0] != weights[1];
-    int64_t later = place + kCodesAhead;
-    if (later >= block_bytes) later += block_bytes * (is_gated ? Blocks / 2 - 1 : Blocks - 1);
-#pragma GCC unroll 4
-    for (int b = 0; b < Blocks; ++b) {
+    place += kCodesAhead;
+    if (place < block_bytes) return place;
+    return place + block_bytes * (is_gated ? Blocks / 2 - 1 : Blocks - 1);
+  }
+  // Asks for a chunk of one block: memory takes few of them at once.
+  void ask_for(int b, int64_t place) const {
 #pragma GCC unroll 8
-      for (int line = 0; line < kChunkBytes; line += 64) {
-        __builtin_prefetch(codes[b] + later + line);
-      }
-    }
+    for (int line = 0; line < kChunkBytes; line += 64) __builtin_prefetch(codes[b] + place + line);
   }
 };
 
@@ -153,14 +152,15 @@ class ChunkPlaces {
 
 // What comes of 32 columns that lie at `place` to tiles, the blocks' one after the other. Of the last
 // unit, columns may be missing that fill up the last 32.
-template <typename Decoder, int Blocks>
+template <typename Decoder, bool Asks, int Blocks>
 inline void decode_chunk(const Float8Blocks<Blocks>& blocks, int64_t place, uint16_t* tiles) {
   const Codes& about = *blocks.weight().codes;
   const Decoder decoder(about, 0);
-  const int64_t left = about.block_bytes - place;
+  const int64_t left = about.block_bytes - place, later = Asks ? blocks.later(place) : 0;
 #pragma GCC unroll 4
   for (int b = 0; b < Blocks; ++b, tiles += kTile) {
     const char* codes = blocks.codes[b] + place;
+    if constexpr (Asks) blocks.ask_for(b, later);
     if (left >= kChunkBytes) {
       decoder.decode(codes, tiles);
       continue;
@@ -244,8 +244,7 @@ inline void sum_one_group(const Float8Blocks<Blocks>& blocks, const InputTiles& 
   int64_t left = chunks;
   auto decode = [&] {
     if (left-- == 0) return;
-    blocks.ask_for_later(place.at());
-    decode_chunk<Decoder>(blocks, place.at(), next_tiles);
+    decode_chunk<Decoder, true>(blocks, place.at(), next_tiles);
     place.next();
   };
   decode();
@@ -272,16 +271,18 @@ inline void sum_groups(const Float8Blocks<Blocks>& blocks, const InputTiles& x, 
   ChunkPlaces place(blocks.weight());
   for (int64_t c = 0, count; c < chunks; c += count) {
     count = std::min(most, chunks - c);
-    int64_t first = place.at();
+    const int64_t first = place.at();
     for (int64_t i = 0; i < count; ++i, place.next()) {
-      decode_chunk<Decoder>(blocks, place.at(), memory + i * Blocks * kTile);
+      decode_chunk<Decoder, false>(blocks, place.at(), memory + i * Blocks * kTile);
     }
     for (int64_t r = 0; r < rows; r += x.group()) {
       const uint16_t* tiles = memory;
+      int64_t from = first;
+      const int block = static_cast<int>(r / x.group());  // that is asked for by this group
       auto tiles_of_next = [&] {
-        if (r == 0) {
-          blocks.ask_for_later(first);
-          first += kChunkBytes;
+        if (block < Blocks) {
+          blocks.ask_for(block, blocks.later(from));
+          from += kChunkBytes;
         }
         const uint16_t* next = tiles;
         tiles += Blocks * kTile;
