@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from hashlib import blake2b
 from typing import Any
 
@@ -43,6 +44,7 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
             pending_request.routing_context.should_backoff = True
         keys = self._keys(pending_request)
         everyone = list(candidate_replicas)
+        random.shuffle(everyone)  # of equal loads, the first is taken
         if not keys:
             return [everyone]
         chosen = self._prefixes.find(keys, by_id)
@@ -50,7 +52,7 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
             chosen = max(by_id, key=lambda each: _rank(keys[0], each))
         if self._load(chosen) - min(map(self._load, by_id)) > self._slack:
             return [everyone]
-        others = [replica for replica_id, replica in by_id.items() if replica_id != chosen]
+        others = [replica for replica in everyone if replica.replica_id != chosen]
         return [[by_id[chosen]], others] if others else [[by_id[chosen]]]
 
     def on_request_routed(
