@@ -66,8 +66,8 @@ together."""
 
 BATCHES = (1, 64, 256)
 FORMATS = {"bf16": 2.0, "fp8": 1.0}
-"""Bytes of a weight in the layers; the output matrix and the KV cache stay in bfloat16, and products
-are of bfloat16 either way."""
+"""Bytes of a weight in the layers; the output matrix and the KV cache stay in bfloat16, and
+products are of bfloat16 either way."""
 
 CONTEXT = 2048
 USED = 0.9
@@ -236,7 +236,7 @@ def fleet_table(made: list[FleetRow]) -> str:
     """Return the table of `fleets`."""
     rows = [
         ["replica", "prefixes", "goes to", "prefix hits", "balance", "replicas, tok/s",
-         "one router, tok/s", "limit"]
+         "one router, tok/s", "routers needed"]
     ]  # fmt: skip
     for each in made:
         done = each.fleet
@@ -249,7 +249,7 @@ def fleet_table(made: list[FleetRow]) -> str:
                 f"{done.balance:.2f}",
                 f"{done.replicas:,.0f}",
                 f"{done.router:,.0f}",
-                done.limit,
+                str(done.routers),
             ]
         )
     return table(rows)

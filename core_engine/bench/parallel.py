@@ -173,7 +173,10 @@ def _measured(
             name: [{**dataclasses.asdict(each), "agrees": each.agrees} for each in ranks]
             for name, ranks in counted.items()
         },
-        "predictions": [dataclasses.asdict(each) for each in predicted],
+        "predictions": [
+            {"workload": p.workload, "side": p.label, **dataclasses.asdict(p.time)}
+            for p in predicted
+        ],
     }
     return figures, _overhead(done, hardware)
 
@@ -196,9 +199,15 @@ def _paper(overhead: paper.Overhead, with_ray: bool) -> dict[str, Any]:
         router = dataclasses.replace(router, request_seconds=request, token_seconds=token)
         told = "measured here"
     machines = {name: dataclasses.asdict(each) for name, each in paper.GPUS.items()}
+    inputs = "; ".join(
+        f"{name}: {each.bandwidth / 1e12:.2f} TB/s, {each.flops / 1e12:.0f} TFLOP/s, "
+        f"{each.memory_bytes / 1e9:.0f} GB, {each.link / 1e9:.0f} GB/s of the others, "
+        f"{1e6 * each.latency:.0f} us an exchange"
+        for name, each in paper.GPUS.items()
+    )
     made, fleets = paper.sheets(overhead), paper.fleets(overhead, router)
     typer.echo(
-        f"\n70B on 8 GPUs, on paper: context {paper.CONTEXT}; inputs {json.dumps(machines)}; "
+        f"\n70B on 8 GPUs, on paper: context {paper.CONTEXT}; inputs: {inputs}; "
         f"engine {1e3 * overhead.step:.3f} ms and {1e3 * overhead.row:.4f} ms a sequence\n"
         + paper.sheet_table(made)
     )

@@ -244,14 +244,14 @@ class Fleet:
         return min(self.replicas, self.router)
 
     @property
-    def limit(self) -> str:
-        """What it is that limits."""
-        return "router" if self.router < self.replicas else "replicas"
+    def routers(self) -> int:
+        """Return how many such routers the replicas would need."""
+        return math.ceil(self.replicas / self.router)
 
 
 WAYS = ("any replica", "by prefix", "by prefix, bounded")
-"""How requests find a replica: the least busy; that of their prefix; the same, as long as it has no
-more than `BOUND` times the mean, and the least busy otherwise (Mirrokni et al., arXiv:1608.01350)."""
+"""How requests find a replica: the least busy; that of their prefix; the same, as long as it has
+no more than `BOUND` times the mean, else the least busy (Mirrokni et al., arXiv:1608.01350)."""
 
 BOUND = 1.25
 

@@ -155,8 +155,8 @@ def _load(done: Done, division: Division, item_bytes: float) -> Load:
 def model_table(predicted: Sequence[Prediction]) -> str:
     """Return steps by the model on paper beside those measured."""
     rows = [
-        ["workload", "side", "layers, ms", "exchanges, ms", "engine, ms", "step, ms", "measured, ms",
-         "of it exchanging, ms", "measured / model"]
+        ["workload", "side", "layers, ms", "exchanges, ms", "engine, ms", "step, ms",
+         "measured, ms", "of it exchanging, ms", "measured / model"]
     ]  # fmt: skip
     for each in predicted:
         time, measured = each.time, each.measured

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from importlib import import_module
@@ -19,12 +20,19 @@ def is_there() -> bool:
 
 
 def measure_ray() -> tuple[float, float]:
-    """Start Ray on this machine, and return the seconds that a request and a token keep a router busy.
+    """Start Ray here, and return the seconds that a request and a token keep a router busy.
 
     They are of processor time: a router has many requests at once, and waits for none.
     """
     ray: Any = import_module("ray")  # Any: it has no types of what it decorates
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local",
+        num_cpus=1,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
     try:
         replica = ray.remote(_Replica).remote()
         ray.get(replica.answer.remote())
@@ -47,7 +55,8 @@ class _Replica:
         return 0
 
     def tokens(self, count: int) -> Any:
-        yield from range(count)
+        for each in range(count):  # noqa: UP028  Ray wants a generator of Python's own
+            yield each
 
 
 def _stream(ray: Any, replica: Any, count: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from quire.executor.pieces import count_pieces
@@ -174,7 +175,7 @@ def _pieces(num_tokens: int, num_stages: int) -> list[int]:
     """Return the tokens of each piece in which a step goes through the stages."""
     count = count_pieces(num_tokens, num_stages)
     cuts = [round(num_tokens * i / count) for i in range(count + 1)]
-    return [end - first for first, end in zip(cuts, cuts[1:], strict=False)]
+    return [end - first for first, end in pairwise(cuts)]
 
 
 def _turns(count: int, capacity: int) -> int:

@@ -8,7 +8,6 @@ import torch
 
 from quire.engine.batch import ForwardBatch
 
-
 _LEAST_TOKENS = 64
 """Of a piece: with fewer, reading the weights once more costs what the stages gain."""
 
