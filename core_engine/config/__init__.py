@@ -20,6 +20,7 @@ from quire.config.engine_config import (
     init_signature,
 )
 from quire.config.lora_config import LoRAConfig
+from quire.config.parallel_config import ParallelConfig
 
 __all__ = [
     "NOT_OFFERED",
@@ -28,6 +29,7 @@ __all__ = [
     "EngineConfig",
     "LoRAConfig",
     "ModelConfig",
+    "ParallelConfig",
     "SchedulerConfig",
     "StructuredOutputsConfig",
     "argument_names",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from quire import errors
-from quire.errors import DeviceLostError, QuireError
+from quire.errors import QuireError, RankError
 from quire.executor.channel import ChannelClosedError
 from quire.executor.messages import Message, pack
 from quire.executor.worker_process import WorkerProcess
@@ -43,7 +43,7 @@ class Ranks:
         self._abort = abort
         self._lock = threading.Lock()
         self._telling = threading.Lock()
-        self._lost: str | None = None
+        self._lost: RankError | None = None
         self._is_closed = False
         self.workers: list[WorkerProcess] = []
         try:
@@ -57,16 +57,19 @@ class Ranks:
         with self._lock:
             if self._lost is not None or self._is_closed:
                 return
-            self._lost = f"rank {rank} of the model was lost: {why}"
+            self._lost = RankError(rank, why)
         logger.error("%s", self._lost)
         self._abort(rank, why)
+        # What waits for one of them by other means than shared memory sees that they are gone.
+        for worker in list(self.workers):
+            worker.process.kill()
 
     def tell(self, message: Mapping[str, Any]) -> None:
         """Send all of them a message, in the same order as all others.
 
         Raises
         ------
-        DeviceLostError
+        RankError
         """
         self.tell_packed(pack(message))
 
@@ -101,17 +104,18 @@ class Ranks:
             answers.append(answer)
         return answers
 
-    def loss(self, error: BaseException | None) -> DeviceLostError:
+    def loss(self, error: BaseException | None) -> RankError:
         """Return what there is to say when a step cannot go on."""
         end = time.monotonic() + _REASON_SECONDS
         while self._lost is None and time.monotonic() < end:
             time.sleep(0.02)
         with self._lock:
             if self._lost is None:
-                own = "" if error is None else f"{type(error).__name__}: {error}"
-                self._lost = f"the ranks of the model fell out of step: {own or 'for no reason'}"
-        self._abort(0, "gave up")
-        return DeviceLostError(self._lost)
+                own = "" if error is None else f": {type(error).__name__}: {error}"
+                self._lost = RankError(0, f"left the others in the middle of a step{own}")
+            lost = self._lost
+        self._abort(lost.rank, lost.why)
+        return RankError(lost.rank, lost.why)  # each is raised with a traceback of its own
 
     def close(self) -> None:
         """End all of them; those that do not are killed."""

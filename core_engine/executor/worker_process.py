@@ -65,16 +65,16 @@ class WorkerProcess:
             while not why:
                 message = self.channel.receive(SILENT_SECONDS)
                 if message["what"] == "failed":
-                    why = f"{message['kind']}: {message['text']}"
+                    why = f"failed: {message['kind']}: {message['text']}"
                     self.replies.put(message)
                 elif message["what"] != "alive":
                     self.replies.put(message)
         except ChannelSilentError:
-            why = f"it gave no sign of life for {SILENT_SECONDS:g} s"
+            why = f"gave no sign of life for {SILENT_SECONDS:g} s"
         except ChannelClosedError:
             why = self._how_it_ended()
         except MessageError as error:
-            why = str(error)
+            why = f"said what is no message: {error}"
         if not self._is_ending:
             self._lose(self.rank, why)
         self.replies.put(None)
@@ -83,13 +83,13 @@ class WorkerProcess:
         try:
             code = self.process.wait(2)
         except subprocess.TimeoutExpired:
-            return "it closed its connection"
+            return "closed its connection"
         if code >= 0:
-            return f"its process ended with the code {code}"
+            return f"ended with the code {code}"
         try:
-            return f"its process was ended by {signal.Signals(-code).name}"
+            return f"was ended by {signal.Signals(-code).name}"
         except ValueError:
-            return f"its process was ended by signal {-code}"
+            return f"was ended by signal {-code}"
 
     def end(self) -> None:
         """Ask it to end."""

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from quire.models.adapter import Adapter, PreparedAdapter
 from quire.models.adapter_check import check_adapter
 from quire.models.adapter_operations import AdapterOperations
 from quire.models.adapter_share import share_of_adapter
+from quire.models.batch import Batch
 from quire.models.layers import (
     KVCache,
     Layer,
@@ -25,13 +26,16 @@ from quire.models.layers import (
     bind_add_norm,
     bind_layer,
     bind_norm,
-    create_layer,
-    create_norm,
-    layer_linears,
-    own_linears,
 )
 from quire.models.linear import Apply, Linear, LinearMethod, WeightMethod
 from quire.models.mlp import is_expert
+from quire.models.parameters import (
+    all_linears,
+    create_parameters,
+    embedding_linears,
+    linears_of_rank,
+    table,
+)
 from quire.models.rotary import RotaryTable
 from quire.models.spec import DecoderSpec, RotarySpec
 from quire.models.split import split_spec, split_vocab
@@ -47,35 +51,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-
-
-class Batch(Protocol):
-    """What a decoder needs of a step: an engine's ``ForwardBatch`` has it.
-
-    Attributes
-    ----------
-    input_ids, positions, slot_mapping : Tensor[num_tokens], int64
-        Tokens, their places in their sequences, and where keys and values go.
-    query_start_loc : Tensor[num_seqs + 1], int32, on the CPU
-        Where each sequence's tokens begin.
-    seq_lens : Tensor[num_seqs], int32, on the CPU
-        Tokens of each sequence once the step has run.
-    block_tables : Tensor[num_seqs, max_blocks], int32
-        The KV blocks of each sequence.
-    attention : object or None
-        What ``kernels.plan_attention`` returned for this step; None until it is needed.
-    adapter_slots : Tensor[num_tokens], int32, on the CPU, or None
-        The slot of each token's adapter, -1 for none; None: no token has one.
-    """
-
-    input_ids: torch.Tensor
-    positions: torch.Tensor
-    slot_mapping: torch.Tensor
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    block_tables: torch.Tensor
-    attention: Any
-    adapter_slots: torch.Tensor | None
 
 
 class Decoder:
@@ -149,53 +124,18 @@ class Decoder:
         self._mark = object()  # by which it knows its own adapters
         self._filled_slots: set[int] = set()
         self._method: LinearMethod = method or WeightMethod()
-        self._embedding_size = width = spec.embedding_size or spec.hidden_size
-        self._project_in = self._project_out = None
-        if width != spec.hidden_size:
-            self._project_in = Linear("project_in", width, {"hidden": spec.hidden_size})
-            self._project_out = Linear("project_out", spec.hidden_size, {"embedding": width})
-        every = [
-            linear
-            for index, layer in enumerate(spec.layers)
-            for linear in layer_linears(f"layers.{index}", layer, spec.hidden_size)
-        ]
-        every.append(self._matrix("lm_head"))
-        self._projections = {linear.name: linear for linear in every}
+        self._embedding_size = spec.embedding_size or spec.hidden_size
+        self._project_in, self._project_out = embedding_linears(spec)
+        self._projections = all_linears(spec)
         self._adaptable = {
             name: linear for name, linear in self._projections.items() if not is_expert(name)
         }
-        self._create(self.weights, place)
-        if not place.is_whole:
-            all_of_it = Weights(device, dtype)
-            self._create(all_of_it, WHOLE)
-            self.weights.elsewhere |= {*all_of_it.names()} - {*self.weights.names()}
-
-    def _create(self, weights: Weights, place: Place) -> None:
-        """Enter what a rank has of the parameters."""
-        spec, plain = self.spec, WeightMethod()
-        tied = spec.tie_word_embeddings
-        if place.is_first_stage or (tied and place.is_last_stage):
-            plain.create(self._matrix("embed", place), weights)
-        if place.is_first_stage and spec.learned_positions is not None:
-            table = spec.learned_positions
-            num_rows = table.num_positions + table.offset
-            weights.create("embed_positions.weight", (num_rows, spec.hidden_size))
-        if place.is_first_stage and self._project_in is not None:
-            plain.create(self._project_in, weights)
-        if place.is_last_stage and self._project_out is not None:
-            plain.create(self._project_out, weights)
-        for index in place.layers(spec.num_layers):
-            layer = spec.layers[index]
-            create_layer(f"layers.{index}", layer, spec.hidden_size, self._method, weights, place)
-        if place.is_last_stage:
-            create_norm("final_norm", spec.final_norm, spec.hidden_size, weights)
-        if place.is_last_stage and not tied:
-            plain.create(self._matrix("lm_head", place), weights)
+        create_parameters(spec, self._method, self.weights, place)
 
     def create_lm_head(self) -> None:
         """Allocate an output matrix of its own."""
         if self.place.is_last_stage:
-            WeightMethod().create(self._matrix("lm_head", self.place), self.weights)
+            WeightMethod().create(table("lm_head", self.spec, self.place), self.weights)
         else:
             self.weights.leave("lm_head.weight")
 
@@ -294,7 +234,7 @@ class Decoder:
             self._into = self._bind_projection(self._project_in, plain)
         if self.native is None and self.place.is_last_stage:
             self._out_of = self._bind_projection(self._project_out, plain)
-            self._head = plain.bind(self._matrix(self._name_of("lm_head")), weights, kernels)
+            self._head = plain.bind(table(self._name_of("lm_head"), spec), weights, kernels)
         self._final_norm = self._final_add_norm = None
         if spec.final_norm is not None and self.place.is_last_stage:
             self._final_norm = bind_norm("final_norm", spec.final_norm, weights, kernels)
@@ -345,12 +285,6 @@ class Decoder:
         """Whose weight a projection has: an output matrix may have the embedding's."""
         return "embed" if name == "lm_head" and self.spec.tie_word_embeddings else name
 
-    def _matrix(self, name: str, place: Place = WHOLE) -> Linear:
-        """The embedding, or the output matrix, as a projection."""
-        size = self.spec.vocab_size
-        rows = (split_vocab(size, place),) if place.tensor_size > 1 else None
-        return Linear(name, self._embedding_size, {name: size}, own_rows=rows)
-
     @property
     def _is_shared(self) -> bool:
         """Whether other ranks have other shares of the same layers."""
@@ -393,21 +327,12 @@ class Decoder:
         """
         return self._adaptable
 
-    def _own_adaptable(self) -> dict[str, Linear]:
+    def _own_adaptable(self) -> Mapping[str, Linear]:
         """Of `linears`, those that this rank has something of, and what that is."""
         if self.place.is_whole:
             return self._adaptable
-        spec, place = self.spec, self.place
-        own = [
-            linear
-            for index in self._own_layers
-            for linear in own_linears(
-                f"layers.{index}", spec.layers[index], spec.hidden_size, place
-            )
-        ]
-        if place.is_last_stage:
-            own.append(self._matrix("lm_head", place))
-        return {each.name: each for each in own if each.name in self._adaptable}
+        own = linears_of_rank(self.spec, self.place)
+        return {name: linear for name, linear in own.items() if name in self._adaptable}
 
     def check_whole(self, name: str) -> None:
         """Check that all of a parameter is here, to be read for an adapter.
@@ -452,7 +377,7 @@ class Decoder:
         name = self._name_of(name)
         if self.native is not None:
             return self.native.read_weight(name)
-        matrix = self._matrix(name) if linear is None or linear.name == "lm_head" else linear
+        matrix = table(name, self.spec) if linear is None or linear.name == "lm_head" else linear
         return WeightMethod().read(matrix, self.weights)
 
     def is_coded(self, name: str) -> bool:

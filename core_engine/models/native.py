@@ -23,7 +23,7 @@ from quire.parallel.place import WHOLE, Place
 from quire.parallel.shared_memory import failure_of
 
 if TYPE_CHECKING:
-    from quire.models.decoder import Batch
+    from quire.models.batch import Batch
     from quire.models.layers import KVCache
     from quire.models.rotary import RotaryTable
 

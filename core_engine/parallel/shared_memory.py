@@ -52,9 +52,10 @@ class SharedMemory:
         self._map = mmap.mmap(fd, num_bytes)
         self._num_bytes = num_bytes
         self.base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        self._comm: int | None = None
         self._place: Place | None = None
-        self._leave: weakref.finalize[..., SharedMemory] | None = None
+        self._seat: list[int] = []  # the address of its quire_comm, while it has one
+        self._release = weakref.finalize(self, _release, self._library, self._map, fd, self._seat)
+        self._release.atexit = False  # a thread may be in a step until the process ends
         self.tensor_size = self.num_stages = 1
 
     @classmethod
@@ -107,6 +108,7 @@ class SharedMemory:
         memory = cls(fd, num_bytes)
         sizes = structs.SharedSizes()
         if memory._library.quire_shared_sizes(memory.base, num_bytes, sizes) != 0:
+            memory.close()
             raise ValueError(f"file descriptor {fd} is no memory that ranks of a model share")
         memory.tensor_size, memory.num_stages = sizes.tensor_size, sizes.num_stages
         return memory
@@ -121,25 +123,23 @@ class SharedMemory:
         patience
             Seconds that it waits for another rank that lives, also for one that has not joined yet.
         """
-        if self._comm is not None:
-            raise RuntimeError(f"this process has joined, as rank {self._place}")
-        self._place = Place.of_rank(rank, self.tensor_size, self.num_stages)
-        if self._place.stage >= self.num_stages:
-            raise ValueError(f"rank is {rank}; there are {self._place.size}")
-        library = self._library
-        comm = library.quire_comm_new(self.base, rank, self.fd, patience)
+        if self._seat:
+            raise RuntimeError(f"this process has joined, as rank {self.place.rank}")
+        num_ranks = self.tensor_size * self.num_stages
+        if not 0 <= rank < num_ranks:
+            raise ValueError(f"rank is {rank}; there are {num_ranks}")
+        comm = self._library.quire_comm_new(self.base, rank, self.fd, patience)
         if not comm:
             raise OutOfMemoryError("no memory for a rank's seat")
-        self._comm = comm
-        self._leave = weakref.finalize(self, library.quire_comm_free, comm)
-        self._leave.atexit = False  # a thread may be in a step until the process ends
+        self._place = Place.of_rank(rank, self.tensor_size, self.num_stages)
+        self._seat.append(comm)
 
     @property
     def comm(self) -> int:
         """The address of this rank's ``quire_comm``, once it has joined."""
-        if self._comm is None:
-            raise RuntimeError("a rank must join before it takes part")
-        return self._comm
+        if not self._seat:
+            raise RuntimeError("a rank must join before it takes part, and cannot once it has left")
+        return self._seat[0]
 
     def group(self) -> SharedMemoryGroup:
         """Return this rank's group: those of its stage."""
@@ -185,12 +185,7 @@ class SharedMemory:
 
     def close(self) -> None:
         """Leave; others that wait for this rank fail. Not during a step."""
-        if self._leave is not None:
-            self._leave()
-            self._leave = self._comm = None
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        self._release()
 
     def __enter__(self) -> SharedMemory:
         return self
@@ -255,6 +250,13 @@ class SharedMemoryLink:
         memory = self.memory
         memory._check(memory._library.quire_comm_receive(memory.comm, out.data_ptr(), out.nbytes))
         return out
+
+
+def _release(library: ctypes.CDLL, mapped: mmap.mmap, fd: int, seat: list[int]) -> None:
+    """Leave; with `mapped`, whose memory is needed for it."""
+    while seat:
+        library.quire_comm_free(seat.pop())
+    os.close(fd)
 
 
 def failure_of(comm: int) -> RankError:

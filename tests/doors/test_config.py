@@ -23,6 +23,7 @@ from quire.config import (
     EngineConfig,
     LoRAConfig,
     ModelConfig,
+    ParallelConfig,
     SchedulerConfig,
     StructuredOutputsConfig,
     argument_names,
@@ -31,7 +32,9 @@ from quire.errors import ConfigError, NotSupportedError
 
 FIELDS = [
     spec.name
-    for part in (ModelConfig, CacheConfig, SchedulerConfig, StructuredOutputsConfig, LoRAConfig)
+    for part in (
+        ModelConfig, CacheConfig, SchedulerConfig, StructuredOutputsConfig, LoRAConfig, ParallelConfig
+    )  # fmt: skip
     for spec in dataclasses.fields(part)
 ] + ["seed", "device", "batch_invariant", "logits_processors"]
 
@@ -48,6 +51,10 @@ class Nothing(LogitsProcessor):
 
 
 VALID = {
+    "tensor_parallel_size": [1, 2, 8],
+    "pipeline_parallel_size": [1, 3],
+    "data_parallel_size": [1, 16],
+    "distributed_executor_backend": ["mp", "ray", "external_launcher"],
     "tokenizer": ["other", Path("other")],
     "tokenizer_mode": ["auto", "slow"],
     "dtype": ["auto", "half", "float16", "bfloat16", "float", "float32", torch.float16],
@@ -90,6 +97,7 @@ VALID = {
     "logits_processors": [[], (), [Nothing], (Nothing(), Nothing)],
 }
 BOOLEANS = [
+    "enable_expert_parallel",
     "skip_tokenizer_init",
     "trust_remote_code",
     "enable_prefix_caching",
@@ -98,6 +106,10 @@ BOOLEANS = [
     "enable_lora",
 ]
 INVALID = {
+    "tensor_parallel_size": [0, -1, True, 1.0, "2"],
+    "pipeline_parallel_size": [0, True],
+    "data_parallel_size": [0, 2000],
+    "distributed_executor_backend": ["mpi", 1, True],
     "tokenizer": ["", 3],
     "tokenizer_mode": ["fast", True],
     "dtype": ["int8", "float64", torch.int8, 16],
@@ -219,8 +231,6 @@ def test_what_is_not_offered_says_so_and_its_off_values_pass(name):
 @pytest.mark.parametrize(
     "kwargs",
     [
-        {"tensor_parallel_size": 2},
-        {"tensor_parallel_size": True},
         {"fully_sharded_loras": True},
         {"speculative_config": {"method": "ngram"}},
         {"cpu_offload_gb": 4},
@@ -266,7 +276,7 @@ def test_the_doors_check_before_anything_is_loaded(door):
     with pytest.raises(TypeError, match="did you mean 'max_num_seqs'"):
         door("no/such-model", max_num_seq=3)
     with pytest.raises(NotSupportedError):
-        door("no/such-model", tensor_parallel_size=2)
+        door("no/such-model", fully_sharded_loras=True)
     with pytest.raises(ConfigError, match=r"quantization must be one of .*did you mean 'gptq'"):
         door("no/such-model", quantization="gpqt")
     with pytest.raises(TypeError, match="model"):

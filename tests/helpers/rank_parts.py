@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import time
-from typing import Any
+from itertools import count
 
 import torch
 
@@ -68,14 +68,27 @@ def reduce_for_ever(memory: SharedMemory, *, lost: int, after: int) -> None:
     """Reduce until a rank is lost, which that one is, by signal 9, after a number of rounds."""
     group = memory.group()
     x = torch.ones(100)
-    for number in range(10**9):
+    for number in count():
         if memory.place.rank == lost and number == after:
             os.kill(os.getpid(), signal.SIGKILL)
         group.reduce(x.clone())
 
 
-def receive_only(memory: SharedMemory) -> Any:
-    """Wait for what nobody sends."""
+def reduce_twice(memory: SharedMemory) -> None:
+    """Reduce once more than the other does."""
+    group = memory.group()
+    assert torch.equal(group.reduce(torch.ones(3)), torch.full((3,), 2.0))
+    group.reduce(torch.ones(3))
+
+
+def receive(memory: SharedMemory, *, size: int) -> None:
+    """Wait for so many numbers."""
+    memory.link().receive((size,), torch.float32)
+
+
+def receive_for_ever(memory: SharedMemory) -> None:
+    """Say that it is ready, and wait for what nobody sends."""
+    print("ready", flush=True)
     memory.link().receive((10,), torch.float32)
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,11 @@ class RankProcess:
             env=environment,
         )
 
+    def wait_until_ready(self) -> None:
+        """Wait until it says that it is."""
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "ready\n"
+
     def result(self, timeout: float = 120) -> Any:
         """Wait for its end; what it returned, or the error that it ended with as a dict."""
         out, err = self.process.communicate(timeout=timeout)
@@ -53,11 +59,22 @@ class RankProcess:
         return json.loads(out.splitlines()[-1])
 
 
-def run_ranks(memory: SharedMemory, part: str, ranks: range, **arguments: Any) -> list[Any]:
-    """Run ranks side by side, and return what each returned."""
+def run_ranks(
+    memory: SharedMemory,
+    part: str,
+    ranks: range,
+    beside: threading.Thread | None = None,
+    **arguments: Any,
+) -> list[Any]:
+    """Run ranks side by side, perhaps beside a thread, and return what each returned."""
     started = [RankProcess(memory, rank, part, **arguments) for rank in ranks]
     try:
-        return [each.result() for each in started]
+        if beside is not None:
+            beside.start()
+        results = [each.result() for each in started]
+        if beside is not None:
+            beside.join()
+        return results
     finally:
         for each in started:
             each.process.kill()

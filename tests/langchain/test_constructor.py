@@ -155,8 +155,8 @@ def test_true_is_no_number(fake: Any, name: str) -> None:
 
 def test_refuses_what_is_not_offered(fake: Any) -> None:
     """Features of later versions are refused, not passed over."""
-    with pytest.raises(NotSupportedError, match="tensor_parallel_size"):
-        VLLM(model="m", tensor_parallel_size=2)
+    with pytest.raises(NotSupportedError, match="fully_sharded_loras"):
+        VLLM(model="m", vllm_kwargs={"fully_sharded_loras": True})
     with pytest.raises(ConfigError, match="model is empty"):
         VLLM()
 

@@ -40,7 +40,7 @@ def test_every_argument_of_the_engine_is_a_flag():
 def test_the_help_has_every_field_with_its_words():
     """What the configuration's docstrings say of a field is what the help says."""
     for config in dataclasses.fields(EngineConfig):
-        assert config.name in ("model", "cache", "scheduler", "structured", "lora") or (
+        assert config.name in ("model", "cache", "scheduler", "structured", "lora", "parallel") or (
             LINE.flags[config.name].help
         )
     shown = LINE._parser.format_help()
@@ -209,7 +209,7 @@ def test_a_file_may_name_the_model_and_leave_things_open(tmp_path):
     ("words", "message"),
     [
         (["--max-num-seqs", "0"], "max_num_seqs"),
-        (["--tensor-parallel-size", "2"], "tensor_parallel_size=2 is not offered"),
+        (["--tensor-parallel-size", "0"], "tensor_parallel_size"),
         (["--quantization", "abc"], "quantization must be one of"),
         (["--fully-sharded-loras"], "fully_sharded_loras=True is not offered"),
         (["--lora-modules", "a=b"], "lora_modules is about adapters: give enable_lora"),

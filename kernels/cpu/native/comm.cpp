@@ -24,6 +24,8 @@ constexpr int kSpins = 1 << 11;
 constexpr int64_t kMillisecond = 1000000;
 // A wait is first for a rank that is about to come, and then for one that computes.
 constexpr int64_t kYieldsFor = 2 * kMillisecond;
+constexpr int64_t kShortestRest = kMillisecond / 20;
+constexpr int64_t kPartOfWait = 64;
 constexpr int64_t kLooksEvery = 20 * kMillisecond;
 
 enum Presence : int32_t { kNotYet = 0, kHere = 1, kLeft = 2 };
@@ -62,8 +64,12 @@ struct alignas(kLine) SharedHeader {
 
   int32_t num_ranks() const { return sizes.tensor_size * sizes.num_stages; }
   char* at(int64_t offset) { return reinterpret_cast<char*>(this) + offset; }
-  RankLine& rank(int32_t r) { return *reinterpret_cast<RankLine*>(at(after_header() + r * int64_t{sizeof(RankLine)})); }
-  LinkLines& link(int32_t r) { return *reinterpret_cast<LinkLines*>(at(after_ranks() + r * int64_t{sizeof(LinkLines)})); }
+  RankLine& rank(int32_t r) {
+    return *reinterpret_cast<RankLine*>(at(after_header() + r * int64_t{sizeof(RankLine)}));
+  }
+  LinkLines& link(int32_t r) {
+    return *reinterpret_cast<LinkLines*>(at(after_ranks() + r * int64_t{sizeof(LinkLines)}));
+  }
   float* buffers(int32_t stage) {
     return reinterpret_cast<float*>(at(after_links() + stage * buffer_bytes()));
   }
@@ -176,7 +182,8 @@ bool Comm::wait(Ready ready, Missing missing) {
       if (is_gone(rank)) {
         if (ready()) break;  // it has said all before it left
         const bool left = header_.rank(rank).presence.load(std::memory_order_relaxed) == kLeft;
-        fail(kRankLost, rank, left ? "left while others still computed" : "ended: its process is gone");
+        fail(kRankLost, rank,
+             left ? "left while others still computed" : "ended: its process is gone");
         return false;
       }
       if (time - begin >= patience_) {
@@ -190,7 +197,8 @@ bool Comm::wait(Ready ready, Missing missing) {
     if (time - begin < kYieldsFor) {
       std::this_thread::yield();
     } else {
-      std::this_thread::sleep_for(std::chrono::microseconds(50));
+      const int64_t rest = std::clamp((time - begin) / kPartOfWait, kShortestRest, kMillisecond);
+      std::this_thread::sleep_for(std::chrono::nanoseconds(rest));
     }
   }
   return true;
@@ -289,8 +297,9 @@ int32_t Comm::receive(char* data, int64_t bytes) {
   int64_t number = link.taken.load(std::memory_order_relaxed);
   for (int64_t first = 0; first < bytes; first += sizes.link_capacity, ++number) {
     const int64_t waits_from = now();
-    const bool is_there =
-        wait([&] { return link.sent.load(std::memory_order_acquire) > number; }, [&] { return from; });
+    const bool is_there = wait(
+        [&] { return link.sent.load(std::memory_order_acquire) > number; },
+        [&] { return from; });
     counters_.waited += now() - waits_from;
     if (!is_there) break;
     const char* piece = header_.piece(from, number);

@@ -106,7 +106,9 @@ inline void add_sums(Thread& thread, Exchange& exchange, int64_t count, int64_t 
                  if (has_norm) normalize(norm, sums, number, sums);
                  float* out = x + first;
                  int64_t i = 0;
-                 for (; i + kLanes <= number; i += kLanes) store(out + i, load(out + i) + load(sums + i));
+                 for (; i + kLanes <= number; i += kLanes) {
+                   store(out + i, load(out + i) + load(sums + i));
+                 }
                  for (; i < number; ++i) out[i] += sums[i];
                });
 }

@@ -2,6 +2,7 @@
 #include <numeric>
 
 #include "cases.h"
+#include "ranks.h"
 
 namespace check {
 namespace {
@@ -58,7 +59,8 @@ class Runner {
     const Batch batch{ids.data(),     positions.data(), slots.data(),
                       starts.data(),  lengths.data(),   tables.data(),
                       stride_,        block_size_,      static_cast<int32_t>(lengths.size()),
-                      static_cast<int64_t>(ids.size()), hidden.data(),  nullptr};
+                      static_cast<int64_t>(ids.size()), hidden.data(),  nullptr,
+                      nullptr};
     must(quire_forward(context_.get(), &model_.model, &batch, num_threads_));
     const float* next = hidden.data();
     for (size_t i = 0; i < counts.size(); ++i) {
@@ -147,6 +149,24 @@ void compare_logits(TinyModel& model, const std::vector<float>& hidden, const Ro
   if (!is_right) found.fail(name + ": logits are off");
 }
 
+// By way of sums over the ranks, of which there is one, all in one piece or in several.
+void compare_summed(TinyModel& model, const std::vector<std::vector<int64_t>>& prompts,
+                    const std::vector<std::vector<float>>& alone, const std::string& name,
+                    Findings& found) {
+  Random random(prompts[0].size());
+  const SharedRanks ranks({1, 1, random.one_of<int64_t>({50, 1 << 16}), 64, 1});
+  const Seat seat(ranks, 0);
+  model.model.comm = seat.get();
+  Runner runner(model, prompts, random, 16, 2);
+  const auto& together = runner.run(random, 50);
+  model.model.comm = nullptr;
+  for (size_t i = 0; i < prompts.size(); ++i) {
+    if (!same_bits(together[i].data(), alone[i].data(), alone[i].size())) {
+      found.fail(name + ": differs where parts are added up");
+    }
+  }
+}
+
 // Each sequence alone, in one step, by one thread, is right; and has the same bits otherwise.
 void check_model(Random& random, const Shape& shape, const std::vector<int64_t>& lengths,
                  const std::string& name, const Rounding& rounding, Findings& found) {
@@ -178,6 +198,7 @@ void check_model(Random& random, const Shape& shape, const std::vector<int64_t>&
       ++found.num_same;
     }
   }
+  compare_summed(model, prompts, alone, name, found);
   ++found.num_models;
 }
 
