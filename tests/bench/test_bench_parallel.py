@@ -20,7 +20,16 @@ from quire.bench import cli, paper, parallel, parallel_model, ray_cost
 from quire.bench.checkpoint import DIMENSIONS, random_checkpoint
 from quire.bench.contest import Measurement
 from quire.bench.parallel_model import WAYS, Load, Machine, Requests, Router, fleet, step_time
-from quire.bench.parallel_runs import Division, Done, count_traffic, divisions
+from quire.bench.parallel_runs import (
+    OVERHEAD_MS,
+    RATE,
+    STEP_MS,
+    Division,
+    Done,
+    Hardware,
+    count_traffic,
+    divisions,
+)
 from quire.bench.parallel_tables import differences, traffic_table
 from quire.bench.traffic import Shape, Traffic, rank_traffic
 from quire.bench.workload import uniform
@@ -217,7 +226,13 @@ def test_what_differs_is_told():
 
 
 @native
-@pytest.mark.parametrize("spread", ["tensor_parallel_size", "pipeline_parallel_size"])
+@pytest.mark.parametrize(
+    "spread",
+    [
+        "tensor_parallel_size",
+        pytest.param("pipeline_parallel_size", marks=pytest.mark.slow),
+    ],
+)
 def test_an_engine_tells_what_its_ranks_exchange(tiny_llama, spread):
     """Each rank when it is asked, and rank 0 among the metrics; one process tells nothing."""
     options = {"dtype": "float32", "max_model_len": 64, "num_gpu_blocks_override": 16}
@@ -382,7 +397,68 @@ def test_where_ranks_are_not_native_they_are_left_out(monkeypatch):
     assert parallel.why_not_native("bfloat16") == "no compiler"
 
 
+def pretend(folder, sides, workloads, options, *, repeats, **_):
+    """Stand for `measure_ranks`: ranks hand over one byte more in the last run of all."""
+    shape = Shape.of(read_config(Path(folder)))
+    done = []
+    for workload in workloads:
+        each = Done(workload, [(d, Measurement(d.label)) for d in sides])
+        for division, measurement in each.measurements:
+            steps, tokens = workload.output_lens[0], each.step_tokens(division)
+            rows = each.prompts_of(division)
+            figures = {"num_steps": float(steps), "num_computed_tokens": float(steps * tokens)}
+            figures |= {"num_generation_tokens": float(steps * rows), RATE: 1.0}
+            figures |= {STEP_MS: 4.0, OVERHEAD_MS: 1.0}
+            for rank, place in enumerate(division.places if len(division.places) > 1 else []):
+                one = rank_traffic(shape, place, tokens, rows)
+                figures[f"rank{rank}_operations"] = float(steps * one.operations)
+                figures[f"rank{rank}_num_bytes"] = float(steps * one.num_bytes)
+            for _ in range(repeats):
+                measurement.add(figures)
+        done.append(each)
+    division, measurement = done[-1].measurements[-2]
+    if len(division.places) > 1:
+        measurement.runs["rank1_num_bytes"][-1] += 1
+    machine = {"threads": 2.0, "read_all": 2e9, "read_half": 1e9}
+    machine |= {"flops_all": 2e12, "flops_half": 1e12, "latency": 1e-6, "link": 1e9}
+    hardware = Hardware()
+    hardware.measured.add(machine)
+    return done, hardware, {"quire": "0"}
+
+
+def test_figures_become_tables(small, tmp_path, monkeypatch):
+    """What was measured, beside the formulas, and what differs; the same as JSON."""
+    monkeypatch.setattr(parallel, "measure_ranks", pretend)
+    monkeypatch.setattr(parallel, "why_missing", lambda: None)
+    monkeypatch.setattr(parallel, "count_threads", lambda: 2)
+    file = tmp_path / "figures.json"
+    words = ("--model", small(2), "--dtype", "float32", "--batches", "2,4", "--chunk", 96)
+    result = run(*words, "--repeats", 2, "--json", file)
+    assert result.exit_code == 0, result.output
+    assert "1 x (96 in, 1 out), PP=2, 1 thread each, rank 1, run 2" in result.output
+    assert "4.00 (4.00-4.00)" in result.output
+    measured = json.loads(file.read_text())["measured"]
+    assert measured["options"]["max_num_batched_tokens"] >= 4 * 33
+    wrong = {(name, each["label"]) for name, ranks in measured["traffic"].items()
+              for each in ranks if not each["agrees"]}  # fmt: skip
+    assert wrong == {("1 x (96 in, 1 out)", "PP=2, 1 thread each")}
+    assert len(measured["predictions"]) == 3 * 5
+
+
+def test_without_native_ranks_the_rest_is_measured(small, monkeypatch):
+    """Sides of one process, and a line that says why there are no others."""
+    monkeypatch.setattr(parallel, "measure_ranks", pretend)
+    monkeypatch.setattr(parallel, "why_missing", lambda: "no compiler")
+    words = ("--model", small(2), "--dtype", "float32", "--batches", "2", "--chunk", 0)
+    result = run(*words, "--parts", "measured")
+    assert result.exit_code == 0, result.output
+    assert "ranks are left out, for nobody counts what they exchange: no compiler" in result.output
+    assert "TP=2" not in result.output
+    assert "formula" not in result.output
+
+
 @native
+@pytest.mark.slow
 def test_every_part_has_its_figures(small, tmp_path):
     """Runs of all sides, what ranks handed over as the formula has it, and steps on paper."""
     file = tmp_path / "figures.json"
