@@ -33,12 +33,7 @@ from quire.errors import ConfigError, NotSupportedError
 FIELDS = [
     spec.name
     for part in (
-        ModelConfig,
-        CacheConfig,
-        SchedulerConfig,
-        StructuredOutputsConfig,
-        LoRAConfig,
-        ParallelConfig,
+        ModelConfig, CacheConfig, SchedulerConfig, StructuredOutputsConfig, LoRAConfig, ParallelConfig
     )  # fmt: skip
     for spec in dataclasses.fields(part)
 ] + ["seed", "device", "batch_invariant", "logits_processors"]
