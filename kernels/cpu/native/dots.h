@@ -9,6 +9,7 @@
 #include "float_tiles.h"
 #include "int_codes.h"
 #include "plan.h"
+#include "table_codes.h"
 #include "tiles.h"
 
 namespace quire {
@@ -174,8 +175,10 @@ inline void multiply_shrunk(Thread& thread, const Product& p, uint16_t* halves) 
     case kInt4:
       multiply_codes(thread, p, halves);
       return;
-    case kFloat8:
     case kTable4:
+      multiply_tables(thread, p, halves);
+      return;
+    case kFloat8:
 #if defined(QUIRE_TILES)
       if (has_float_tiles(*p.weight) && (p.factor == nullptr || has_float_tiles(*p.factor))) {
         multiply_float_tiles(thread, p, halves);

@@ -11,8 +11,6 @@
 #include "float_values.h"
 #include "gemm.h"
 #include "int_codes.h"
-#include "table_codes.h"
-#include "table_sums.h"
 
 namespace quire {
 namespace QUIRE_ISA {
@@ -207,18 +205,10 @@ inline void sum_few(int64_t rows, const Stretches& all_of, const Decoder* const 
 // Call `with` with a null pointer to the type that decodes a weight.
 template <typename With>
 inline void with_decoder(const Matrix& weight, With with) {
-  if (weight.dtype == kFloat8) {
-    if (weight.codes->has_subnormals) {
-      with(static_cast<const Float8Codes<true>*>(nullptr));
-    } else {
-      with(static_cast<const Float8Codes<false>*>(nullptr));
-    }
-  } else if (!weight.codes->has_tables) {
-    with(static_cast<const OneTableCodes*>(nullptr));
-  } else if (inputs_together(*weight.codes) == kTablesTogether) {
-    with(static_cast<const PlainTableCodes<kTablesTogether>*>(nullptr));
+  if (weight.codes->has_subnormals) {
+    with(static_cast<const Float8Codes<true>*>(nullptr));
   } else {
-    with(static_cast<const PlainTableCodes<8>*>(nullptr));
+    with(static_cast<const Float8Codes<false>*>(nullptr));
   }
 }
 
@@ -234,8 +224,7 @@ inline const float* dequantize_block(const Matrix& weight, int64_t b, float* out
 inline bool are_alike(const Matrix& a, const Matrix& b) {
   return a.dtype == b.dtype && a.codes->unit == b.codes->unit &&
          a.codes->scales_units == b.codes->scales_units &&
-         a.codes->has_subnormals == b.codes->has_subnormals &&
-         a.codes->has_tables == b.codes->has_tables;
+         a.codes->has_subnormals == b.codes->has_subnormals;
 }
 
 // The product of a few rows with block `b`, and with its factor or else with the block after it, if
@@ -298,12 +287,6 @@ inline void multiply_float_codes(Thread& thread, const Product& product, uint16_
   Product p = product;
   p.x = arrange_inputs(thread, product, reinterpret_cast<float*>(halves));
   if (p.x != product.x) p.ldx = p.weight->in;
-#if defined(QUIRE_TABLE_SUMS)
-  if (has_table_sums(*p.weight) && (p.factor == nullptr || has_table_sums(*p.factor))) {
-    multiply_tables(thread, p);
-    return;
-  }
-#endif
   const bool is_alike = p.factor == nullptr || are_alike(*p.weight, *p.factor);
   const bool is_few = p.rows <= kFewRows && is_alike;
   const int64_t num_blocks = (p.weight->out + kBlock - 1) / kBlock;

@@ -388,9 +388,7 @@ inline void sum_two_pairs(const CodedBlocks (&pairs)[2], const SplitRows& x,
 // Call `with` with a null pointer to the type that decodes a weight.
 template <typename With>
 inline void with_tile_decoder(const Matrix& weight, With with) {
-  if (weight.dtype == kTable4) {
-    with(static_cast<const TableTiles*>(nullptr));
-  } else if (weight.codes->has_subnormals) {
+  if (weight.codes->has_subnormals) {
     with(static_cast<const Float8Tiles<true>*>(nullptr));
   } else {
     with(static_cast<const Float8Tiles<false>*>(nullptr));
@@ -409,7 +407,7 @@ inline void sum_blocks(const CodedBlocks& blocks, const SplitRows& x, int64_t ro
 // Whether a weight's products go by tiles, whatever the number of rows.
 inline bool has_float_tiles(const Matrix& weight) {
   const Codes& codes = *weight.codes;
-  return !codes.has_tables && (!codes.scales_units || codes.unit % kDepth == 0);
+  return !codes.scales_units || codes.unit % kDepth == 0;
 }
 
 // Rows whose sums wait for each other while codes are decoded once for them.
