@@ -36,6 +36,11 @@ inline int64_t rounded_table_row_bytes(const Codes& codes, int64_t in) {
   return padded(4 * columns + 8 * (columns / codes.unit), 64);
 }
 
+// And where these are wanted as they are besides: for outliers.
+inline int64_t outlier_row_bytes(const Codes& codes, int64_t in) {
+  return codes.outlier_first == nullptr ? 0 : padded(4 * in, 64);
+}
+
 // The same for codes that stand for floats: 32 bits for each column, where inputs are not taken as
 // they are.
 inline int64_t arranged_row_bytes(const Codes& codes, int64_t in) {

@@ -11,6 +11,7 @@
 // and bits are the same.
 #pragma once
 #include "block_pairs.h"
+#include "chunk.h"
 #include "float_codes.h"
 #include "tile_decoders.h"
 

@@ -29,7 +29,7 @@ void each_matrix(const Model& model, With with) {
 // Bytes of a row of inputs, once it is rounded, split, or brought into order, for a product.
 int64_t row_bytes(const Matrix& m) {
   if (m.dtype == kTable4) {
-    return arranged_row_bytes(*m.codes, m.in) + rounded_table_row_bytes(*m.codes, m.in);
+    return rounded_table_row_bytes(*m.codes, m.in) + outlier_row_bytes(*m.codes, m.in);
   }
   if (m.dtype == kFloat8) {
     return arranged_row_bytes(*m.codes, m.in) + split_row_bytes(m.in);

@@ -12,6 +12,7 @@
 #pragma once
 #include "float_codes.h"
 #include "int_codes.h"
+#include "outliers.h"
 #include "table_rounding.h"
 #include "table_tiles.h"
 #include "table_units.h"
@@ -38,11 +39,11 @@ struct OffsetTables {
 // Adds what a unit of offset bytes makes of some rows, the first of which is `row`, to sums.
 template <int Rows>
 inline void add_unit_bytes(const char* bytes, int64_t unit, const UnitScales& scales,
-                           const RoundedRows& x, int64_t row, int64_t u, float* sums) {
+                           const RoundedTableRows& x, int64_t row, int64_t u, float* sums) {
   vu uppers[Rows], rest[Rows];
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) uppers[r] = rest[r] = vu{};
-  const uint32_t* inputs = reinterpret_cast<const uint32_t*>(x.row(row) + u * 2 * unit);
+  const uint32_t* inputs = reinterpret_cast<const uint32_t*>(x.at(row, u));
   const int64_t stride = x.stride / 4, fours = unit / 4;
   for (int64_t i = 0; i < fours; ++i) {
     const vu upper = load_as<vu>(bytes + i * 64), lower = load_as<vu>(bytes + unit * 16 + i * 64);
@@ -73,7 +74,7 @@ inline vu add_up_fours(vu (&v)[4]) {
 // comes out of a table needs not be turned around.
 template <int Rows>
 inline void add_unit_by_output(const char* tables, const char* codes, int64_t unit,
-                               const UnitScales& scales, const RoundedRows& x, int64_t u,
+                               const UnitScales& scales, const RoundedTableRows& x, int64_t u,
                                vf (&sums)[Rows]) {
   vu uppers[Rows][4], rest[Rows][4];
 #pragma GCC unroll 4
@@ -89,7 +90,7 @@ inline void add_unit_by_output(const char* tables, const char* codes, int64_t un
       vu input_uppers[Rows], input_lowers[Rows];
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
-        const char* input = x.row(r) + u * 2 * unit + k + 16 * half;
+        const char* input = x.at(r, u) + k + 16 * half;
         input_uppers[r] = (vu)_mm512_broadcast_i32x4(load_as<__m128i>(input));
         input_lowers[r] = (vu)_mm512_broadcast_i32x4(load_as<__m128i>(input + unit));
       }
@@ -121,7 +122,7 @@ inline void add_unit_by_output(const char* tables, const char* codes, int64_t un
 
 // sums[b][r][0:16]: what `Blocks` blocks, alike, make of all `Rows` rows, straight from their codes.
 template <TableKind Kind, int Rows, int Blocks>
-inline void sum_few_tables(const TableBlock* const (&blocks)[Blocks], const RoundedRows& x,
+inline void sum_few_tables(const TableBlock* const (&blocks)[Blocks], const RoundedTableRows& x,
                            float* sums) {
   vf result[Blocks][Rows][kVectors];
 #pragma GCC unroll 2
@@ -168,7 +169,7 @@ inline void sum_few_tables(const TableBlock* const (&blocks)[Blocks], const Roun
     const uint32_t* inputs[Rows];
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
-      inputs[r] = reinterpret_cast<const uint32_t*>(x.row(r) + u * 2 * unit);
+      inputs[r] = reinterpret_cast<const uint32_t*>(x.at(r, u));
 #pragma GCC unroll 2
       for (int b = 0; b < Blocks; ++b) uppers[b][r] = rest[b][r] = vu{};
     }
@@ -194,7 +195,7 @@ inline void sum_few_tables(const TableBlock* const (&blocks)[Blocks], const Roun
     const uint32_t* inputs[Rows];
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
-      inputs[r] = reinterpret_cast<const uint32_t*>(x.row(r)) + u * unit;
+      inputs[r] = reinterpret_cast<const uint32_t*>(x.at(r, u));
 #pragma GCC unroll 2
       for (int b = 0; b < Blocks; ++b) {
 #pragma GCC unroll 4
@@ -262,7 +263,7 @@ inline void sum_few_tables(const TableBlock* const (&blocks)[Blocks], const Roun
 }
 
 // sums[r][0:16]: what a block makes of rows `row` to row + rows - 1, but for the block's scales.
-inline void sum_many_tables(const TableBlock& block, const RoundedRows& x, int64_t row,
+inline void sum_many_tables(const TableBlock& block, const RoundedTableRows& x, int64_t row,
                             int64_t rows, float* sums) {
   const int64_t unit = block.weight->codes->unit;
   constexpr int kMost = kByteDots ? kMostRows - 2 : kMostRows;  // registers
@@ -301,9 +302,22 @@ inline void sum_many_tables(const TableBlock& block, const RoundedRows& x, int64
   });
 }
 
+// A product, its inputs rounded, and, for outliers, in the weight's order: as rows, `p.x`, or, where
+// there are more than a few, as columns of rows.
+struct TableProduct {
+  const Product& p;
+  const RoundedTableRows& x;
+  const float* columns;
+  OneTable one, one_of_factor;
+
+  TableBlock block(int64_t b) const { return TableBlock(*p.weight, one, b); }
+  TableBlock factor(int64_t b) const { return TableBlock(*p.factor, one_of_factor, b); }
+};
+
 // What comes after the units: scales that are the block's, and outliers.
-inline void finish_sums(const Product& p, const TableBlock& block, int64_t row, int64_t rows,
+inline void finish_sums(const TableProduct& t, const TableBlock& block, int64_t row, int64_t rows,
                         float* sums) {
+  const Product& p = t.p;
   if (block.layout.front == 0) {
     const float* scales = reinterpret_cast<const float*>(block.block);
     for (int v = 0; v < kVectors; ++v) {
@@ -314,19 +328,14 @@ inline void finish_sums(const Product& p, const TableBlock& block, int64_t row, 
       }
     }
   }
-  add_outliers(*block.weight, block.number * kBlock, p.x + row * p.ldx, p.ldx, rows, sums);
+  if (block.weight->codes->outlier_first == nullptr) return;
+  if (t.columns != nullptr) {
+    add_outliers_by_rows(*block.weight, block.number * kBlock, t.columns + row,
+                         padded(p.rows, kRowsTogether), rows, sums);
+  } else {
+    add_outliers(*block.weight, block.number * kBlock, p.x + row * p.ldx, p.ldx, rows, sums);
+  }
 }
-
-// A product, its inputs in the weight's order, and rounded.
-struct TableProduct {
-  const Product& p;
-  const RoundedRows& x;
-  OneTable one, one_of_factor;
-
-  TableBlock block(int64_t b) const { return TableBlock(*p.weight, one, b); }
-  TableBlock factor(int64_t b) const { return TableBlock(*p.factor, one_of_factor, b); }
-};
-
 // All rows with block `b`, and with its factor if there is one.
 inline void multiply_table_block(const TableProduct& t, int64_t b) {
   const Product& p = t.p;
@@ -336,7 +345,7 @@ inline void multiply_table_block(const TableProduct& t, int64_t b) {
     const int64_t rows = std::min(kRowsOfCodes, p.rows - row);
     auto sum = [&](const TableBlock& block, float* sums) {
       sum_many_tables(block, t.x, row, rows, sums);
-      finish_sums(p, block, row, rows, sums);
+      finish_sums(t, block, row, rows, sums);
     };
     sum(t.block(b), values);
     if (p.factor != nullptr) sum(t.factor(b), factors);
@@ -366,8 +375,8 @@ inline void multiply_two_tables(const TableProduct& t, int64_t b) {
       }
     });
   });
-  finish_sums(p, block, 0, p.rows, sums);
-  finish_sums(p, other, 0, p.rows, others);
+  finish_sums(t, block, 0, p.rows, sums);
+  finish_sums(t, other, 0, p.rows, others);
   adapt(p, false, first, 0, p.rows, sums, kBlock);
   adapt(p, is_gated, second, 0, p.rows, others, kBlock);
   for (int64_t r = 0; r < p.rows; ++r) {
@@ -394,7 +403,7 @@ inline int64_t multiply_table_tiles(const TableProduct& t, int64_t b, int64_t en
   for (int64_t row = 0; row < p.rows; row += kRowsOfCodes) {
     const int64_t rows = std::min(kRowsOfCodes, p.rows - row);
     sum_table_tiles(blocks, count, t.x, row, rows, sums);
-    for (int i = 0; i < count; ++i) finish_sums(p, blocks[i], row, rows, sums[i]);
+    for (int i = 0; i < count; ++i) finish_sums(t, blocks[i], row, rows, sums[i]);
     for (int i = 0; i < count; i += step) {
       finish_codes(p, b + i / step, row, rows, sums[i], sums[i + step - 1]);
     }
@@ -408,20 +417,26 @@ inline int64_t multiply_table_tiles(const TableProduct& t, int64_t b, int64_t en
 inline void multiply_tables(Thread& thread, const Product& product, uint16_t* halves) {
   if (product.rows == 0) return;
   const Matrix& weight = *product.weight;
-  const RoundedRows x = place_table_rows(weight, product.rows, halves);
+  const RoundedTableRows x = place_table_rows(weight, product.rows, halves);
   Product p = product;
+  const float* columns = nullptr;
   auto has_outliers = [](const Matrix* m) {
     return m != nullptr && m->codes->outlier_first != nullptr;
   };
   if (has_outliers(p.weight) || has_outliers(p.factor)) {
     // Behind the rounded ones.
-    char* memory = reinterpret_cast<char*>(halves) +
-                   padded(p.rows, 16) * rounded_table_row_bytes(*weight.codes, weight.in);
-    p.x = arrange_inputs(thread, product, reinterpret_cast<float*>(memory));
-    if (p.x != product.x) p.ldx = weight.in;
+    float* memory = reinterpret_cast<float*>(
+        reinterpret_cast<char*>(halves) +
+        padded(p.rows, 16) * rounded_table_row_bytes(*weight.codes, weight.in));
+    if (p.rows > kFewRows) {
+      columns = turn_inputs(thread, product, memory);
+    } else {
+      p.x = arrange_inputs(thread, product, memory);
+      if (p.x != product.x) p.ldx = weight.in;
+    }
   }
   round_table_rows(thread, weight, x, product.x, product.ldx);
-  const TableProduct t{p, x, OneTable(*weight.codes),
+  const TableProduct t{p, x, columns, OneTable(*weight.codes),
                        OneTable(p.factor != nullptr ? *p.factor->codes : *weight.codes)};
   const int64_t num_blocks = (weight.out + kBlock - 1) / kBlock;
   const int64_t step = p.factor != nullptr ? 1 : 2;
