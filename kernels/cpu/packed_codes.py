@@ -17,6 +17,7 @@ _MOST_UNIT = 128
 _LONG_UNITS = (256, 192)
 """Of integers under one scale that are zero at 0: more would not fit sums of 32 bits."""
 _TABLE_UNITS = (256, 128, 64)
+"""Of entries of tables under one scale: multiples of 64, which is what tiles take."""
 _TABLE_BYTES = 4 + 2 * 16
 """Of an output's table in its block: a scale, and entries of 16 bits."""
 _HALF_BYTES = ("int4", "table4")

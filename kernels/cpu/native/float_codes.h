@@ -1,9 +1,9 @@
-// Products with weights in codes that stand for floats, e4m3 or entries of a table.
+// Products with weights in codes that stand for floats: e4m3.
 //
 // A weight is its code's value times its scale, rounded to float32; products with these, and the
 // order in which they are added up, are those of float32 weights in gemm.h. So a row has the same
-// bits as with the dequantized weight in float32, alone and in company. Tables of outputs have an
-// order of their own: see table_sums.h; and so have CPUs with tiles: see float_tiles.h.
+// bits as with the dequantized weight in float32, alone and in company. CPUs with tiles have an order
+// of their own: see float_tiles.h.
 #pragma once
 #include <type_traits>
 
@@ -18,8 +18,10 @@ namespace QUIRE_ISA {
 // Four inputs of 16 outputs, a byte each. e4m3 is float32 with fewer digits, but for the bias of its
 // exponent: moved to their places, its bits make a number 2^-120 as large, of subnormal codes a
 // subnormal one. CPUs are slow with these: a weight with `Subnormals` in numbers has its codes made
-// numbers in a way that takes twice as long, but the same time whatever they are. For what a decoder
-// is, see table_codes.h.
+// numbers in a way that takes twice as long, but the same time whatever they are.
+//
+// A decoder takes `kStep` inputs at a time: `decode` calls `use` with the number of each, in order, and
+// what 16 outputs have for it, scales left out. Scales are to be multiplied with `kScale` before.
 template <bool Subnormals>
 struct Float8Codes {
   static constexpr int kStep = 4;  // inputs that are decoded together

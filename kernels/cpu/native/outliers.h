@@ -23,8 +23,10 @@ inline const float* turn_inputs(Thread& thread, const Product& p, float* out) {
     const bool is_plain = codes.order == nullptr && codes.factors == nullptr;
     for (int64_t row = 0; row < p.rows; row += kLanes) {
       const int64_t rows = std::min<int64_t>(kLanes, p.rows - row);
-      float memory[kLanes][kColumns] = {};
-      if (!is_plain || end - begin < kColumns) {
+      const bool is_there = is_plain && end - begin == kColumns;
+      float memory[kLanes][kColumns];
+      if (!is_there) {
+        std::memset(memory, 0, sizeof memory);
         for (int64_t r = 0; r < rows; ++r) {
           arrange_columns(codes, p.x + (row + r) * p.ldx, begin, end, memory[r] - begin);
         }
@@ -32,7 +34,6 @@ inline const float* turn_inputs(Thread& thread, const Product& p, float* out) {
       for (int64_t k = begin; k < end; k += kLanes) {
         vf square[kLanes] = {};
         for (int64_t r = 0; r < rows; ++r) {
-          const bool is_there = is_plain && end - begin == kColumns;
           square[r] = load(is_there ? p.x + (row + r) * p.ldx + k : memory[r] + k - begin);
         }
         transpose(square);
@@ -42,6 +43,17 @@ inline const float* turn_inputs(Thread& thread, const Product& p, float* out) {
     }
   });
   return out;
+}
+
+// Ask early for the values of the block whose first output is `first`.
+inline void prefetch_outliers(const Matrix& weight, int64_t first) {
+  const Codes& codes = *weight.codes;
+  if (codes.outlier_first == nullptr) return;
+  const int64_t end = codes.outlier_first[std::min<int64_t>(first + kBlock, weight.out)];
+  for (int64_t e = codes.outlier_first[first]; e < end; e += 16) {
+    __builtin_prefetch(codes.outlier_columns + e);
+    __builtin_prefetch(codes.outlier_values + e);
+  }
 }
 
 // sums[rows][16] of the block whose first output is `first`; `columns` begins with the first row.

@@ -310,8 +310,14 @@ struct TableProduct {
   const float* columns;
   OneTable one, one_of_factor;
 
-  TableBlock block(int64_t b) const { return TableBlock(*p.weight, one, b); }
-  TableBlock factor(int64_t b) const { return TableBlock(*p.factor, one_of_factor, b); }
+  TableBlock block(int64_t b) const {
+    prefetch_outliers(*p.weight, b * kBlock);
+    return TableBlock(*p.weight, one, b);
+  }
+  TableBlock factor(int64_t b) const {
+    prefetch_outliers(*p.factor, b * kBlock);
+    return TableBlock(*p.factor, one_of_factor, b);
+  }
 };
 
 // What comes after the units: scales that are the block's, and outliers.

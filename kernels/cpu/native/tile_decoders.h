@@ -1,4 +1,4 @@
-// Codes that stand for floats, e4m3 or entries of one table, as tiles of bfloat16; what numbers are
+// Codes that stand for floats, e4m3, as tiles of bfloat16; what numbers are
 // split in for these.
 #pragma once
 #include "block_pairs.h"
