@@ -1,8 +1,8 @@
 // Products with weights in codes that stand for floats, e4m3, by tiles of bfloat16.
 //
 // An input goes in two, x = upper + lower, each rounded to bfloat16; what is left is 2^-18 of it. A
-// code of e4m3 is a bfloat16. So an error stays below 2^-15 of the sum of the sizes of what is added up; of
-// inputs below 1e-33, whose lower parts are subnormal, tiles hold the upper ones alone.
+// code of e4m3 is a bfloat16. So an error stays below 2^-15 of the sum of the sizes of what is added
+// up; of inputs below 1e-33, whose lower parts are subnormal, tiles hold the upper ones alone.
 //
 // The parts have sums of their own, of a stretch of columns at a time, which are added up before they
 // are scaled: so a few rows have the parts of their inputs in one tile, more have a tile for each,
