@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import select
 import signal
@@ -34,7 +35,7 @@ ALIVE_SECONDS = 1.0
 _FAREWELL_SECONDS = 2.0
 
 _ORDERS = frozenset(
-    {"allocate", "forward", "logits", "likeliest", "prepare", "set_adapter", "drop"}
+    {"allocate", "forward", "logits", "likeliest", "prepare", "set_adapter", "drop", "count"}
 )
 """What a message to a worker can begin with, and is followed by the arguments of."""
 
@@ -129,6 +130,12 @@ class Worker:
 
     def _set_adapter(self, slot: int, key: int | None) -> None:
         self._model.set_adapter(slot, None if key is None else self._adapters[key])
+
+    def _count(self) -> None:
+        assert self._runner is not None
+        counted = self._runner.exchanged()
+        fields = None if counted is None else dataclasses.astuple(counted)
+        self._channel.send({"what": "counted", "exchanged": fields})
 
     def _drop(self, keys: list[int]) -> None:
         for key in keys:
