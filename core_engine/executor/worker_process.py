@@ -91,11 +91,19 @@ class WorkerProcess:
         except ValueError:
             return f"was ended by signal {-code}"
 
+    def send_packed(self, data: bytes) -> None:
+        """See `Channel.send_packed`."""
+        self.channel.send_packed(data)
+
     def end(self) -> None:
         """Ask it to end."""
         self._is_ending = True
         with contextlib.suppress(ChannelClosedError):
             self.channel.send({"what": "end"})
+
+    def kill(self) -> None:
+        """Bring about its end, whatever it does."""
+        self.process.kill()
 
     def join(self, seconds: float) -> None:
         """Wait for its end, and bring it about after a while."""

@@ -71,7 +71,14 @@ def names_of(place: Place) -> dict[str, str]:
     return names
 
 
-def connect_by_torch(store: Store, place: Place, device: torch.device, seconds: float) -> Ends:
+def connect_by_torch(
+    store: Store,
+    place: Place,
+    device: torch.device,
+    seconds: float,
+    address: str | None = None,
+    is_lost: Callable[[], bool] | None = None,
+) -> Ends:
     """Connect a rank by torch.distributed; all ranks call this at once.
 
     Parameters
@@ -83,6 +90,10 @@ def connect_by_torch(store: Store, place: Place, device: torch.device, seconds: 
         Of the tensors.
     seconds
         How long an operation may take.
+    address
+        Of this machine, where the others reach it; None: found by the machine's name.
+    is_lost
+        Asked while others are waited for, on a CPU; True ends that.
     """
     ranks_of = connections(place.tensor_size, place.num_stages)
     fields = {name: field for field, name in names_of(place).items()}
@@ -91,10 +102,10 @@ def connect_by_torch(store: Store, place: Place, device: torch.device, seconds: 
         if name not in fields:
             continue
         rank = ranks.index(place.rank)
-        group = make_process_group(store, name, rank, len(ranks), device, seconds)
+        group = make_process_group(store, name, rank, len(ranks), device, seconds, address)
         field = fields[name]
         if field == "group":
-            ends[field] = TorchGroup(group, rank, len(ranks))
+            ends[field] = TorchGroup(group, rank, len(ranks), is_lost)
         else:
-            ends[field] = TorchLink(group, rank, device)
+            ends[field] = TorchLink(group, rank, device, is_lost)
     return Ends(**ends)  # type: ignore[arg-type]
