@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from quire.parallel.place import Place
 
 _ORDERS = frozenset(
-    {"allocate", "forward", "logits", "likeliest", "prepare", "set_adapter", "drop"}
+    {"allocate", "forward", "logits", "likeliest", "prepare", "set_adapter", "drop", "count"}
 )
 """What a message can begin with, and is followed by the arguments of."""
 
@@ -94,6 +95,12 @@ class ToldRank:
 
     def _set_adapter(self, slot: int, key: int | None) -> None:
         self._model.set_adapter(slot, None if key is None else self._adapters[key])
+
+    def _count(self) -> None:
+        assert self._runner is not None
+        counted = self._runner.exchanged()
+        fields = None if counted is None else dataclasses.astuple(counted)
+        self._reply({"what": "counted", "exchanged": fields})
 
     def _drop(self, keys: list[int]) -> None:
         for key in keys:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch.distributed.distributed_c10d import Store
 
-    from quire.parallel.group import Group, Link
+    from quire.parallel.group import Exchanged, Group, Link
     from quire.parallel.place import Place
 
 
@@ -30,12 +30,15 @@ class Ends:
         From the stage before, to the stage after; None: there is none.
     home : Link or None
         From the last stage's rank to the first's of the same number; None elsewhere.
+    exchanged : callable or None
+        What this rank's exchanges took so far; None: nobody counts.
     """
 
     group: Group | None = None
     before: Link | None = None
     after: Link | None = None
     home: Link | None = None
+    exchanged: Callable[[], Exchanged] | None = None
 
 
 def connections(tensor_size: int, num_stages: int) -> dict[str, list[int]]:

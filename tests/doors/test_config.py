@@ -30,13 +30,21 @@ from quire.config import (
 )
 from quire.errors import ConfigError, NotSupportedError
 
-FIELDS = [
-    spec.name
-    for part in (
-        ModelConfig, CacheConfig, SchedulerConfig, StructuredOutputsConfig, LoRAConfig, ParallelConfig
-    )  # fmt: skip
-    for spec in dataclasses.fields(part)
-] + ["seed", "device", "batch_invariant", "logits_processors"]
+PARTS = (
+    ModelConfig,
+    CacheConfig,
+    SchedulerConfig,
+    StructuredOutputsConfig,
+    LoRAConfig,
+    ParallelConfig,
+)
+
+FIELDS = [spec.name for part in PARTS for spec in dataclasses.fields(part)] + [
+    "seed",
+    "device",
+    "batch_invariant",
+    "logits_processors",
+]
 
 
 LORA_FIELDS = {spec.name for spec in dataclasses.fields(LoRAConfig)} - {"enable_lora"}
