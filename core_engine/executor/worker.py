@@ -6,19 +6,10 @@ told everything else; it ends when it is told to, or when nobody is at the other
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import os
-import select
-import signal
-import socket
-import sys
-import threading
-import time
 from typing import TYPE_CHECKING, Any
 
-from quire.errors import QuireError
-from quire.executor.channel import Channel, ChannelClosedError
+from quire.executor.channel import Channel
+from quire.executor.child import run_child
 from quire.executor.messages import MessageError
 
 if TYPE_CHECKING:
@@ -27,11 +18,6 @@ if TYPE_CHECKING:
     from quire.executor.rank_runner import RankRunner
     from quire.executor.shard import ShardSettings
     from quire.models.adapter import PreparedAdapter
-
-ALIVE_SECONDS = 1.0
-"""From one sign of life to the next."""
-
-_FAREWELL_SECONDS = 2.0
 
 _ORDERS = frozenset(
     {"allocate", "forward", "logits", "likeliest", "prepare", "set_adapter", "drop"}
@@ -81,6 +67,7 @@ class Worker:
         device = settings.device(self._rank)
         place = settings.place(self._rank)
         if device.type == "cpu":
+            keep_to_own_cores(0, settings.num_replicas)
             keep_to_own_cores(self._rank, place.size)
             torch.set_num_threads(settings.num_threads)
         self._device, self._place = device, place
@@ -135,46 +122,9 @@ class Worker:
             del self._adapters[key]
 
 
-def _watch(channel: Channel, parent: int) -> None:
-    """Tell that this process lives, and end it when nobody is left to be told.
-
-    The end of the connection is not enough: processes that the engine's has forked hold it, too.
-    """
-    poller = select.poll()
-    poller.register(channel.fileno(), select.POLLHUP | getattr(select, "POLLRDHUP", 0))
-    while os.getppid() == parent and not poller.poll(ALIVE_SECONDS * 1000):
-        try:
-            channel.send({"what": "alive"})
-        except ChannelClosedError:
-            break
-    time.sleep(_FAREWELL_SECONDS)  # the main thread may be about to end in order
-    os._exit(1)
-
-
 def main() -> None:
     """Run a worker."""
-    parser = argparse.ArgumentParser(prog="python -m quire.executor.worker")
-    for name in ("rank", "channel", "parent"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    arguments = parser.parse_args()
-    # Who is at the keyboard means the engine's process, which ends this one in its own time.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    channel = Channel(socket.socket(fileno=arguments.channel))
-    watcher = threading.Thread(target=_watch, args=(channel, arguments.parent), daemon=True)
-    watcher.start()
-    try:
-        from quire.utils import log
-
-        log.configure(f"rank {arguments.rank}")
-        Worker(arguments.rank, channel).run()
-    except ChannelClosedError:
-        sys.exit(1)
-    except BaseException as error:
-        with contextlib.suppress(ChannelClosedError):
-            channel.send({"what": "failed", "kind": type(error).__name__, "text": str(error)})
-        if isinstance(error, QuireError):  # which says all there is to say
-            sys.exit(1)
-        raise
+    run_child("rank", lambda rank, channel: Worker(rank, channel).run())
 
 
 if __name__ == "__main__":
