@@ -282,7 +282,11 @@ class ReplicatedEngine:
         ids = [id_ for id_, flight in self._flights.items() if flight.replica == number]
         self._num_failed += len(ids)
         logger.error(
-            "%s; %d requests end with it, and %d replicas go on", error, len(ids), self._num_live
+            "%s; %d requests end with it, and %d of %d replicas go on",
+            error,
+            len(ids),
+            self._num_live,
+            self._copies.count,
         )
         return self._ended(request_failed(id_, error) for id_ in ids)
 
