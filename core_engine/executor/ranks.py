@@ -60,6 +60,9 @@ class Ranks:
             self._lost = RankError(rank, why)
         logger.error("%s", self._lost)
         self._abort(rank, why)
+        # What waits for one of them by other means than shared memory sees that they are gone.
+        for worker in list(self.workers):
+            worker.process.kill()
 
     def tell(self, message: Mapping[str, Any]) -> None:
         """Send all of them a message, in the same order as all others.

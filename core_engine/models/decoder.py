@@ -166,7 +166,7 @@ class Decoder:
         if coded is not None and library is not None:
             from quire.models.native_model import pack
 
-            coded.pack(partial(pack, library))
+            coded.pack(partial(pack, library, self.weights.dtype))
 
     def bind(self) -> None:
         """Bind the filled parameters; to be called once, before `forward`."""

@@ -26,10 +26,13 @@ from quire.parallel.place import WHOLE, Place
 from quire.utils import huge_pages
 
 
-def pack(library: ctypes.CDLL, weight: QuantizedWeight) -> PackedCodes | None:
-    """Bring a weight in codes into the native kernels' order; None: they cannot multiply it."""
+def pack(library: ctypes.CDLL, dtype: torch.dtype, weight: QuantizedWeight) -> PackedCodes | None:
+    """Bring a weight in codes into the native kernels' order; None: they cannot multiply it.
+
+    In a model of bfloat16, its inputs may be rounded to that, as a plain weight's are.
+    """
     try:
-        return PackedCodes(library, weight, _allocate)
+        return PackedCodes(library, weight, _allocate, rounds_inputs=dtype == torch.bfloat16)
     except ValueError:
         return None
     except MemoryError as error:

@@ -60,12 +60,16 @@ class PackedCodes:
         On the CPU. Its order, factors, tables and outliers are kept, its codes and scales are not.
     allocate : function, optional
         Returns a tensor of so many bytes, uint8; by default ``torch.empty``.
+    rounds_inputs : bool, optional
+        Whether inputs may be rounded to bfloat16, as those of plain weights in bfloat16 are; it is
+        done where that is faster: of fp8 codes, by AMX.
 
     Attributes
     ----------
     out_features, in_features : int
     num_bytes : int
         Memory that it takes.
+    rounds_inputs : bool
 
     Raises
     ------
@@ -80,6 +84,8 @@ class PackedCodes:
         library: ctypes.CDLL,
         weight: QuantizedWeight,
         allocate: Callable[[int], torch.Tensor] | None = None,
+        *,
+        rounds_inputs: bool = False,
     ) -> None:
         if weight.outliers is not None and weight.kind not in _FLOATS:
             raise ValueError(
@@ -122,6 +128,7 @@ class PackedCodes:
         self._blocks = memory[first : first + num_blocks * self._block_bytes]
         self._kept: list[torch.Tensor] = []
         self._codes = self._describe(weight, unit)
+        self._codes.rounds_to_bfloat16 = self.rounds_inputs = rounds_inputs
         self.num_bytes = memory.nbytes + sum(each.nbytes for each in self._kept)
         self._convert(library.quire_pack_codes, weight, self._blocks)
 

@@ -27,6 +27,8 @@ class PackedLinear:
     bias : Tensor[out_features], float32, optional
     deltas : sequence of Delta, optional
         What rows that have an adapter get besides, by slot.
+    rounds_inputs : bool, optional
+        Of a weight in codes: see `PackedCodes`.
 
     Raises
     ------
@@ -43,6 +45,8 @@ class PackedLinear:
         weight: torch.Tensor | QuantizedWeight,
         bias: torch.Tensor | None = None,
         deltas: Sequence[Delta] = (),
+        *,
+        rounds_inputs: bool = False,
     ) -> None:
         self._library = load_library()
         self._context = self._library.quire_context_new()
@@ -53,7 +57,7 @@ class PackedLinear:
         # A model that is nothing but its output matrix.
         self._model = structs.Model()
         if isinstance(weight, QuantizedWeight):
-            self._packed = PackedCodes(self._library, weight)
+            self._packed = PackedCodes(self._library, weight, rounds_inputs=rounds_inputs)
             self._model.head = self._packed.matrix(bias)
         else:
             self._model.head = self._pack(weight, bias)

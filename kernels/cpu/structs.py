@@ -44,6 +44,7 @@ class Codes(ctypes.Structure):
         ("tables", c_void_p),
         ("has_tables", c_int32),
         ("has_subnormals", c_int32),
+        ("rounds_to_bfloat16", c_int32),
         ("rounds_to_int8", c_int32),
         ("activation_scale", c_float),
         ("outlier_first", c_void_p),

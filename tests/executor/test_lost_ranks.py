@@ -86,6 +86,18 @@ def test_a_rank_that_raises_says_what(llm):
 
 
 @pytest.mark.slow
+def test_without_shared_memory_a_rank_that_hangs_is_given_up_as_well(tiny_llama, monkeypatch):
+    """Its process is killed, by which torch.distributed sees that it will not come."""
+    monkeypatch.setattr("quire.executor.connect.why_missing", lambda: "not wanted")
+    options = {"dtype": "float32", "tensor_parallel_size": 2, "num_gpu_blocks_override": 64}
+    with LLM(tiny_llama, **options) as llm:
+        assert llm.generate(["one"], use_tqdm=False)[0].finished
+        worker_of(llm).process.send_signal(signal.SIGSTOP)
+        caller = Caller(llm)
+        assert "rank 1 gave no sign of life for 7 s" in end_of(llm, caller, 12)
+
+
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_given_up(llm):
     """Within ten seconds, and its process goes although it would not."""
     caller = Caller(llm)

@@ -19,6 +19,26 @@ from quire.quantization.registry import choose, config_of
 BACKENDS = [name for name in ("reference", "cpu") if name in available_backends()]
 CPU = torch.device("cpu")
 
+SENSITIVE = ("qwen2-tied", "opt")
+"""Tiny models whose random weights multiply what inputs are off several times as much as others'.
+
+In float32, too: there, their logits are off by 4e-6 and 9e-6 of the largest, and those of others
+that are compared by 2e-6 at most.
+"""
+
+
+def most_off(name: str, backend: str) -> float:
+    """Return how far a tiny model's logits may be from those of the dequantized weights.
+
+    As a share of the largest. The reference computes in float32. Native products with integer codes
+    round inputs to 16 bits, by a step for each unit of columns: that is 2^-16 of the unit's largest
+    input, and all that they are off (`test_natives_are_off_by_the_rounding_of_inputs`). Of a tiny
+    model's logits it makes a few ten thousandths, of the sensitive ones' up to four thousandths.
+    """
+    if backend == "reference":
+        return 1e-4
+    return 5e-3 if name in SENSITIVE else 1e-3
+
 
 def load_decoder(
     folder: Path,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +124,17 @@ def _run_model(
         assert torch.equal(alone[0], logits[0])
         torch.save(logits, out)
     return staged.digest.hexdigest()
+
+
+def step_for_ever(memory: SharedMemory, *, folder: str, lost: int) -> None:
+    """Compute one step after another, until a rank ends by signal 9."""
+    place = memory.place
+    decoder = load_decoder(Path(folder), "cpu", place=place, group=memory.group())
+    runner = PagedRunner(decoder, get_backend(CPU), num_seqs=1, max_len=300)
+    for number in range(300):
+        if number == 100 and place.rank == lost:
+            os.kill(os.getpid(), signal.SIGKILL)
+        runner.step([(0, [number])])
 
 
 def put_adapters(decoder: Decoder, folder: Path) -> None:

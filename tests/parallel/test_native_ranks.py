@@ -13,7 +13,7 @@ from checkpoints import CONFIGS, VOCAB_SIZE
 from coded_decoders import assert_close, load_decoder
 from isas import instruction_sets
 from rank_parts_models import compute, put_adapters
-from rank_processes import run_ranks
+from rank_processes import RankProcess, run_ranks
 
 from quire.kernels import available_backends
 from quire.parallel.shared_memory import SharedMemory
@@ -133,3 +133,16 @@ def test_every_instruction_set_sums_over_ranks(tiny_checkpoint: Make, tmp_path: 
     expected = compute(load_decoder(folder, "cpu"), PROMPTS, None)
     for logits in results:
         assert_close(logits, expected, 1e-4)
+
+
+def test_a_step_ends_when_a_rank_is_killed(tiny_checkpoint: Make) -> None:
+    """Within the native library, too, nobody waits for who is gone."""
+    folder = str(tiny_checkpoint("llama"))
+    with SharedMemory.create(2) as memory:
+        part = "rank_parts_models:step_for_ever"
+        first, second = (
+            RankProcess(memory, rank, part, folder=folder, lost=1) for rank in range(2)
+        )
+        found = first.result()
+        second.process.communicate()
+    assert (found["lost"], found["why"]) == (1, "ended: its process is gone")

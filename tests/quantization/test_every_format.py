@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from coded_decoders import BACKENDS, assert_close, load_decoder, prefill
+from coded_decoders import BACKENDS, assert_close, load_decoder, most_off, prefill
 from ct_checkpoints import FORMS, quantized_folder
 from quantized_checkpoints import write_quantized
 
@@ -56,7 +56,7 @@ def test_formats_with_qweight(
     decoder = load_decoder(pair.quantized, backend)
     assert decoder.code_kinds()
     assert decoder.is_coded("lm_head") == bool(options.get("lm_head"))
-    most = 1e-4 if backend == "reference" else 5e-3
+    most = most_off(name, backend)
     assert_close(prefill(decoder), prefill(load_decoder(pair.plain)), most)
 
 
@@ -71,5 +71,5 @@ def test_formats_with_weight(
     decoder = load_decoder(folders.quantized, backend)
     assert (decoder.native is not None) == (backend == "cpu")
     assert decoder.code_kinds()
-    most = 1e-4 if backend == "reference" else 5e-3
+    most = most_off(name, backend)
     assert_close(prefill(decoder), prefill(load_decoder(folders.dequantized)), most)

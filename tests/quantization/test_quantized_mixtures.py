@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from coded_checkpoints import RECIPES, write_pair
-from coded_decoders import BACKENDS, assert_close, load_decoder, plain_twin, prefill
+from coded_decoders import BACKENDS, assert_close, load_decoder, most_off, plain_twin, prefill
 from ct_checkpoints import quantized_folder
 from folders import copy_of, rewrite
 from mixtures import stack
@@ -39,7 +39,7 @@ def test_a_quantized_checkpoint_is_the_model_of_its_values(
     assert (decoder.native is not None) == (backend == "cpu")
     assert decoder.is_coded("layers.2.mlp.experts.5.gate_up")
     assert decoder.is_coded("layers.0.mlp.experts.0.down")
-    most = 1e-4 if backend == "reference" else 5e-3
+    most = most_off(name, backend)
     assert_close(prefill(decoder), prefill(load_decoder(plain)), most)
 
 
@@ -77,7 +77,7 @@ def test_a_model_quantized_while_loading_is_the_model_of_its_values(
     if options and "ignore" in options:
         assert not decoder.is_coded("layers.0.mlp.experts.1.down")
         assert decoder.is_coded("layers.0.mlp.experts.2.gate_up")
-    most = 1e-4 if backend == "reference" else 5e-3
+    most = most_off(name, backend)
     assert_close(prefill(decoder), prefill(twin), most)
 
 

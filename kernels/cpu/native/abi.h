@@ -56,6 +56,7 @@ struct Codes {
   const float* tables;     // [16], or [round_up(out, 16)][16] with `has_tables`
   int32_t has_tables;
   int32_t has_subnormals;  // fp8 codes, more than a few of them
+  int32_t rounds_to_bfloat16;  // inputs of fp8 codes, where it is faster so
   int32_t rounds_to_int8;  // inputs, by the row's largest, or by:
   float activation_scale;  // 0: by the row's largest
   const int64_t* outlier_first;  // [out + 1], null: there are none

@@ -5,6 +5,7 @@
 // the even and the odd inputs apart), whatever the number of rows.
 #pragma once
 #include "block_pairs.h"
+#include "float8_tiles.h"
 #include "float_codes.h"
 #include "float_tiles.h"
 #include "int_codes.h"
@@ -175,6 +176,14 @@ inline void multiply_shrunk(Thread& thread, const Product& p, uint16_t* halves) 
       multiply_codes(thread, p, halves);
       return;
     case kFloat8:
+#if defined(QUIRE_TILES)
+      if (has_float8_tiles(p)) {
+        multiply_float8_tiles(thread, p, halves);
+        return;
+      }
+#endif
+      multiply_float_codes(thread, p, halves);
+      return;
     case kTable4:
 #if defined(QUIRE_TILES)
       if (has_float_tiles(*p.weight) && (p.factor == nullptr || has_float_tiles(*p.factor))) {

@@ -1,9 +1,7 @@
-// Products with weights in codes that stand for floats, e4m3 or entries of one table, by tiles of
-// bfloat16.
+// Products with weights in entries of one table, by tiles of bfloat16.
 //
-// An input goes in two, x = upper + lower, each rounded to bfloat16; what is left is 2^-18 of it. A
-// code of e4m3 is a bfloat16; an entry of a table is two, and of the four products that of the lower
-// ones is left out. So an error stays below 2^-15 of the sum of the sizes of what is added up; of
+// An input goes in two, x = upper + lower, each rounded to bfloat16; what is left is 2^-18 of it. An
+// entry of a table is two as well, and of the four products that of the lower ones is left out. So an error stays below 2^-15 of the sum of the sizes of what is added up; of
 // inputs below 1e-33, whose lower parts are subnormal, tiles hold the upper ones alone.
 //
 // The parts have sums of their own, of a stretch of columns at a time, which are added up before they
@@ -388,13 +386,8 @@ inline void sum_two_pairs(const CodedBlocks (&pairs)[2], const SplitRows& x,
 // Call `with` with a null pointer to the type that decodes a weight.
 template <typename With>
 inline void with_tile_decoder(const Matrix& weight, With with) {
-  if (weight.dtype == kTable4) {
-    with(static_cast<const TableTiles*>(nullptr));
-  } else if (weight.codes->has_subnormals) {
-    with(static_cast<const Float8Tiles<true>*>(nullptr));
-  } else {
-    with(static_cast<const Float8Tiles<false>*>(nullptr));
-  }
+  static_cast<void>(weight);
+  with(static_cast<const TableTiles*>(nullptr));
 }
 
 template <int Blocks>
@@ -409,7 +402,7 @@ inline void sum_blocks(const CodedBlocks& blocks, const SplitRows& x, int64_t ro
 // Whether a weight's products go by tiles, whatever the number of rows.
 inline bool has_float_tiles(const Matrix& weight) {
   const Codes& codes = *weight.codes;
-  return !codes.has_tables && (!codes.scales_units || codes.unit % kDepth == 0);
+  return weight.dtype == kTable4 && !codes.has_tables && (!codes.scales_units || codes.unit % kDepth == 0);
 }
 
 // Rows whose sums wait for each other while codes are decoded once for them.

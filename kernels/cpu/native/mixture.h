@@ -15,7 +15,8 @@
 namespace quire {
 namespace QUIRE_ISA {
 
-// Choose the experts of all rows of `input`, and bring these to their places, as far as they are here.
+// Choose the experts of all rows of `input`, and bring these to their places, for those experts that
+// are here.
 inline void route_rows(Thread& thread, const Mixture& m, int64_t layer, const float* input,
                        int64_t hidden, int64_t count, const Buffers& rows) {
   const MixtureRows& r = *rows.mixture;

@@ -45,7 +45,7 @@ void check_products(Random& random, int count, const Rounding& rounding, Finding
 void check_adapters(Random& random, int count, const Rounding& rounding, Findings& found);
 void check_activations(Findings& found);
 void check_sampling(Random& random, int count, Findings& found);
-void check_ranks(Random& random, int count, Findings& found);
+void check_ranks(int count, Findings& found);
 void check_models(Random& random, int count, const Rounding& rounding, Findings& found);
 
 }  // namespace check

@@ -151,8 +151,9 @@ void compare_logits(TinyModel& model, const std::vector<float>& hidden, const Ro
 
 // By way of sums over the ranks, of which there is one, all in one piece or in several.
 void compare_summed(TinyModel& model, const std::vector<std::vector<int64_t>>& prompts,
-                    const std::vector<std::vector<float>>& alone, Random& random,
-                    const std::string& name, Findings& found) {
+                    const std::vector<std::vector<float>>& alone, const std::string& name,
+                    Findings& found) {
+  Random random(prompts[0].size());
   const SharedRanks ranks({1, 1, random.one_of<int64_t>({50, 1 << 16}), 64, 1});
   const Seat seat(ranks, 0);
   model.model.comm = seat.get();
@@ -197,7 +198,7 @@ void check_model(Random& random, const Shape& shape, const std::vector<int64_t>&
       ++found.num_same;
     }
   }
-  compare_summed(model, prompts, alone, random, name, found);
+  compare_summed(model, prompts, alone, name, found);
   ++found.num_models;
 }
 

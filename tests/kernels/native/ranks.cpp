@@ -68,7 +68,8 @@ void check_loss(Findings& found) {
 
 }  // namespace
 
-void check_ranks(Random& random, int count, Findings& found) {
+void check_ranks(int count, Findings& found) {
+  Random random(11);
   for (int i = 0; i < count; ++i) {
     const quire::SharedSizes sizes{
         static_cast<int32_t>(random.between(1, 4)), static_cast<int32_t>(random.between(1, 3)),
