@@ -22,7 +22,7 @@ class ParallelConfig(Checked):
     pipeline_parallel_size : int
         Stages, each with a share of the layers.
     data_parallel_size : int
-        Copies of all of it, among which requests are divided.
+        Copies of all of it, among which requests are divided: see ``core_engine/replicas``.
     enable_expert_parallel : bool
         Let each rank of a mixture of experts have whole experts, in place of a share of each.
     distributed_executor_backend : {"uni", "mp", "ray", "external_launcher"} or None

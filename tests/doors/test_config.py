@@ -33,8 +33,13 @@ from quire.errors import ConfigError, NotSupportedError
 FIELDS = [
     spec.name
     for part in (
-        ModelConfig, CacheConfig, SchedulerConfig, StructuredOutputsConfig, LoRAConfig, ParallelConfig
-    )  # fmt: skip
+        ModelConfig,
+        CacheConfig,
+        SchedulerConfig,
+        StructuredOutputsConfig,
+        LoRAConfig,
+        ParallelConfig,
+    )
     for spec in dataclasses.fields(part)
 ] + ["seed", "device", "batch_invariant", "logits_processors"]
 

@@ -64,7 +64,7 @@ def test_a_server_goes_on_without_one():
 
             def gauge(name: str) -> float:
                 lines = client.get("/metrics").text.splitlines()
-                [line] = [each for each in lines if each.startswith(f"vllm:{name}{{")]
+                [line] = [each for each in lines if each.startswith(f"quire:{name}{{")]
                 return float(line.split()[-1])
 
             with ThreadPoolExecutor(8) as pool:

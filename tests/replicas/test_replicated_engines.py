@@ -173,8 +173,8 @@ def test_equal_beginnings_find_the_cache_that_has_them(two):
     two.reset_prefix_cache()
     beginnings = [[100 + i] * 64 for i in range(4)]
     short = SamplingParams(temperature=0, max_tokens=1)
-    first = [run(two, [b + [1]], short)[0].num_cached_tokens for b in beginnings]
-    again = [run(two, [b + [2]], short)[0].num_cached_tokens for b in beginnings]
+    first = [run(two, [[*b, 1]], short)[0].num_cached_tokens for b in beginnings]
+    again = [run(two, [[*b, 2]], short)[0].num_cached_tokens for b in beginnings]
     assert first == [0] * 4
     assert again == [64] * 4
     both = two.kv_cache_map()
@@ -184,7 +184,7 @@ def test_equal_beginnings_find_the_cache_that_has_them(two):
         any(b.is_cached for b in blocks) for blocks in (both.blocks[:half], both.blocks[half:])
     )
     assert two.reset_prefix_cache() is True
-    assert [run(two, [b + [3]], short)[0].num_cached_tokens for b in beginnings] == first
+    assert [run(two, [[*b, 3]], short)[0].num_cached_tokens for b in beginnings] == first
     idle(two)
 
 
@@ -272,7 +272,7 @@ def test_a_folder_that_changed_is_served_by_who_has_what_it_was(tiny_llama, tmp_
 
 
 def test_bad_requests_fail_alone(two):
-    with pytest.raises(InvalidRequestError, match="max_model_len|positions|tokens"):
+    with pytest.raises(InvalidRequestError, match=r"max_model_len|positions|tokens"):
         run(two, [[1] * 5000], GREEDY)
     with pytest.raises(ConfigError, match="logits_processors"):
         LLM(two.config.model.model, data_parallel_size=2, logits_processors=[_local_class()])
@@ -298,7 +298,7 @@ def _local_class() -> type:
 
 def test_what_keeps_a_replica_from_starting_is_told(tiny_checkpoint: Callable[[str], Path]):
     """And nothing is left of the others."""
-    with pytest.raises(ConfigError, match="num_gpu_blocks_override|max_model_len"):
+    with pytest.raises(ConfigError, match=r"num_gpu_blocks_override|max_model_len"):
         LLM(
             tiny_checkpoint("llama"),
             data_parallel_size=2,
