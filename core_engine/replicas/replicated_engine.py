@@ -168,7 +168,9 @@ class ReplicatedEngine:
             )
         number = _OWN
         if not request.params.logits_processors:  # which are this process's
-            number = self._router.route(request, self._loads)
+            lost = self._copies.lost  # also those of which the news was not read yet
+            loads = [None if i in lost else load for i, load in enumerate(self._loads)]
+            number = self._router.route(request, loads)
         if number != _OWN:
             self.own.check_request(request)
             try:

@@ -94,6 +94,15 @@ def test_closing_in_the_middle_ends_everything(llm):
 
 
 @pytest.mark.slow
+def test_a_replica_that_dies_while_nothing_runs_costs_no_request(llm):
+    process_of(llm).kill()
+    process_of(llm).wait()
+    time.sleep(0.2)
+    assert len(llm.generate(PROMPTS, SHORT, use_tqdm=False)) == len(PROMPTS)
+    assert llm.get_metrics()["num_replicas"] == 1
+
+
+@pytest.mark.slow
 def test_a_replica_that_hangs_is_given_up(llm):
     """Within ten seconds, and its process goes although it would not."""
     streams = begun(llm)

@@ -10,11 +10,12 @@ import pytest
 from quire import LogitsProcessor
 from quire.config import EngineConfig
 from quire.engine.cache_map import KVBlock, KVCacheMap
-from quire.errors import ConfigError
+from quire.errors import ConfigError, EngineBusyError
 from quire.executor.channel import Channel
 from quire.executor.messages import pack, unpack
 from quire.replicas.arguments import arguments_to_message, config_from_message
 from quire.replicas.outbox import Outbox, messages_of
+from quire.replicas.replicated_engine import ReplicatedEngine
 from quire.replicas.replies import combine_adapters, combine_maps, combine_metrics
 from quire.replicas.wire import cache_map_to_message
 
@@ -96,6 +97,28 @@ def test_an_outbox_keeps_the_order_and_holds_nobody_up():
     outbox.put({"n": 1})
     outbox.close(5)
     channel.close()
+
+
+class NothingElse:
+    """Stands for an engine, or for what starts others, of which nothing more is asked."""
+
+    tokenizer = limits = processor = adapters = lost_adapters = None
+    count = 2
+    num_queued = 3
+
+
+def test_requests_wait_only_where_no_replica_has_room():
+    whole = config(max_num_seqs=8)
+    engine = ReplicatedEngine(whole, NothingElse(), NothingElse(), restore_threads=None)  # type: ignore[arg-type]
+    engine._loads = [11, 7]
+    engine.check_queue(1)
+    engine._loads = [11, 10]
+    engine.check_queue(6)
+    with pytest.raises(EngineBusyError, match="5 requests wait"):
+        engine.check_queue(5)
+    engine._loads = [11, None]
+    with pytest.raises(EngineBusyError, match="3 requests wait"):
+        engine.check_queue(3)
 
 
 def test_counters_are_summed_and_gauges_are_of_those_that_live():
