@@ -63,6 +63,7 @@ class EngineArguments(TypedDict, total=False):
     tensor_parallel_size: int | None
     pipeline_parallel_size: int | None
     data_parallel_size: int | None
+    data_parallel_backend: str | None
     enable_expert_parallel: bool | None
     distributed_executor_backend: str | None
     seed: int | None

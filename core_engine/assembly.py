@@ -16,8 +16,9 @@ from quire.engine.processor import ModelLimits
 from quire.engine.runner import ModelRunner, Runner, kv_bytes_per_block
 from quire.errors import AdapterError, ConfigError, NotSupportedError, OutOfMemoryError
 from quire.executor.launched import Launched, launched_rank
+from quire.executor.ray_team import RayTeam
 from quire.executor.shard import ShardSettings, describe, load_shard
-from quire.executor.team import Team
+from quire.executor.team import Crew, Team
 from quire.kernels import get_backend
 from quire.kernels.cpu.backend import why_missing
 from quire.lora.store import AdapterStore, AdapterTools
@@ -102,15 +103,15 @@ def build_engine(config: EngineConfig, copies: Copies | None = None) -> Engine:
 
 def _check_parallel(config: EngineConfig) -> None:
     parallel = config.parallel
+    if parallel.data_parallel_backend == "ray":
+        raise ConfigError(
+            "data_parallel_backend='ray' is for `quire serve`, whose copies are replicas of Ray "
+            "Serve: leave it out, or use 'mp'"
+        )
     if parallel.data_parallel_size > 1:
         raise NotSupportedError(
             f"data_parallel_size={parallel.data_parallel_size}: build_engine makes one of the "
             "copies; quire.LLM makes all of them"
-        )
-    if parallel.backend == "ray":
-        raise NotSupportedError(
-            "distributed_executor_backend='ray' is not offered by this version of quire: use "
-            "'mp', which runs all ranks on this machine"
         )
 
 
@@ -166,12 +167,15 @@ def _build(
         num_replicas=1 if copies is None else copies.cores_shared_by,
     )
     place = settings.place(rank)
-    team: Team | Launched | None = None
+    team: Crew | Launched | None = None
     if parallel.num_ranks > 1:
         check_split(build_spec(hf_config, asked_len), place)  # before others start
         device = settings.device(rank)
         if parallel.backend == "mp":
             team = Team(settings, device)
+        elif parallel.backend == "ray":
+            team = team_of_ray = RayTeam(settings, device, _where_found(config.model, path))
+            settings, device = team_of_ray.settings, team_of_ray.device
         else:
             team = Launched(settings, rank, device)
         undo.callback(team.close)
@@ -189,7 +193,7 @@ def _build(
             "that has them (see `quire collect-env`), or leave the argument out"
         )
     # Before the KV cache, which is measured by the memory that is left.
-    spread = team.spread(model) if isinstance(team, Team) else None
+    spread = team.spread(model) if isinstance(team, Crew) else None
     prepare = model.prepare_adapter if spread is None else spread.prepare
     adapters = _make_store(config, model, family_of(hf_config)[1], dtype, prepare)
     kv_cache_dtype = choose_kv_cache_dtype(config.cache.kv_cache_dtype, dtype)
@@ -281,6 +285,17 @@ def _build(
             f"no room for the tables of max_num_seqs={config.scheduler.max_num_seqs} requests of "
             f"max_model_len={plan.max_model_len} tokens: lower one of them ({error})"
         ) from error
+
+
+def _where_found(config: ModelConfig, path: Path) -> dict[str, Any]:
+    """Return what another machine finds a model by: its name, or this folder's path."""
+    if config.model != hub.DEMO_MODEL and hub.existing_path(config.model) is not None:
+        return {"model": str(path)}
+    return {
+        "model": config.model,
+        "revision": config.revision,
+        "download_dir": config.download_dir,
+    }
 
 
 def _make_store(

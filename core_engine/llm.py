@@ -416,7 +416,12 @@ class LLM:
         return self._open_processor().default_sampling_params()
 
     def get_metrics(self) -> dict[str, float]:
-        """Return the engine's counters and gauges by name."""
+        """Return the engine's counters and gauges by name.
+
+        Of a model on several ranks there are ``num_exchanges``, ``exchanged_bytes``,
+        ``exchange_seconds`` and ``exchange_wait_seconds``: what this process's rank handed the
+        others, and how long that took it.
+        """
         return self._call(lambda engine: engine.metrics())
 
     def kv_cache_map(self) -> KVCacheMap:

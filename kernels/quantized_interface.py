@@ -18,7 +18,8 @@ class QuantizedOperations(Protocol):
         """Return ``x @ dequantized(weight).T + bias``, in the type of `x`.
 
         Inputs are rounded first where the weight says so, see `QuantizedWeight.activations`; else
-        no input may lose more than a part in 2^15 of the largest of its group.
+        no input may lose more than a part in 2^15 of the largest of its group, nor an entry of a
+        table more than a part in 2^15 of the table's largest; and their product as much again.
 
         Parameters
         ----------

@@ -32,6 +32,7 @@ from quire.bench.options import (
     Vs,
     find_checkpoint,
 )
+from quire.bench.parallel import parallel
 from quire.bench.products import measure_products
 from quire.bench.quality import quality
 from quire.bench.quantization import quantization
@@ -359,3 +360,4 @@ app.command()(serve)
 app.command()(lora)
 app.command()(quantization)
 app.command()(quality)
+app.command()(parallel)

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any, Protocol
 
 from quire.bench.llama_cpp import LlamaCppSide
+from quire.bench.ranks_side import RanksSide
 from quire.bench.workload import Workload
 
 
@@ -230,6 +231,7 @@ def _check(workload: Workload, generated: list[int]) -> None:
 
 SIDES: dict[str, Callable[..., Side]] = {
     "quire": QuireSide,
+    "quire-ranks": RanksSide,
     "transformers": TransformersSide,
     "vllm": VllmSide,
     "llama-cpp": LlamaCppSide,

@@ -8,6 +8,7 @@ from quire.config import checks
 from quire.config.checked import Checked, argument
 from quire.errors import ConfigError
 
+DATA_BACKENDS = ("mp", "ray")
 BACKENDS = ("uni", "mp", "ray", "external_launcher")
 
 
@@ -23,6 +24,8 @@ class ParallelConfig(Checked):
         Stages, each with a share of the layers.
     data_parallel_size : int
         Copies of all of it, among which requests are divided: see ``core_engine/replicas``.
+    data_parallel_backend : {"mp", "ray"}
+        What starts these copies: processes of this machine, or Ray, with ``quire serve``.
     enable_expert_parallel : bool
         Let each rank of a mixture of experts have whole experts, in place of a share of each.
     distributed_executor_backend : {"uni", "mp", "ray", "external_launcher"} or None
@@ -34,6 +37,7 @@ class ParallelConfig(Checked):
     tensor_parallel_size: int = argument(1, checks.integer(1, 1024))
     pipeline_parallel_size: int = argument(1, checks.integer(1, 1024))
     data_parallel_size: int = argument(1, checks.integer(1, 1024))
+    data_parallel_backend: str = argument("mp", checks.choice(*DATA_BACKENDS))
     enable_expert_parallel: bool = argument(False, checks.boolean)
     distributed_executor_backend: str | None = argument(None, checks.choice(*BACKENDS))
 

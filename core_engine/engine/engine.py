@@ -490,7 +490,10 @@ class Engine:
         return map_blocks(self._pool, self.scheduler.running, dtype)
 
     def metrics(self) -> dict[str, float]:
-        """Return counters since the start, and gauges of this moment."""
+        """Return counters since the start, and gauges of this moment.
+
+        Of a model on several ranks, what this one's exchanges with the others took, if it counts.
+        """
         running = [s for s in self.scheduler.running if s.status is SequenceStatus.RUNNING]
         slots = self._slots
         return {
@@ -505,6 +508,18 @@ class Engine:
             "kv_cache_usage": 1 - self._pool.num_free / self.num_blocks,
             "num_kv_blocks": self.num_blocks,
             "num_replicas": 1,
+            **self._exchanged(),
+        }
+
+    def _exchanged(self) -> dict[str, float]:
+        exchanged = None if self._runner is None else self._runner.exchanged()
+        if exchanged is None:
+            return {}
+        return {
+            "num_exchanges": exchanged.operations,
+            "exchanged_bytes": exchanged.num_bytes,
+            "exchange_seconds": exchanged.seconds,
+            "exchange_wait_seconds": exchanged.waited,
         }
 
     def count_adapters(self) -> dict[str, tuple[int, int]]:

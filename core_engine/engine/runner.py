@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from quire.kernels.interface import Backend
     from quire.models.adapter import PreparedAdapter
     from quire.models.decoder import Decoder
+    from quire.parallel.group import Exchanged
 
 
 class Runner(Protocol):
@@ -46,6 +47,9 @@ class Runner(Protocol):
         adapter_slots: torch.Tensor | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """See `ModelRunner.likeliest`."""
+
+    def exchanged(self) -> Exchanged | None:
+        """See `ModelRunner.exchanged`."""
 
     def close(self) -> None:
         """End what runs beside this process, such as other ranks."""
@@ -99,6 +103,10 @@ class ModelRunner:
             What the stage before made, where the model has several.
         """
         return self.model.forward(batch, self._kv_caches, hidden)
+
+    def exchanged(self) -> Exchanged | None:
+        """Return what exchanges with other ranks took so far; None: there are none, or no count."""
+        return None
 
     def close(self) -> None:
         """End what runs beside this process: nothing."""

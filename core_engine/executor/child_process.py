@@ -113,6 +113,10 @@ class ChildProcess:
         with contextlib.suppress(ChannelClosedError):
             self.channel.send({"what": "end"})
 
+    def kill(self) -> None:
+        """Bring about its end, whatever it does."""
+        self.process.kill()
+
     def join(self, seconds: float) -> None:
         """Wait for its end, and bring it about after a while."""
         self._is_ending = True

@@ -114,4 +114,5 @@ def ends_by_memory(memory: SharedMemory, place: Place) -> Ends:
         before=None if place.is_first_stage else link,
         after=None if place.is_last_stage else link,
         home=link if at_ends and not is_alone else None,
+        exchanged=memory.exchanged,
     )

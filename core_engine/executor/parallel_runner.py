@@ -17,6 +17,7 @@ from quire.engine.batch import ForwardBatch
 from quire.executor.messages import pack
 from quire.executor.rank_runner import of_step
 from quire.executor.wire import adapter_to_message, batch_to_message
+from quire.parallel.group import Exchanged
 
 if TYPE_CHECKING:
     from quire.executor.rank_runner import RankRunner
@@ -106,6 +107,21 @@ class ParallelRunner:
             yield
         except BaseException as error:
             raise self._ranks.loss(error) from error
+
+    def exchanged(self) -> Exchanged | None:
+        """See `ModelRunner.exchanged`; of rank 0."""
+        return self._own.exchanged()
+
+    def exchanged_of_all(self) -> list[Exchanged]:
+        """Return what each rank's exchanges took so far; between two steps.
+
+        Nothing where nobody counts.
+        """
+        own = self._own.exchanged()
+        if own is None:
+            return []
+        self._ranks.tell({"what": "count"})
+        return [own, *(Exchanged(*each["exchanged"]) for each in self._ranks.collect("counted"))]
 
     def close(self) -> None:
         """End the other processes."""

@@ -8,6 +8,14 @@ import torch
 
 from quire.engine.batch import ForwardBatch
 
+_LEAST_TOKENS = 64
+"""Of a piece: with fewer, reading the weights once more costs what the stages gain."""
+
+
+def count_pieces(num_tokens: int, num_stages: int) -> int:
+    """Return in how many pieces a step goes through the stages."""
+    return min(num_stages, max(1, num_tokens // _LEAST_TOKENS))
+
 
 def split_batch(batch: ForwardBatch, count: int) -> Iterator[ForwardBatch]:
     """Cut a batch between tokens; computed one after the other, the pieces are the whole.

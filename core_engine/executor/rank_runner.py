@@ -11,16 +11,14 @@ import numpy.typing as npt
 import torch
 
 from quire.engine.batch import ForwardBatch
-from quire.executor.pieces import split_batch
+from quire.executor.pieces import count_pieces, split_batch
 
 if TYPE_CHECKING:
     from quire.engine.runner import ModelRunner
     from quire.models.adapter import PreparedAdapter
     from quire.parallel.fabric import Ends
+    from quire.parallel.group import Exchanged
     from quire.parallel.place import Place
-
-_LEAST_TOKENS = 64
-"""Of a piece: with fewer, reading the weights once more costs what the stages gain."""
 
 
 @dataclass
@@ -69,7 +67,7 @@ class RankRunner:
         if self.place.num_stages == 1:
             self._hidden = self.own.forward(batch)
             return self._hidden
-        count = min(self.place.num_stages, max(1, batch.num_tokens // _LEAST_TOKENS))
+        count = count_pieces(batch.num_tokens, self.place.num_stages)
         made = []
         for piece in split_batch(batch, count):
             hidden = None
@@ -170,6 +168,10 @@ class RankRunner:
     def set_adapter(self, slot: int, adapter: PreparedAdapter | None) -> None:
         """See `ModelRunner.set_adapter`."""
         self.own.set_adapter(slot, adapter)
+
+    def exchanged(self) -> Exchanged | None:
+        """See `ModelRunner.exchanged`."""
+        return None if self.ends.exchanged is None else self.ends.exchanged()
 
     def close(self) -> None:
         """Let go of the other ranks."""

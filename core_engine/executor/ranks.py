@@ -5,20 +5,55 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from quire import errors
 from quire.errors import QuireError, RankError
 from quire.executor.channel import ChannelClosedError
 from quire.executor.messages import Message, pack
-from quire.executor.worker_process import WorkerProcess
 from quire.utils.log import get_logger
 
 logger = get_logger(__name__)
 
 _END_SECONDS = 5.0
 _REASON_SECONDS = 3.0
-"""How long a reason may take to be known: the death of a process is noticed here and there."""
+"""The death of a process is noticed here and there, and not at once."""
+
+
+class Replies(Protocol):
+    """What a rank says, in the order in which it does; None when nothing more will come."""
+
+    def get(self) -> Message | None:
+        """Wait for the next."""
+
+
+class RemoteRank(Protocol):
+    """A rank of another process, as the engine's sees it."""
+
+    @property
+    def rank(self) -> int:
+        """Which one."""
+
+    @property
+    def replies(self) -> Replies:
+        """What it says, but for signs of life."""
+
+    def send_packed(self, data: bytes) -> None:
+        """Send what `quire.executor.messages.pack` made, behind all that was sent before.
+
+        Raises
+        ------
+        ChannelClosedError
+        """
+
+    def end(self) -> None:
+        """Ask it to end."""
+
+    def kill(self) -> None:
+        """Bring about its end, whatever it does."""
+
+    def join(self, seconds: float) -> None:
+        """Wait for its end, and bring it about after a while."""
 
 
 class Ranks:
@@ -29,23 +64,27 @@ class Ranks:
     count : int
         Of all ranks.
     start : callable
-        From a rank, and what is to be told when it is lost, to its WorkerProcess.
+        From a rank, and what is to be told when it is lost, to how it is seen here.
     abort : callable
         Ends all waiting for other ranks, in all of them; told which one is lost, and why.
+    reason_seconds : float
+        How long it may take until it is known why a step cannot go on.
     """
 
     def __init__(
         self,
         count: int,
-        start: Callable[[int, Callable[[int, str], None]], WorkerProcess],
+        start: Callable[[int, Callable[[int, str], None]], RemoteRank],
         abort: Callable[[int, str], None],
+        reason_seconds: float = _REASON_SECONDS,
     ) -> None:
         self._abort = abort
+        self._reason_seconds = reason_seconds
         self._lock = threading.Lock()
         self._telling = threading.Lock()
         self._lost: RankError | None = None
         self._is_closed = False
-        self.workers: list[WorkerProcess] = []
+        self.workers: list[RemoteRank] = []
         try:
             for rank in range(1, count):
                 self.workers.append(start(rank, self._lose))
@@ -62,7 +101,7 @@ class Ranks:
         self._abort(rank, why)
         # What waits for one of them by other means than shared memory sees that they are gone.
         for worker in list(self.workers):
-            worker.process.kill()
+            worker.kill()
 
     def tell(self, message: Mapping[str, Any]) -> None:
         """Send all of them a message, in the same order as all others.
@@ -78,7 +117,7 @@ class Ranks:
         try:
             with self._telling:
                 for worker in self.workers:
-                    worker.channel.send_packed(data)
+                    worker.send_packed(data)
         except ChannelClosedError as error:
             raise self.loss(error) from error
 
@@ -106,7 +145,7 @@ class Ranks:
 
     def loss(self, error: BaseException | None) -> RankError:
         """Return what there is to say when a step cannot go on."""
-        end = time.monotonic() + _REASON_SECONDS
+        end = time.monotonic() + self._reason_seconds
         while self._lost is None and time.monotonic() < end:
             time.sleep(0.02)
         with self._lock:

@@ -17,9 +17,59 @@ from quire.executor.worker_process import WorkerProcess
 if TYPE_CHECKING:
     from quire.executor.shard import ShardSettings
     from quire.models.decoder import Decoder
+    from quire.parallel.fabric import Ends
+    from quire.parallel.place import Place
 
 
-class Team:
+class Crew:
+    """The ranks of one model, of which the first is this process's; see `Team` and `RayTeam`.
+
+    Attributes
+    ----------
+    place : Place
+    ends : Ends
+        Of rank 0.
+    ranks : Ranks
+        The others.
+    """
+
+    place: Place
+    ends: Ends
+    ranks: Ranks
+
+    def exchange_shards(self, own: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """Return what each rank says of its part of the model, once they are loaded."""
+        return [own, *self.ranks.collect("ready")]
+
+    def spread(self, model: Decoder) -> SpreadAdapters:
+        """Return what prepares adapters on all ranks."""
+        return SpreadAdapters(model, self.ranks)
+
+    def make_runner(
+        self, own: ModelRunner, adapters: SpreadAdapters, allocation: dict[str, Any]
+    ) -> ParallelRunner:
+        """Have all ranks allocate their KV caches, and return what an engine steps.
+
+        Parameters
+        ----------
+        own
+            Of this process.
+        adapters
+            From `spread`.
+        allocation
+            ``num_blocks``, ``block_size`` and ``kv_cache_dtype``, by name, of `own`.
+        """
+        self.ranks.tell({"what": "allocate", **allocation})
+        self.ranks.collect("allocated")
+        rank = RankRunner(own, self.place, self.ends)
+        return ParallelRunner(rank, self.ranks, adapters, allocation["block_size"], self.close)
+
+    def close(self) -> None:
+        """End the other ranks, and give back what they were connected by."""
+        raise NotImplementedError
+
+
+class Team(Crew):
     """Worker processes for all ranks but the first, which is this process's.
 
     They begin to load their parts of the model at once, beside this process.
@@ -53,33 +103,6 @@ class Team:
 
     def _start(self, rank: int, lose: Callable[[int, str], None]) -> WorkerProcess:
         return WorkerProcess(rank, self._connections.fds, self._settings.num_threads, lose)
-
-    def exchange_shards(self, own: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        """Return what each rank says of its part of the model, once they are loaded."""
-        return [own, *self.ranks.collect("ready")]
-
-    def spread(self, model: Decoder) -> SpreadAdapters:
-        """Return what prepares adapters on all ranks."""
-        return SpreadAdapters(model, self.ranks)
-
-    def make_runner(
-        self, own: ModelRunner, adapters: SpreadAdapters, allocation: dict[str, Any]
-    ) -> ParallelRunner:
-        """Have all ranks allocate their KV caches, and return what an engine steps.
-
-        Parameters
-        ----------
-        own
-            Of this process.
-        adapters
-            From `spread`.
-        allocation
-            ``num_blocks``, ``block_size`` and ``kv_cache_dtype``, by name, of `own`.
-        """
-        self.ranks.tell({"what": "allocate", **allocation})
-        self.ranks.collect("allocated")
-        rank = RankRunner(own, self.place, self.ends)
-        return ParallelRunner(rank, self.ranks, adapters, allocation["block_size"], self.close)
 
     def close(self) -> None:
         """End the processes, and give back what they were connected by."""

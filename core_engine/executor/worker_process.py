@@ -27,3 +27,7 @@ class WorkerProcess(ChildProcess):
         environ = {"OMP_NUM_THREADS": str(num_threads)}
         super().__init__("quire.executor.worker", "rank", rank, fds, environ, lose)
         self.rank = rank
+
+    def send_packed(self, data: bytes) -> None:
+        """See `Channel.send_packed`."""
+        self.channel.send_packed(data)

@@ -10,9 +10,11 @@ import torch
 from quire.parallel.torch_group import TorchGroup, TorchLink, make_process_group
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch.distributed.distributed_c10d import Store
 
-    from quire.parallel.group import Group, Link
+    from quire.parallel.group import Exchanged, Group, Link
     from quire.parallel.place import Place
 
 
@@ -28,12 +30,15 @@ class Ends:
         From the stage before, to the stage after; None: there is none.
     home : Link or None
         From the last stage's rank to the first's of the same number; None elsewhere.
+    exchanged : callable or None
+        What this rank's exchanges took so far; None: nobody counts.
     """
 
     group: Group | None = None
     before: Link | None = None
     after: Link | None = None
     home: Link | None = None
+    exchanged: Callable[[], Exchanged] | None = None
 
 
 def connections(tensor_size: int, num_stages: int) -> dict[str, list[int]]:
@@ -66,7 +71,14 @@ def names_of(place: Place) -> dict[str, str]:
     return names
 
 
-def connect_by_torch(store: Store, place: Place, device: torch.device, seconds: float) -> Ends:
+def connect_by_torch(
+    store: Store,
+    place: Place,
+    device: torch.device,
+    seconds: float,
+    address: str | None = None,
+    is_lost: Callable[[], bool] | None = None,
+) -> Ends:
     """Connect a rank by torch.distributed; all ranks call this at once.
 
     Parameters
@@ -78,6 +90,10 @@ def connect_by_torch(store: Store, place: Place, device: torch.device, seconds: 
         Of the tensors.
     seconds
         How long an operation may take.
+    address
+        Of this machine, where the others reach it; None: found by the machine's name.
+    is_lost
+        Asked while others are waited for, on a CPU; True ends that.
     """
     ranks_of = connections(place.tensor_size, place.num_stages)
     fields = {name: field for field, name in names_of(place).items()}
@@ -86,10 +102,10 @@ def connect_by_torch(store: Store, place: Place, device: torch.device, seconds: 
         if name not in fields:
             continue
         rank = ranks.index(place.rank)
-        group = make_process_group(store, name, rank, len(ranks), device, seconds)
+        group = make_process_group(store, name, rank, len(ranks), device, seconds, address)
         field = fields[name]
         if field == "group":
-            ends[field] = TorchGroup(group, rank, len(ranks))
+            ends[field] = TorchGroup(group, rank, len(ranks), is_lost)
         else:
-            ends[field] = TorchLink(group, rank, device)
+            ends[field] = TorchLink(group, rank, device, is_lost)
     return Ends(**ends)  # type: ignore[arg-type]

@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """What a rank's exchanges took so far.
+
+    Attributes
+    ----------
+    operations : int
+    num_bytes : int
+        That this rank handed over.
+    seconds, waited : float
+        All of the time, and that part of it in which other ranks were waited for.
+    """
+
+    operations: int
+    num_bytes: int
+    seconds: float
+    waited: float
 
 
 class Group(Protocol):

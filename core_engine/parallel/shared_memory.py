@@ -9,41 +9,24 @@ import os
 import tempfile
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from quire.errors import OutOfMemoryError, RankError
 from quire.kernels.cpu import structs
 from quire.kernels.cpu.library import load_library
+from quire.parallel.group import Exchanged
 from quire.parallel.place import Place
 
 PATIENCE = 300.0
 """Seconds that a rank waits for another that lives: the longest that a part of a step may take."""
 
-_CAPACITY = 1 << 20  # floats of a rank's slot: what is larger goes piece by piece
+CAPACITY = 1 << 20
+"""Floats of a rank's slot: what is larger goes piece by piece."""
+
 _LINK_CAPACITY = 1 << 20  # bytes of a piece
 _LINK_PIECES = 16
 _REASON = 256
-
-
-@dataclass(frozen=True)
-class Exchanged:
-    """What a rank's exchanges took so far.
-
-    Attributes
-    ----------
-    operations : int
-    num_bytes : int
-        That this rank handed over.
-    seconds, waited : float
-        All of the time, and that part of it in which other ranks were waited for.
-    """
-
-    operations: int
-    num_bytes: int
-    seconds: float
-    waited: float
 
 
 class SharedMemory:
@@ -81,7 +64,7 @@ class SharedMemory:
         tensor_size: int,
         num_stages: int = 1,
         *,
-        capacity: int = _CAPACITY,
+        capacity: int = CAPACITY,
         link_capacity: int = _LINK_CAPACITY,
         link_pieces: int = _LINK_PIECES,
     ) -> SharedMemory:

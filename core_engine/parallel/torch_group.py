@@ -5,7 +5,7 @@ Process groups are made here directly, from a store: torch's default group is th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,22 @@ import torch
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
+_LOOK = timedelta(seconds=0.5)
+"""How often a rank that waits for another looks whether that one is known to be lost."""
+
+
+class LostError(ConnectionError):
+    """Waiting for other ranks was ended, because one of them is no more."""
+
 
 def make_process_group(
-    store: Store, name: str, rank: int, size: int, device: torch.device, seconds: float
+    store: Store,
+    name: str,
+    rank: int,
+    size: int,
+    device: torch.device,
+    seconds: float,
+    address: str | None = None,
 ) -> Any:
     """Return a process group of some ranks; all of them call this at once.
 
@@ -32,19 +45,47 @@ def make_process_group(
         Of the tensors: NCCL for CUDA devices, gloo for the CPU.
     seconds
         How long an operation may take.
+    address
+        Of this machine, where others reach it; None: gloo goes by the machine's own name.
     """
     from torch.distributed import distributed_c10d
 
     own = distributed_c10d.PrefixStore(name, store)
     patience = timedelta(seconds=seconds)
     if device.type == "cpu":
-        return distributed_c10d.ProcessGroupGloo(own, rank, size, patience)
+        gloo: Any = distributed_c10d.ProcessGroupGloo
+        if address is None:
+            return gloo(own, rank, size, patience)
+        of_gloo = gloo._Options()
+        of_gloo._timeout = patience
+        of_gloo._devices = [gloo.create_device(hostname=address)]
+        return gloo(own, rank, size, of_gloo)
     if device.type == "cuda":
         kind = distributed_c10d.ProcessGroupNCCL
         options = kind.Options()
         options._timeout = patience
         return kind(own, rank, size, options)
     raise ValueError(f"no process group is known for devices of type {device.type!r}")
+
+
+def _wait(work: Any, device: torch.device, is_lost: Callable[[], bool] | None) -> None:
+    """Wait for what other ranks take part in, unless one of them is lost.
+
+    A machine that is gone closes no connections.
+    """
+    if is_lost is None or device.type != "cpu":
+        work.wait()
+        return
+    while True:
+        try:
+            work.wait(_LOOK)
+            return
+        except RuntimeError:
+            if work.is_completed():
+                work.wait()  # which raises what it failed by, if it did
+                return
+            if is_lost():
+                raise LostError("another rank of the model is lost") from None
 
 
 class TorchGroup:
@@ -56,12 +97,17 @@ class TorchGroup:
         From `make_process_group`.
     rank, size
         Within it.
+    is_lost
+        Asked while others are waited for, on a CPU; True ends that.
     """
 
     native = None
 
-    def __init__(self, group: Any, rank: int, size: int) -> None:
+    def __init__(
+        self, group: Any, rank: int, size: int, is_lost: Callable[[], bool] | None = None
+    ) -> None:
         self._group = group
+        self._is_lost = is_lost
         self.rank = rank
         self.size = size
 
@@ -88,7 +134,7 @@ class TorchGroup:
     def _all(self, x: torch.Tensor) -> list[torch.Tensor]:
         x = x.contiguous()
         every = [torch.empty_like(x) for _ in range(self.size)]
-        self._group.allgather([every], [x]).wait()
+        _wait(self._group.allgather([every], [x]), x.device, self._is_lost)
         return every
 
 
@@ -103,19 +149,36 @@ class TorchLink:
         Within it: 0 sends to 1.
     device
         Of what is received.
+    is_lost
+        As `TorchGroup` has it.
     """
 
-    def __init__(self, group: Any, rank: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        group: Any,
+        rank: int,
+        device: torch.device,
+        is_lost: Callable[[], bool] | None = None,
+    ) -> None:
         self._group = group
         self._rank = rank
         self._device = device
+        self._is_lost = is_lost
 
     def send(self, x: torch.Tensor) -> None:
         """See `Link.send`."""
-        self._group.send([x.contiguous()], 1 - self._rank, 0).wait()
+        self._hand_over(x.contiguous())
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """See `Link.receive`."""
         x = torch.empty(tuple(shape), dtype=dtype, device=self._device)
-        self._group.recv([x], 1 - self._rank, 0).wait()
+        self._hand_over(x)
         return x
+
+    def _hand_over(self, x: torch.Tensor) -> None:
+        from torch.distributed.distributed_c10d import BroadcastOptions
+
+        # And not `send` and `recv`: gloo closes the connection where waiting for those is ended.
+        options = BroadcastOptions()
+        options.rootRank = options.rootTensor = 0
+        _wait(self._group.broadcast([x], options), x.device, self._is_lost)

@@ -28,8 +28,8 @@ def build(config: EngineConfig) -> Engine | ReplicatedEngine:
         What :func:`quire.assembly.build_engine` raises, also in another process.
     """
     count = config.parallel.data_parallel_size
-    if count == 1:
-        return build_engine(config)
+    if count == 1 or config.parallel.data_parallel_backend != "mp":
+        return build_engine(config)  # which refuses what it cannot make
     if config.parallel.backend in ("ray", "external_launcher"):
         raise NotSupportedError(
             f"data_parallel_size={count} with distributed_executor_backend="

@@ -120,7 +120,7 @@ class Copies:
             self.lost[number] = why
         replica = next((each for each in self.replicas if each.number == number), None)
         if replica is not None:
-            replica.process.kill()  # it may only hang
+            replica.kill()  # it may only hang
         self._tell(number, None)
 
     def _tell(self, number: int, message: Message | None) -> None:

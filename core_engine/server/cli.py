@@ -24,11 +24,14 @@ def main(args: Sequence[str] | None = None, prog_name: str = "quire serve") -> N
     try:
         given = CommandLine(prog_name).read(sys.argv[1:] if args is None else args)
         _check_extra()
-        plan = make_plan(given)
+        if given.get("data_parallel_backend") == "ray":
+            from quire.server.ray_launch import launch_on_ray
 
-        from quire.server.launch import launch
+            code = launch_on_ray(given)
+        else:
+            from quire.server.launch import launch
 
-        code = launch(plan)
+            code = launch(make_plan(given))
     except QuireError as error:
         # The message names what is wrong; a traceback would only hide it.
         sys.stderr.write(f"error: {error}\n")

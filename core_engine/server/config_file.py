@@ -29,9 +29,22 @@ def read_config_file(path: str, flags: Mapping[str, Flag]) -> list[str]:
         The file cannot be read, or it has a name that no flag has, or one twice, or a value of
         another kind.
     """
+    return to_words(path, _load(path), flags)
+
+
+def to_words(path: str, values: Mapping[str, Any], flags: Mapping[str, Flag]) -> list[str]:
+    """Return what a mapping of names to values says, as a command line would say it.
+
+    Parameters
+    ----------
+    path : str
+        Where they come from, for errors.
+    values, flags
+        See `read_config_file`.
+    """
     words: list[str] = []
     seen: dict[str, str] = {}
-    for key, value in _load(path).items():
+    for key, value in values.items():
         name = key.replace("-", "_")
         if name == "config":
             raise ConfigError(f"{path}: a file cannot name another by {key!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,6 +16,10 @@ _LINE = 64
 _MOST_UNIT = 128
 _LONG_UNITS = (256, 192)
 """Of integers under one scale that are zero at 0: more would not fit sums of 32 bits."""
+_TABLE_UNITS = (256, 128, 64)
+"""Of entries of tables under one scale: multiples of 64, which is what tiles take."""
+_TABLE_BYTES = 4 + 2 * 16
+"""Of an output's table in its block: a scale, and entries of 16 bits."""
 _HALF_BYTES = ("int4", "table4")
 _FLOATS = ("fp8", "table4")
 _SUBNORMAL_SHARE = 1e-3
@@ -35,11 +39,12 @@ def unit_of(weight: QuantizedWeight) -> int:
         The groups are of a size that has no such part.
     """
     if weight.scales.shape[1] == 1:
+        if weight.kind == "table4":
+            return _longest(weight.in_features, _TABLE_UNITS)
         units = [min(_MOST_UNIT, weight.in_features + -weight.in_features % 8)]
         if weight.kind not in _FLOATS and weight.zeros is None:
             units += _LONG_UNITS
-        # What fills up the last one is read, too.
-        return min(units, key=lambda unit: (-(-weight.in_features // unit) * unit, -unit))
+        return _longest(weight.in_features, units)
     for unit in range(_MOST_UNIT, 0, -8):
         if weight.group_size % unit == 0:
             return unit
@@ -47,6 +52,11 @@ def unit_of(weight: QuantizedWeight) -> int:
         f"groups of {weight.group_size} columns; the native kernels take multiples of 8, or one "
         "group for all"
     )
+
+
+def _longest(in_features: int, units: Sequence[int]) -> int:
+    """Return the longest of those that fill up least, for that is read, too."""
+    return min(units, key=lambda unit: (-(-in_features // unit) * unit, -unit))
 
 
 class PackedCodes:
@@ -115,9 +125,10 @@ class PackedCodes:
         half = weight.kind in _HALF_BYTES
         scales = structs.BLOCK * (4 + 2 * self._has_zeros)
         num_units = -(-weight.in_features // unit)
-        self._block_bytes = scales * (
-            num_units if num_groups > 1 else 1
-        ) + num_units * unit * structs.BLOCK // (2 if half else 1)
+        self._block_bytes = scales * (num_units if num_groups > 1 else 1)
+        self._block_bytes += num_units * unit * structs.BLOCK // (2 if half else 1)
+        if weight.table is not None and weight.table.dim() == 2:
+            self._block_bytes += structs.BLOCK * _TABLE_BYTES
         num_blocks = -(-weight.out_features // structs.BLOCK)
         size = num_blocks * self._block_bytes + _LINE
         if allocate is None:

@@ -30,18 +30,21 @@ from quire.config import (
 )
 from quire.errors import ConfigError, NotSupportedError
 
-FIELDS = [
-    spec.name
-    for part in (
-        ModelConfig,
-        CacheConfig,
-        SchedulerConfig,
-        StructuredOutputsConfig,
-        LoRAConfig,
-        ParallelConfig,
-    )
-    for spec in dataclasses.fields(part)
-] + ["seed", "device", "batch_invariant", "logits_processors"]
+PARTS = (
+    ModelConfig,
+    CacheConfig,
+    SchedulerConfig,
+    StructuredOutputsConfig,
+    LoRAConfig,
+    ParallelConfig,
+)
+
+FIELDS = [spec.name for part in PARTS for spec in dataclasses.fields(part)] + [
+    "seed",
+    "device",
+    "batch_invariant",
+    "logits_processors",
+]
 
 
 LORA_FIELDS = {spec.name for spec in dataclasses.fields(LoRAConfig)} - {"enable_lora"}
@@ -59,6 +62,7 @@ VALID = {
     "tensor_parallel_size": [1, 2, 8],
     "pipeline_parallel_size": [1, 3],
     "data_parallel_size": [1, 16],
+    "data_parallel_backend": ["mp", "ray"],
     "distributed_executor_backend": ["mp", "ray", "external_launcher"],
     "tokenizer": ["other", Path("other")],
     "tokenizer_mode": ["auto", "slow"],
@@ -114,6 +118,7 @@ INVALID = {
     "tensor_parallel_size": [0, -1, True, 1.0, "2"],
     "pipeline_parallel_size": [0, True],
     "data_parallel_size": [0, 2000],
+    "data_parallel_backend": ["uni", 1, True],
     "distributed_executor_backend": ["mpi", 1, True],
     "tokenizer": ["", 3],
     "tokenizer_mode": ["fast", True],

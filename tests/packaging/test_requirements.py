@@ -77,7 +77,7 @@ def test_extras_bring_what_they_are_named_for(project: dict) -> None:
         for name, lines in project["optional-dependencies"].items()
     }
     named = {"bench", "langchain", "outlines", "openai", "server", "gpu", "dev", "all"}
-    named |= {"outlines-core", "xgrammar"}
+    named |= {"outlines-core", "ray", "xgrammar"}
     assert set(extras) == named
     assert extras["bench"] == {"matplotlib"}
     assert extras["langchain"] == {"langchain-core"}

@@ -43,8 +43,9 @@ struct Norm {
 // Without `scales_units` the head is float scales[16]; else there is none, and each unit begins with
 // its own float scales[16]. With `has_zeros` int16 zeros[16] follow the scales, wherever these are.
 //
-// int8 and fp8 codes lie as [unit / 4][16 outputs][4 inputs], int4 as [unit / 8][16] words whose
-// bytes have the first four inputs in their lower halves. How those of a table lie is in
+// int8 and fp8 codes lie as [unit / 4][16 outputs][4 inputs], int4 and those of one table as
+// [unit / 8][16] words whose bytes have the first four inputs in their lower halves. Where outputs
+// have tables, a block has these behind its head; how they and their codes lie is in
 // table_layout.h.
 struct Codes {
   int64_t unit;            // a multiple of 8

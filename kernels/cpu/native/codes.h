@@ -2,6 +2,7 @@
 // abi.h.
 #pragma once
 #include "abi.h"
+#include "table_layout.h"
 
 namespace quire {
 
@@ -17,7 +18,8 @@ inline CodesLayout layout_of(const Codes& codes, int64_t in, int32_t dtype) {
   const bool halves = dtype == kInt4 || dtype == kTable4;
   const int64_t scales = 16 * sizeof(float) + (codes.has_zeros ? 16 * sizeof(int16_t) : 0);
   const int64_t front = codes.scales_units ? scales : 0;
-  return {padded(in, codes.unit) / codes.unit, scales - front, front,
+  const int64_t tables = dtype == kTable4 && codes.has_tables ? kTableScales + kTableBytes : 0;
+  return {padded(in, codes.unit) / codes.unit, scales - front + tables, front,
           front + codes.unit * (halves ? 8 : 16)};
 }
 
@@ -26,6 +28,17 @@ inline CodesLayout layout_of(const Codes& codes, int64_t in, int32_t dtype) {
 inline int64_t rounded_row_bytes(const Codes& codes, int64_t in) {
   const int64_t columns = padded(in, codes.unit);
   return padded(2 * columns + 8 * (columns / codes.unit), 64);
+}
+
+// The same for entries of tables, whose inputs take twice as much where they are pairs.
+inline int64_t rounded_table_row_bytes(const Codes& codes, int64_t in) {
+  const int64_t columns = padded(in, codes.unit);
+  return padded(4 * columns + 8 * (columns / codes.unit), 64);
+}
+
+// And where these are wanted as they are besides: for outliers.
+inline int64_t outlier_row_bytes(const Codes& codes, int64_t in) {
+  return codes.outlier_first == nullptr ? 0 : padded(4 * in, 64);
 }
 
 // The same for codes that stand for floats: 32 bits for each column, where inputs are not taken as

@@ -7,9 +7,9 @@
 #include "block_pairs.h"
 #include "float8_tiles.h"
 #include "float_codes.h"
-#include "float_tiles.h"
 #include "int_codes.h"
 #include "plan.h"
+#include "table_codes.h"
 #include "tiles.h"
 
 namespace quire {
@@ -175,19 +175,13 @@ inline void multiply_shrunk(Thread& thread, const Product& p, uint16_t* halves) 
     case kInt4:
       multiply_codes(thread, p, halves);
       return;
+    case kTable4:
+      multiply_tables(thread, p, halves);
+      return;
     case kFloat8:
 #if defined(QUIRE_TILES)
       if (has_float8_tiles(p)) {
         multiply_float8_tiles(thread, p, halves);
-        return;
-      }
-#endif
-      multiply_float_codes(thread, p, halves);
-      return;
-    case kTable4:
-#if defined(QUIRE_TILES)
-      if (has_float_tiles(*p.weight) && (p.factor == nullptr || has_float_tiles(*p.factor))) {
-        multiply_float_tiles(thread, p, halves);
         return;
       }
 #endif

@@ -1,9 +1,9 @@
-// Products with weights in codes that stand for floats, e4m3 or entries of a table.
+// Products with weights in codes that stand for floats: e4m3.
 //
 // A weight is its code's value times its scale, rounded to float32; products with these, and the
 // order in which they are added up, are those of float32 weights in gemm.h. So a row has the same
-// bits as with the dequantized weight in float32, alone and in company. Tables of outputs have an
-// order of their own: see table_sums.h; and so have CPUs with tiles: see float_tiles.h.
+// bits as with the dequantized weight in float32, alone and in company. CPUs with tiles have an order
+// of their own: see float8_tiles.h.
 #pragma once
 #include <type_traits>
 
@@ -11,8 +11,6 @@
 #include "float_values.h"
 #include "gemm.h"
 #include "int_codes.h"
-#include "table_codes.h"
-#include "table_sums.h"
 
 namespace quire {
 namespace QUIRE_ISA {
@@ -20,8 +18,10 @@ namespace QUIRE_ISA {
 // Four inputs of 16 outputs, a byte each. e4m3 is float32 with fewer digits, but for the bias of its
 // exponent: moved to their places, its bits make a number 2^-120 as large, of subnormal codes a
 // subnormal one. CPUs are slow with these: a weight with `Subnormals` in numbers has its codes made
-// numbers in a way that takes twice as long, but the same time whatever they are. For what a decoder
-// is, see table_codes.h.
+// numbers in a way that takes twice as long, but the same time whatever they are.
+//
+// A decoder takes `kStep` inputs at a time: `decode` calls `use` with the number of each, in order, and
+// what 16 outputs have for it, scales left out. Scales are to be multiplied with `kScale` before.
 template <bool Subnormals>
 struct Float8Codes {
   static constexpr int kStep = 4;  // inputs that are decoded together
@@ -207,18 +207,10 @@ inline void sum_few(int64_t rows, const Stretches& all_of, const Decoder* const 
 // Call `with` with a null pointer to the type that decodes a weight.
 template <typename With>
 inline void with_decoder(const Matrix& weight, With with) {
-  if (weight.dtype == kFloat8) {
-    if (weight.codes->has_subnormals) {
-      with(static_cast<const Float8Codes<true>*>(nullptr));
-    } else {
-      with(static_cast<const Float8Codes<false>*>(nullptr));
-    }
-  } else if (!weight.codes->has_tables) {
-    with(static_cast<const OneTableCodes*>(nullptr));
-  } else if (inputs_together(*weight.codes) == kTablesTogether) {
-    with(static_cast<const PlainTableCodes<kTablesTogether>*>(nullptr));
+  if (weight.codes->has_subnormals) {
+    with(static_cast<const Float8Codes<true>*>(nullptr));
   } else {
-    with(static_cast<const PlainTableCodes<8>*>(nullptr));
+    with(static_cast<const Float8Codes<false>*>(nullptr));
   }
 }
 
@@ -234,8 +226,7 @@ inline const float* dequantize_block(const Matrix& weight, int64_t b, float* out
 inline bool are_alike(const Matrix& a, const Matrix& b) {
   return a.dtype == b.dtype && a.codes->unit == b.codes->unit &&
          a.codes->scales_units == b.codes->scales_units &&
-         a.codes->has_subnormals == b.codes->has_subnormals &&
-         a.codes->has_tables == b.codes->has_tables;
+         a.codes->has_subnormals == b.codes->has_subnormals;
 }
 
 // The product of a few rows with block `b`, and with its factor or else with the block after it, if
@@ -298,12 +289,6 @@ inline void multiply_float_codes(Thread& thread, const Product& product, uint16_
   Product p = product;
   p.x = arrange_inputs(thread, product, reinterpret_cast<float*>(halves));
   if (p.x != product.x) p.ldx = p.weight->in;
-#if defined(QUIRE_TABLE_SUMS)
-  if (has_table_sums(*p.weight) && (p.factor == nullptr || has_table_sums(*p.factor))) {
-    multiply_tables(thread, p);
-    return;
-  }
-#endif
   const bool is_alike = p.factor == nullptr || are_alike(*p.weight, *p.factor);
   const bool is_few = p.rows <= kFewRows && is_alike;
   const int64_t num_blocks = (p.weight->out + kBlock - 1) / kBlock;

@@ -33,15 +33,15 @@ inline void read_values(const Matrix& weight, int64_t id, float* out) {
   for (int64_t column = 0; column < weight.in; ++column) {
     const int64_t k = column % codes.unit;
     const char* unit = block + column / codes.unit * layout.unit_bytes;
-    const float* scales = reinterpret_cast<const float*>(codes.scales_units ? unit : block);
+    const float* scales =
+        reinterpret_cast<const float*>(codes.scales_units ? unit + layout.head : block);
     unit += layout.head + layout.front;
     float value;
     if (weight.dtype == kFloat8) {
       value = value_of_float8(unit[k / 4 * 64 + output * 4 + k % 4]);
     } else {
-      const Nibble place = table_place(codes, k);
-      const int byte = static_cast<uint8_t>(unit[place.byte + place_of_output(codes, output)]);
-      value = table[byte >> place.shift & 15];
+      const Nibble place = table_place(codes, k, output);
+      value = table[static_cast<uint8_t>(unit[place.byte]) >> place.shift & 15];
     }
     out[input(column)] = value * scales[output];
   }

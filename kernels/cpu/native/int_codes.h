@@ -252,14 +252,19 @@ inline void multiply_codes_two(const Product& p, const CodesLayout& layout, cons
 constexpr int64_t kBytesAtOnce = 1 << 16;
 constexpr int64_t kLeastItems = 64;
 
+// Blocks that a thread takes at a time. Codes are read in so little time that to take an item takes a
+// part of it.
+inline int64_t codes_at_once(const Matrix& weight, int64_t num_blocks) {
+  const int64_t most = std::min(kBytesAtOnce / weight.codes->block_bytes, num_blocks / kLeastItems);
+  return std::max(kBlocksAtOnce, most / 2 * 2);
+}
+
 template <bool Nibbles>
 inline void multiply_codes(Thread& thread, const Product& p, const RoundedRows& x) {
   const Matrix& weight = *p.weight;
   const CodesLayout layout = layout_of(*weight.codes, weight.in, weight.dtype);
   const int64_t num_blocks = (weight.out + kBlock - 1) / kBlock;
-  // Codes are read in so little time that to take an item takes a part of it.
-  const int64_t most = std::min(kBytesAtOnce / weight.codes->block_bytes, num_blocks / kLeastItems);
-  const int64_t at_once = std::max(kBlocksAtOnce, most / 2 * 2);
+  const int64_t at_once = codes_at_once(weight, num_blocks);
   const int64_t num_items = (num_blocks + at_once - 1) / at_once;
   const int64_t step = p.factor != nullptr ? 1 : 2;
   thread.share(num_items, [&](int64_t item) {

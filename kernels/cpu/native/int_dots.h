@@ -1,5 +1,6 @@
 // Products of 16-bit integers, which compilers' vectors have no operator for: two in each lane, by
-// the instruction of the CPU or by what it computes. They are exact, and so the same everywhere.
+// the instruction of the CPU or by what it computes; and of bytes, where there is an instruction.
+// They are exact, and so the same everywhere.
 #pragma once
 #include "simd.h"
 
@@ -32,6 +33,14 @@ inline vi add_int_pairs(vi acc, vu a, vu b) {
   return acc + low + ((vi)a >> 16) * ((vi)b >> 16);
 #endif
 }
+
+#if defined(__AVX512VNNI__)
+#define QUIRE_BYTE_DOTS
+// acc + what each four bytes without a sign of `a` make of the four with one of `b` beside them.
+inline vu add_byte_fours(vu acc, vu a, vu b) {
+  return (vu)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+}
+#endif
 
 }  // namespace QUIRE_ISA
 }  // namespace quire

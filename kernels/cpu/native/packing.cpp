@@ -40,7 +40,7 @@ void pack_unit(const CodesPacking& p, const char* rows, int64_t num_rows, int64_
     for (int64_t i = 0; i < count; i += 4) {
       uint32_t four = 0;
       std::memcpy(&four, row + i, std::min<int64_t>(4, count - i));
-      if (p.dtype == kInt4) four = interleave(four);
+      if (p.dtype != kInt8 && p.dtype != kFloat8) four = interleave(four);
       std::memcpy(codes + (i / 4 * 16 + r) * 4, &four, 4);
     }
   }
@@ -53,34 +53,45 @@ void unpack_unit(const CodesPacking& p, const char* codes, int64_t num_rows, int
     for (int64_t i = 0; i < count; i += 4) {
       uint32_t four;
       std::memcpy(&four, codes + (i / 4 * 16 + r) * 4, 4);
-      if (p.dtype == kInt4) four = deinterleave(four);
+      if (p.dtype != kInt8 && p.dtype != kFloat8) four = deinterleave(four);
       std::memcpy(row + i, &four, std::min<int64_t>(4, count - i));
     }
   }
 }
 
-// Codes of a table, one by one.
+// Codes that lie by output, one by one.
 void pack_table_unit(const CodesPacking& p, const char* rows, int64_t num_rows, int64_t count,
                      char* codes) {
-  for (int64_t i = 0; i < 2 * count; ++i) {
-    const Nibble place = table_place(*p.layout, i);
-    for (int64_t r = 0; r < num_rows; ++r) {
-      const int code = static_cast<uint8_t>(rows[r * p.row_bytes + i / 2]) >> i % 2 * 4 & 15;
-      codes[place.byte + place_of_output(*p.layout, r)] |= static_cast<char>(code << place.shift);
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const char* row = rows + r * p.row_bytes;
+    for (int64_t i = 0; i < 2 * count; ++i) {
+      const Nibble place = table_place(*p.layout, i, r);
+      const int code = static_cast<uint8_t>(row[i / 2]) >> i % 2 * 4 & 15;
+      codes[place.byte] |= static_cast<char>(code << place.shift);
     }
   }
 }
 
 void unpack_table_unit(const CodesPacking& p, const char* codes, int64_t num_rows, int64_t count,
                        char* rows) {
-  for (int64_t i = 0; i < 2 * count; ++i) {
-    const Nibble place = table_place(*p.layout, i);
-    for (int64_t r = 0; r < num_rows; ++r) {
-      const char byte = codes[place.byte + place_of_output(*p.layout, r)];
-      const int code = static_cast<uint8_t>(byte) >> place.shift & 15;
-      char& out = rows[r * p.row_bytes + i / 2];
-      out = static_cast<char>(i % 2 == 0 ? code : out | code << 4);
+  for (int64_t r = 0; r < num_rows; ++r) {
+    char* row = rows + r * p.row_bytes;
+    for (int64_t i = 0; i < 2 * count; ++i) {
+      const Nibble place = table_place(*p.layout, i, r);
+      const int code = static_cast<uint8_t>(codes[place.byte]) >> place.shift & 15;
+      row[i / 2] = static_cast<char>(i % 2 == 0 ? code : row[i / 2] | code << 4);
     }
+  }
+}
+
+// The tables of outputs `first` to first + num_rows - 1.
+void pack_tables(const CodesPacking& p, int64_t first, int64_t num_rows, char* to) {
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const WholeTable table = whole_table(p.layout->tables + (first + r) * 16);
+    std::memcpy(to + r * sizeof(float), &table.scale, sizeof(float));
+    char* bytes = to + kTableScales + table_of_output(r);
+    std::memcpy(bytes, table.upper, 16);
+    std::memcpy(bytes + 64, table.lower, 16);
   }
 }
 
@@ -102,7 +113,8 @@ void each_scales(const CodesPacking& p, char* block, With with) {
   const CodesLayout layout = layout_of(*p.layout, p.in, p.dtype);
   const int64_t count = p.layout->scales_units ? layout.num_units : 1;
   for (int64_t u = 0; u < count; ++u) {
-    with(u / p.units_per_group, block + u * layout.unit_bytes);
+    const int64_t at = layout.front > 0 ? layout.head + u * layout.unit_bytes : 0;
+    with(u / p.units_per_group, block + at);
   }
 }
 
@@ -112,9 +124,13 @@ void pack_block(const CodesPacking& p, int64_t b) {
   const char* rows = static_cast<const char*>(p.codes) + first * p.row_bytes;
   std::memset(block, 0, p.layout->block_bytes);
   each_unit(p, block, [&](int64_t, int64_t at, int64_t count, char* codes) {
-    const auto pack = p.dtype == kTable4 ? pack_table_unit : pack_unit;
+    const auto pack = lies_by_output(*p.layout) ? pack_table_unit : pack_unit;
     pack(p, rows + at, num_rows, count, codes);
   });
+  if (p.layout->has_tables) {
+    const CodesLayout layout = layout_of(*p.layout, p.in, p.dtype);
+    pack_tables(p, first, num_rows, block + layout.head - kTableScales - kTableBytes);
+  }
   each_scales(p, block, [&](int64_t group, char* to) {
     for (int64_t r = 0; r < num_rows; ++r) {
       const int64_t from = (first + r) * p.num_groups + group;
@@ -129,7 +145,7 @@ void unpack_block(const CodesPacking& p, int64_t b) {
   char* block = static_cast<char*>(p.blocks) + b * p.layout->block_bytes;
   char* rows = static_cast<char*>(p.codes) + first * p.row_bytes;
   each_unit(p, block, [&](int64_t, int64_t at, int64_t count, const char* codes) {
-    const auto unpack = p.dtype == kTable4 ? unpack_table_unit : unpack_unit;
+    const auto unpack = lies_by_output(*p.layout) ? unpack_table_unit : unpack_unit;
     unpack(p, codes, num_rows, count, rows + at);
   });
   each_scales(p, block, [&](int64_t group, const char* from) {

@@ -28,7 +28,10 @@ void each_matrix(const Model& model, With with) {
 
 // Bytes of a row of inputs, once it is rounded, split, or brought into order, for a product.
 int64_t row_bytes(const Matrix& m) {
-  if (m.dtype == kFloat8 || m.dtype == kTable4) {
+  if (m.dtype == kTable4) {
+    return rounded_table_row_bytes(*m.codes, m.in) + outlier_row_bytes(*m.codes, m.in);
+  }
+  if (m.dtype == kFloat8) {
     return arranged_row_bytes(*m.codes, m.in) + split_row_bytes(m.in);
   }
   if (m.codes != nullptr) return rounded_row_bytes(*m.codes, m.in);

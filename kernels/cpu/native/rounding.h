@@ -60,15 +60,42 @@ inline void read_unit(const Matrix& weight, const float* x, int64_t first, float
   std::fill(out + count, out + padded(codes.unit, kLanes), 0.0f);
 }
 
-// The largest size of some numbers, no number if one of them is none or infinite.
+// The largest of all lanes, or what they add up to, of whole numbers.
+inline int32_t largest_lane(vi v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epi32((__m512i)v);
+#else
+  int32_t lanes[kLanes];
+  std::memcpy(lanes, &v, sizeof v);
+  int32_t most = lanes[0];
+  for (int i = 1; i < kLanes; ++i) most = std::max(most, lanes[i]);
+  return most;
+#endif
+}
+
+inline int32_t sum_of_lanes(vi v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)v);
+#else
+  int32_t lanes[kLanes], result = 0;
+  std::memcpy(lanes, &v, sizeof v);
+  for (int i = 0; i < kLanes; ++i) result += lanes[i];
+  return result;
+#endif
+}
+
+// The largest size of some numbers, no number if one of them is none or infinite. Bits of sizes are in
+// the order of these, and of what is no number they are the largest.
 inline float largest_of_unit(const float* x, int64_t count) {
-  vf most = all(0.0f), none = all(0.0f);
+  vi most = {};
   for (int64_t i = 0; i < count; i += kLanes) {
-    const vf v = load(x + i);
-    most = max((vf)((vu)v & 0x7fffffffu), most);
-    none = v * 0.0f + none;
+    const vi size = load_as<vi>(x + i) & 0x7fffffff;
+    most = size > most ? size : most;
   }
-  return largest(most) + sum(none);
+  const int32_t bits = largest_lane(most);
+  float result;
+  std::memcpy(&result, &bits, sizeof bits);
+  return result + 0.0f * result;
 }
 
 inline vf nearest_whole(vf x) {
@@ -99,10 +126,7 @@ inline int32_t round_unit(const float* x, int64_t unit, float step, int32_t* cod
     total += code;
     std::memcpy(codes + i, &code, sizeof code);
   }
-  int32_t lanes[kLanes], result = 0;
-  std::memcpy(lanes, &total, sizeof total);
-  for (int i = 0; i < kLanes; ++i) result += lanes[i];
-  return result;
+  return sum_of_lanes(total);
 }
 
 inline void store_pairs(const int32_t* codes, int64_t unit, char* out) {

@@ -1,4 +1,4 @@
-// Codes that stand for floats, e4m3 or entries of one table, as tiles of bfloat16; what numbers are
+// Codes that stand for floats, e4m3, as tiles of bfloat16; what numbers are
 // split in for these.
 #pragma once
 #include "block_pairs.h"
@@ -87,60 +87,6 @@ struct Float8Tiles {
       for (int o = 0; o < kBlock; ++o) {
         const uint8_t code = static_cast<uint8_t>(codes[k / 4 * 64 + o * 4 + k % 4]);
         tile[place_in_tile(k, o)] = narrow(value_of_float8(code) / kScale);
-      }
-    }
-  }
-#endif
-};
-
-struct TableTiles {
-  static constexpr int kParts = 2;
-  static constexpr int64_t kBytes = 256;
-  static constexpr float kScale = 1.0f;
-  uint16_t upper[16], lower[16];
-
-  TableTiles(const Codes& codes, int64_t) {
-    static_assert(kLanes == 16);
-    vf parts[2];
-    split(load(codes.tables), parts[0], parts[1]);
-    store_row(upper, parts[0]);
-    store_row(lower, parts[1]);
-  }
-
-#if defined(__AVX512BW__)
-  // Both columns of a pair are in one byte of an output: it comes to both places of the pair, each
-  // time shifted by what leaves its own half at the bottom. A look-up takes five bits of an index,
-  // of which the table, being there twice, leaves four.
-  void decode(const char* codes, uint16_t* tile) const {
-    alignas(64) static constexpr uint16_t kWords[32] = {0, 0, 0,  0,  1,  1,  1,  1,  8,  8,  8,
-                                                        8, 9, 9,  9,  9,  2,  2,  2,  2,  3,  3,
-                                                        3, 3, 10, 10, 10, 10, 11, 11, 11, 11};
-    const __m512i word = _mm512_load_si512(kWords);
-    const __m512i shift = _mm512_set1_epi64(0x000c'0008'0004'0000);
-    const __m512i uppers = twice(upper), lowers = twice(lower);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const __m512i bytes = _mm512_loadu_si512(codes + i * 64);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const __m512i from = _mm512_add_epi16(word, _mm512_set1_epi16(j / 2 * 16 + j % 2 * 4));
-        const __m512i found = _mm512_srlv_epi16(_mm512_permutexvar_epi16(from, bytes), shift);
-        uint16_t* out = tile + (i * 4 + j) * 32;
-        _mm512_store_si512(out, _mm512_permutexvar_epi16(found, uppers));
-        _mm512_store_si512(out + kTile, _mm512_permutexvar_epi16(found, lowers));
-      }
-    }
-  }
-#else
-  void decode(const char* codes, uint16_t* tile) const {
-    Codes about{};  // one table
-    for (int k = 0; k < kDepth; ++k) {
-      const Nibble place = table_place(about, k);
-      for (int o = 0; o < kBlock; ++o) {
-        const int byte = static_cast<uint8_t>(codes[place.byte + place_of_output(about, o)]);
-        const int code = byte >> place.shift & 15;
-        tile[place_in_tile(k, o)] = upper[code];
-        tile[place_in_tile(k, o) + kTile] = lower[code];
       }
     }
   }
