@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
@@ -37,7 +37,7 @@ from quire.sampling.sampler import Sampler
 from quire.tokenizer import load_tokenizer
 from quire.utils import log
 from quire.utils.checks import shown
-from quire.utils.memory import KVCachePlan, plan_kv_cache, start_line
+from quire.utils.memory import KVCachePlan, available_memory, plan_kv_cache, start_line
 from quire.utils.threads import apply_thread_count
 
 if TYPE_CHECKING:
@@ -52,8 +52,32 @@ if TYPE_CHECKING:
 logger = log.get_logger()
 
 
-def build_engine(config: EngineConfig) -> Engine:
+class Copies(Protocol):
+    """The copies of an engine, of which each process builds one.
+
+    Attributes
+    ----------
+    count : int
+        How many share this machine's memory.
+    cores_shared_by : int
+        How many share the cores that this process may run on.
+    """
+
+    count: int
+    cores_shared_by: int
+
+    def agree(self, make: Callable[[], KVCachePlan]) -> KVCachePlan:
+        """Return the plan that all of them go by, each having made one when all have loaded."""
+
+
+def build_engine(config: EngineConfig, copies: Copies | None = None) -> Engine:
     """Find, read and place a model; size its KV cache; make the engine.
+
+    Parameters
+    ----------
+    config : EngineConfig
+    copies : Copies, optional
+        Where this engine is one of several, which :mod:`quire.replicas` builds.
 
     Raises
     ------
@@ -72,7 +96,7 @@ def build_engine(config: EngineConfig) -> Engine:
     processors = BatchProcessors(config.logits_processors)
     with ExitStack() as undo:
         undo.callback(processors.close)  # the next attempt may be given the same ones
-        engine = _build(config, processors, undo)
+        engine = _build(config, processors, copies, undo)
         undo.pop_all()
     return engine
 
@@ -86,12 +110,14 @@ def _check_parallel(config: EngineConfig) -> None:
         )
     if parallel.data_parallel_size > 1:
         raise NotSupportedError(
-            f"data_parallel_size={parallel.data_parallel_size} is not offered by this version of "
-            "quire: run as many servers, or leave it at 1"
+            f"data_parallel_size={parallel.data_parallel_size}: build_engine makes one of the "
+            "copies; quire.LLM makes all of them"
         )
 
 
-def _build(config: EngineConfig, processors: BatchProcessors, undo: ExitStack) -> Engine:
+def _build(
+    config: EngineConfig, processors: BatchProcessors, copies: Copies | None, undo: ExitStack
+) -> Engine:
     parallel = config.parallel
     rank = 0
     if parallel.backend == "external_launcher":
@@ -138,6 +164,7 @@ def _build(config: EngineConfig, processors: BatchProcessors, undo: ExitStack) -
         tensor_size=parallel.tensor_parallel_size,
         num_stages=parallel.pipeline_parallel_size,
         expert_parallel=parallel.enable_expert_parallel,
+        num_replicas=1 if copies is None else copies.cores_shared_by,
     )
     place = settings.place(rank)
     team: Crew | Launched | None = None
@@ -172,11 +199,14 @@ def _build(config: EngineConfig, processors: BatchProcessors, undo: ExitStack) -
     kv_cache_dtype = choose_kv_cache_dtype(config.cache.kv_cache_dtype, dtype)
     if model.native is not None:
         model.native.check_cache_dtype(kv_cache_dtype)
-    plan = plan_kv_cache(
+    make_plan = partial(
+        _plan_cache,
         config,
-        model_max_len=model.spec.max_position,
-        **_cache_memory(shards, device, config.cache.block_size, kv_cache_dtype),
+        model.spec.max_position,
+        partial(_cache_memory, shards, device, config.cache.block_size, kv_cache_dtype),
+        1 if copies is None else copies.count,
     )
+    plan = make_plan() if copies is None else copies.agree(make_plan)
     if isinstance(team, Launched):
         plan = KVCachePlan(**team.of_rank_0("cache", dataclasses.asdict(plan)))
     own = ModelRunner(
@@ -415,6 +445,19 @@ def _cache_memory(
         "free_bytes": min(each["free_bytes"] for each in ranks),
         "total_bytes": max(each["total_bytes"] for each in ranks),
     }
+
+
+def _plan_cache(
+    config: EngineConfig,
+    model_max_len: int | None,
+    measure: Callable[[], dict[str, Any]],
+    num_copies: int,
+) -> KVCachePlan:
+    """Size a KV cache by what memory there is now; copies of the engine divide that of the host."""
+    memory = measure()
+    if num_copies > 1:
+        memory.setdefault("free_bytes", available_memory() // num_copies)
+    return plan_kv_cache(config, model_max_len=model_max_len, **memory)
 
 
 def _ranks_words(config: EngineConfig) -> str:

@@ -100,6 +100,26 @@ class RankError(DeviceLostError):
         return type(self), (self.rank, self.why)
 
 
+class ReplicaError(QuireError, RuntimeError):
+    """One of the copies of an engine is gone, or does not answer; the others go on.
+
+    Attributes
+    ----------
+    replica : int
+        Which of them.
+    why : str
+        What became of it.
+    """
+
+    def __init__(self, replica: int, why: str) -> None:
+        super().__init__(f"replica {replica} of the engine was lost: it {why}")
+        self.replica = replica
+        self.why = why
+
+    def __reduce__(self) -> tuple[type, tuple[int, str]]:
+        return type(self), (self.replica, self.why)
+
+
 class RequestFailedError(QuireError, RuntimeError):
     """A request that was accepted and then failed while it ran.
 

@@ -22,19 +22,21 @@ def make_loop(config: EngineConfig) -> EngineLoop:
 
 
 def _make_loop(config: EngineConfig) -> EngineLoop:
-    from quire.assembly import build_engine
-    from quire.engine.loop import EngineLoop
+    from quire.engine.loop import loop_for
+    from quire.replicas.build import build
+    from quire.replicas.replicated_engine import ReplicatedEngine
 
     quiet_tqdm()  # before the hub's library
-    engine = build_engine(config)
-    loop = EngineLoop(engine)
-    known = weakref.ref(loop)  # adapters may outlive it
+    engine = build(config)
+    loop = loop_for(engine)
+    if isinstance(engine, ReplicatedEngine):
+        known = weakref.ref(loop)
 
-    def release_adapters() -> None:
-        if (loop := known()) is not None:
-            loop.release_adapters()
+        def wake() -> None:
+            if (loop := known()) is not None:
+                loop.wake()
 
-    engine.lost_adapters.notify = release_adapters
+        engine.wake = wake
     return loop
 
 

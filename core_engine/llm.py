@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from quire.arguments import EngineArguments
     from quire.engine.cache_map import KVCacheMap
-    from quire.engine.engine import Engine
+    from quire.engine.interface import AnyEngine, Later
     from quire.engine.loop import EngineLoop
     from quire.engine.processor import Processor
     from quire.engine.request import Request
@@ -433,8 +433,11 @@ class LLM:
         return self._call(lambda engine: engine.reset_prefix_cache())
 
     @property
-    def llm_engine(self) -> Engine:
-        """The engine, for inspection; only its own thread may step it."""
+    def llm_engine(self) -> Any:
+        """The engine, for inspection; only its own thread may step it.
+
+        An :class:`~quire.engine.engine.Engine`, or what divides requests among several.
+        """
         return self._lifetime.check().engine
 
     @property
@@ -535,7 +538,7 @@ class LLM:
         """Return the parameters of a stream."""
         return self._open_maker().for_stream(params)
 
-    def _call(self, function: Callable[[Engine], T]) -> T:
+    def _call(self, function: Callable[[AnyEngine], T | Later[T]]) -> T:
         return self._lifetime.start().call(function)
 
     def _open_processor(self) -> Processor:

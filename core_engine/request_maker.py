@@ -15,7 +15,7 @@ from quire.utils.checks import refuse, shown
 
 if TYPE_CHECKING:
     from quire.config import EngineConfig
-    from quire.engine.engine import Engine
+    from quire.engine.interface import AnyEngine
     from quire.engine.request import Request
     from quire.models.adapter import PreparedAdapter
     from quire.tokenizer.tokenizer import Tokenizer
@@ -39,11 +39,11 @@ class RequestMaker:
     Parameters
     ----------
     config : EngineConfig
-    engine : Engine
+    engine : AnyEngine
         Of which only what never changes is kept.
     """
 
-    def __init__(self, config: EngineConfig, engine: Engine) -> None:
+    def __init__(self, config: EngineConfig, engine: AnyEngine) -> None:
         self.processor = engine.processor
         self.adapters = engine.adapters
         self._config = config

@@ -23,7 +23,7 @@ class ParallelConfig(Checked):
     pipeline_parallel_size : int
         Stages, each with a share of the layers.
     data_parallel_size : int
-        Copies of all of it, among which requests are divided.
+        Copies of all of it, among which requests are divided: see ``core_engine/replicas``.
     data_parallel_backend : {"mp", "ray"}
         What starts these copies: processes of this machine, or Ray, with ``quire serve``.
     enable_expert_parallel : bool

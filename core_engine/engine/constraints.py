@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from quire.config import EngineConfig
     from quire.engine.live_request import LiveRequest
     from quire.engine.sequence import Sequence
+    from quire.sampling_params import SamplingParams
     from quire.tokenizer.tokenizer import Tokenizer
 
 _PAUSE_SECONDS = 0.01
@@ -64,24 +65,29 @@ class RequestConstraints:
         self._filler: MaskFiller | None = None
         self._waiting: dict[str, tuple[LiveRequest, Compilation]] = {}
 
-    def add(self, live: LiveRequest) -> None:
-        """Let a request, whose sequences are all deferred, wait for its grammar.
+    def check(self, params: SamplingParams, eos_token_ids: frozenset[int]) -> None:
+        """Refuse what no constraint can give.
 
         Raises
         ------
         InvalidRequestError
-            It asks for what no constraint can give.
         """
-        params = live.request.params
         wanted = params.structured_outputs
-        assert wanted is not None
-        if live.beam is not None and not live.eos_token_ids and not params.stop_token_ids:
+        if wanted is None:
+            return
+        if params.use_beam_search and not eos_token_ids and not params.stop_token_ids:
             raise InvalidRequestError(
                 "use_beam_search must be False with structured_outputs where no token ends a "
                 "text (the model has none, or ignore_eos=True): hypotheses end with one"
             )
         if wanted.drop_unsupported:
             require_jsonschema()
+
+    def add(self, live: LiveRequest) -> None:
+        """Let a request, whose sequences are all deferred, wait for its grammar."""
+        params = live.request.params
+        wanted = params.structured_outputs
+        assert wanted is not None
         compilation = self._compiler.submit(wanted.backend or self._backend, wanted.spec)
         self._waiting[live.request.request_id] = live, compilation
 

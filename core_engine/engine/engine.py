@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -17,10 +16,12 @@ from quire.engine.block_pool import BlockPool, root_key
 from quire.engine.cache_map import KVCacheMap, map_blocks
 from quire.engine.constraints import RequestConstraints
 from quire.engine.generation import Generation, StepNews
+from quire.engine.interface import StepOutput
 from quire.engine.live_request import LiveRequest, count_adapters
 from quire.engine.metrics import EngineMetrics
 from quire.engine.processor import ModelLimits, Processor
 from quire.engine.prompt_reader import read_prompts
+from quire.engine.queue_bound import QueueBound
 from quire.engine.runner import Runner, is_device_lost
 from quire.engine.running import RunningSequences
 from quire.engine.scheduler import Scheduler, StepPlan
@@ -29,12 +30,10 @@ from quire.engine.sequence_table import SequenceTable
 from quire.engine.token_logprobs import TokenLogprobsMaker
 from quire.errors import (
     DeviceLostError,
-    EngineBusyError,
     EngineClosedError,
     InvalidRequestError,
     RequestFailedError,
 )
-from quire.outputs import RequestOutput
 from quire.sampling.processors import check_processors
 from quire.sampling.sampler import Sampler
 
@@ -45,9 +44,6 @@ if TYPE_CHECKING:
     from quire.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger("quire")
-
-StepOutput = RequestOutput | RequestFailedError
-"""What a step says of a request: both have ``request_id``; a failure is the last word."""
 
 
 class Engine:
@@ -100,7 +96,7 @@ class Engine:
         )
         self._logprobs = TokenLogprobsMaker(tokenizer)
         self._num_arrivals = 0
-        self._ends: deque[float] = deque(maxlen=64)
+        self._queue_bound = QueueBound()
         self._begin()
 
     def _begin(self) -> None:
@@ -154,6 +150,11 @@ class Engine:
         return bool(self._requests)
 
     @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._requests)
+
+    @property
     def num_queued(self) -> int:
         """Requests that have to wait for others to end, or to rest, before they begin."""
         free = self.config.scheduler.max_num_seqs - len(self.scheduler.running)
@@ -166,17 +167,23 @@ class Engine:
         ------
         EngineBusyError
         """
-        queued = self.num_queued
-        if queued >= longest:
-            seconds = 1.0
-            if len(self._ends) > 1:  # as fast as they ended of late, they will go on to end
-                rate = len(self._ends) / max(time.monotonic() - self._ends[0], 1e-3)
-                seconds = min(max(queued / rate, 1.0), 60.0)
-            raise EngineBusyError(
-                f"{queued} requests wait for the engine, and max_waiting_requests={longest} may: "
-                f"try again in {seconds:.0f} s",
-                retry_after=seconds,
-            )
+        self._queue_bound.check(self.num_queued, longest)
+
+    def check_request(self, request: Request) -> None:
+        """Refuse what no engine of this configuration can serve, whatever is in flight.
+
+        Raises
+        ------
+        InvalidRequestError
+        """
+        params = request.params
+        if params.logits_processors:
+            check_processors(params.logits_processors)
+        self._sampler.check(params)
+        self._constraints.check(params, self._ends_of(request))
+
+    def _ends_of(self, request: Request) -> frozenset[int]:
+        return frozenset() if request.params.ignore_eos else self._eos_token_ids
 
     def add_request(self, request: Request) -> None:
         """Queue a request made by :class:`~quire.engine.processor.Processor`.
@@ -195,10 +202,8 @@ class Engine:
                 f"request_id={request.request_id!r} is in flight already: ids must be unique"
             )
         params = request.params
-        if params.logits_processors:
-            check_processors(params.logits_processors)
-        self._sampler.check(params)
-        eos_token_ids = frozenset() if params.ignore_eos else self._eos_token_ids
+        self.check_request(request)
+        eos_token_ids = self._ends_of(request)
         beam = None
         if params.use_beam_search:
             beam = start_beam_search(request, self.tokenizer, eos_token_ids)
@@ -431,7 +436,7 @@ class Engine:
         del self._requests[live.request.request_id]
         if live.metrics.first_scheduled_time is None:
             self._num_unscheduled -= 1
-        self._ends.append(time.monotonic())
+        self._queue_bound.note_end()
 
     def _fail(self, live: LiveRequest, error: BaseException) -> RequestFailedError:
         self._drop(live)
@@ -502,6 +507,7 @@ class Engine:
             "num_queued_requests": self.num_queued,
             "kv_cache_usage": 1 - self._pool.num_free / self.num_blocks,
             "num_kv_blocks": self.num_blocks,
+            "num_replicas": 1,
             **self._exchanged(),
         }
 

@@ -6,11 +6,13 @@ import contextlib
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import TypeVar
 
-from quire.engine.engine import Engine, StepOutput, request_failed
+from quire.engine.engine import request_failed
+from quire.engine.interface import AnyEngine, Later, StepOutput
 from quire.engine.request import Request
 from quire.errors import DeviceLostError, EngineClosedError, RequestFailedError
 from quire.outputs import RequestOutput
@@ -21,6 +23,7 @@ _IDLE_SECONDS = 60.0
 """How long a call to wake up that was lost can remain unnoticed."""
 
 T = TypeVar("T")
+Action = Callable[[AnyEngine], None]
 Sink = Callable[[RequestOutput | BaseException], None]
 """Is told what becomes of a request, on the loop's thread: it must not block."""
 
@@ -32,10 +35,10 @@ class EngineLoop:
     first request, so that a process may fork before it, and ends with :meth:`close`.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine: Engine | None = engine
+    def __init__(self, engine: AnyEngine) -> None:
+        self._engine: AnyEngine | None = engine
         self._wakeup = threading.Condition()
-        self._inbox: list[Callable[[Engine], None]] = []
+        self._inbox: list[Action] = []
         self._sinks: dict[str, Sink] = {}  # touched by the loop's thread alone
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
@@ -43,7 +46,7 @@ class EngineLoop:
         self._breakdown: BaseException | None = None
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> AnyEngine:
         """The engine; only what never changes may be read from another thread.
 
         Raises
@@ -69,7 +72,7 @@ class EngineLoop:
         """
         items = list(items)
 
-        def add(engine: Engine) -> None:
+        def add(engine: AnyEngine) -> None:
             for request, sink in items:
                 try:
                     if longest_queue is not None:
@@ -88,20 +91,30 @@ class EngineLoop:
         with contextlib.suppress(EngineClosedError):  # closing has ended them
             self._post(lambda engine: self._deliver(engine.abort(request_ids)))
 
-    def call(self, function: Callable[[Engine], T]) -> T:
+    def call(self, function: Callable[[AnyEngine], T | Later[T]]) -> T:
         """Run ``function(engine)`` between two steps and return what it returns."""
         if threading.current_thread() is self._thread:
-            return function(self.engine)
-        future: Future[T] = Future()
+            return _finished(function(self.engine))
+        future: Future[T | Later[T]] = Future()
 
-        def run(engine: Engine) -> None:
+        def run(engine: AnyEngine) -> None:
             try:
                 future.set_result(function(engine))
             except BaseException as error:
                 future.set_exception(error)
 
         self._post(run)
-        return future.result()
+        return _finished(future.result())
+
+    def post(self, action: Action) -> None:
+        """Run ``action(engine)``, which must not raise, between two steps; do not wait for it."""
+        self._post(action)
+
+    def wake(self) -> None:
+        """Look whether the engine has work; any thread may say so."""
+        if self._pid == os.getpid():  # in a fork the lock may be held for ever
+            with self._wakeup:
+                self._wakeup.notify_all()
 
     def release_adapters(self) -> None:
         """Let the engine give up adapters that nobody needs any more, also where it is idle."""
@@ -137,7 +150,7 @@ class EngineLoop:
         elif thread is not threading.current_thread():
             thread.join()
 
-    def _post(self, action: Callable[[Engine], None]) -> None:
+    def _post(self, action: Action) -> None:
         if self._pid != os.getpid() and self._thread is not None:
             raise EngineClosedError(
                 "this engine runs in the process that made it and does not survive a fork once "
@@ -173,15 +186,15 @@ class EngineLoop:
         del engine
         self._shut_down()
 
-    def _wait(self, engine: Engine) -> bool:
+    def _wait(self, engine: AnyEngine) -> bool:
         """Wait for something to do; return False when that is to end."""
         with self._wakeup:
-            while not (self._inbox or self._closing or engine.has_unfinished_requests):
+            while not (self._inbox or self._closing or engine.has_work):
                 # The garbage collector may run on this very thread, in between, and close.
                 self._wakeup.wait(_IDLE_SECONDS)
             return not self._closing
 
-    def _turn(self, engine: Engine) -> None:
+    def _turn(self, engine: AnyEngine) -> None:
         with self._wakeup:
             inbox, self._inbox = self._inbox, []
         for action in inbox:
@@ -230,3 +243,20 @@ class EngineLoop:
             self._sinks.pop(request_id, None)
             if engine is not None:
                 engine.abort([request_id])
+
+
+def loop_for(engine: AnyEngine) -> EngineLoop:
+    """Return a loop, not started, which an engine tells of adapters that it can give up."""
+    loop = EngineLoop(engine)
+    known = weakref.ref(loop)  # adapters may outlive it
+
+    def release_adapters() -> None:
+        if (loop := known()) is not None:
+            loop.release_adapters()
+
+    engine.lost_adapters.notify = release_adapters
+    return loop
+
+
+def _finished(answer: T | Later[T]) -> T:
+    return answer.finish() if isinstance(answer, Later) else answer

@@ -44,7 +44,9 @@ def pack(message: Mapping[str, Any]) -> bytes:
     TypeError
         There is something else in it.
     """
-    packed: bytes = msgpack.packb(message, default=_pack_tensor, use_bin_type=True)
+    packed: bytes = msgpack.packb(
+        message, default=_pack_tensor, use_bin_type=True, unicode_errors="surrogatepass"
+    )
     return packed
 
 
@@ -59,6 +61,7 @@ def unpack(data: bytes) -> Message:
     try:
         message = msgpack.unpackb(
             data, ext_hook=_unpack_extension, raw=False, strict_map_key=False,
+            unicode_errors="surrogatepass",
             max_bin_len=_LONGEST, max_ext_len=_LONGEST, max_str_len=_LONGEST,
         )  # fmt: skip
     except MessageError:

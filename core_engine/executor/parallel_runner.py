@@ -18,6 +18,7 @@ from quire.executor.messages import pack
 from quire.executor.rank_runner import of_step
 from quire.executor.wire import adapter_to_message, batch_to_message
 from quire.parallel.group import Exchanged
+from quire.utils.threads import StepThreads
 
 if TYPE_CHECKING:
     from quire.executor.rank_runner import RankRunner
@@ -39,6 +40,8 @@ class ParallelRunner:
         Where the engine has its adapters from.
     block_size : int
         Of the KV cache.
+    num_threads : int or None
+        That rank 0 computes with; None: as many as it would alone.
     close : callable
         Ends the other ranks.
     """
@@ -49,9 +52,11 @@ class ParallelRunner:
         ranks: Ranks,
         adapters: SpreadAdapters,
         block_size: int,
+        num_threads: int | None,
         close: Callable[[], None],
     ) -> None:
         self._close = close
+        self._threads = StepThreads(num_threads)
         self._own = own
         self._adapters = adapters
         self._ranks = ranks
@@ -102,6 +107,7 @@ class ParallelRunner:
 
         Where this one fails, they have begun what they cannot end, and all is lost.
         """
+        self._threads.use()
         self._ranks.tell({"what": what, **message})
         try:
             yield
@@ -125,6 +131,7 @@ class ParallelRunner:
 
     def close(self) -> None:
         """End the other processes."""
+        self._threads.give_back()
         self._close()
 
 

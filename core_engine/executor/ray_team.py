@@ -60,7 +60,6 @@ class RayTeam(Crew):
         self, settings: ShardSettings, device: torch.device, model: Mapping[str, Any]
     ) -> None:
         self.place = settings.place(0)
-        self._threads_before = torch.get_num_threads()
         self._is_lost = threading.Event()
         self._actors: list[Any] = []
         self._holder: Any = None
@@ -83,8 +82,6 @@ class RayTeam(Crew):
             self.ranks.tell(
                 {"settings": self.settings.to_message(), "model": model, "store": [host, port]}
             )
-            if device.type == "cpu":
-                torch.set_num_threads(self.settings.num_threads)
             self.ends = self._connect(host, port)
         except BaseException:
             self.close()
@@ -172,8 +169,6 @@ class RayTeam(Crew):
         if self._bundles is not None:
             self._bundles.close()
         self._cluster.close()
-        if torch.get_num_threads() == self.settings.num_threads:
-            torch.set_num_threads(self._threads_before)
 
 
 class _Holder:

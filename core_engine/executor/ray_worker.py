@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from quire.executor.channel import ChannelClosedError
+from quire.executor.child_process import SILENT_SECONDS
 from quire.executor.messages import Message, MessageError, unpack
-from quire.executor.worker_process import SILENT_SECONDS
 
 _LISTEN_SECONDS = 1.0
 

@@ -42,6 +42,9 @@ class ShardSettings:
         Of each rank, on a CPU.
     tensor_size, num_stages : int
     expert_parallel : bool
+    num_replicas : int
+        Copies of the model that the machine's cores are divided among, of which this is the
+        first; 1 where the process that starts the ranks keeps to its share already.
     """
 
     path: str
@@ -56,6 +59,7 @@ class ShardSettings:
     tensor_size: int
     num_stages: int
     expert_parallel: bool
+    num_replicas: int = 1
 
     def to_message(self) -> dict[str, Any]:
         """Return the fields by their names."""

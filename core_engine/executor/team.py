@@ -26,6 +26,7 @@ class Crew:
 
     Attributes
     ----------
+    settings : ShardSettings
     place : Place
     ends : Ends
         Of rank 0.
@@ -33,6 +34,7 @@ class Crew:
         The others.
     """
 
+    settings: ShardSettings
     place: Place
     ends: Ends
     ranks: Ranks
@@ -62,7 +64,15 @@ class Crew:
         self.ranks.tell({"what": "allocate", **allocation})
         self.ranks.collect("allocated")
         rank = RankRunner(own, self.place, self.ends)
-        return ParallelRunner(rank, self.ranks, adapters, allocation["block_size"], self.close)
+        is_cpu = own.device.type == "cpu"
+        return ParallelRunner(
+            rank,
+            self.ranks,
+            adapters,
+            allocation["block_size"],
+            self.settings.num_threads if is_cpu else None,
+            self.close,
+        )
 
     def close(self) -> None:
         """End the other ranks, and give back what they were connected by."""
@@ -83,8 +93,7 @@ class Team(Crew):
 
     def __init__(self, settings: ShardSettings, device: torch.device) -> None:
         self.place = settings.place(0)
-        self._settings = settings
-        self._threads_before = torch.get_num_threads()
+        self.settings = settings
         self._connections = Connections(settings.tensor_size, settings.num_stages, device)
         try:
             self.ranks = Ranks(self.place.size, self._start, self._connections.abort)
@@ -94,15 +103,13 @@ class Team(Crew):
                     "connections": self._connections.to_message(),
                 }
             )
-            if device.type == "cpu":
-                torch.set_num_threads(settings.num_threads)
             self.ends = self._connections.connect(self.place, device)
         except BaseException:
             self.close()
             raise
 
     def _start(self, rank: int, lose: Callable[[int, str], None]) -> WorkerProcess:
-        return WorkerProcess(rank, self._connections.fds, self._settings.num_threads, lose)
+        return WorkerProcess(rank, self._connections.fds, self.settings.num_threads, lose)
 
     def close(self) -> None:
         """End the processes, and give back what they were connected by."""
@@ -110,5 +117,3 @@ class Team(Crew):
         if ranks is not None:
             ranks.close()
         self._connections.close()
-        if torch.get_num_threads() == self._settings.num_threads:
-            torch.set_num_threads(self._threads_before)

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import queue
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Sequence
 
-from quire.executor.channel import Channel, ChannelClosedError, ChannelSilentError
-from quire.executor.messages import Message, MessageError
-
-SILENT_SECONDS = 7.0
-"""Without a sign of life, after which a worker is taken for hung; it gives one each second."""
+from quire.executor.child_process import ChildProcess
 
 
-class WorkerProcess:
+class WorkerProcess(ChildProcess):
     """A process that runs a rank, and a thread that hears what it says.
 
     Parameters
@@ -35,84 +24,10 @@ class WorkerProcess:
     def __init__(
         self, rank: int, fds: Sequence[int], num_threads: int, lose: Callable[[int, str], None]
     ) -> None:
+        environ = {"OMP_NUM_THREADS": str(num_threads)}
+        super().__init__("quire.executor.worker", "rank", rank, fds, environ, lose)
         self.rank = rank
-        self.channel, other = Channel.pair()
-        self.replies: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        self._lose = lose
-        self._is_ending = False
-        command = [sys.executable, "-m", "quire.executor.worker", "--rank", str(rank)]
-        command += ["--channel", str(other.fileno()), "--parent", str(os.getpid())]
-        with other:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                pass_fds=(other.fileno(), *fds),
-                env={
-                    **os.environ,
-                    # What this process imports, wherever that came from, the other must find.
-                    "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-                    "OMP_NUM_THREADS": str(num_threads),
-                },
-            )
-        self._listener = threading.Thread(
-            target=self._listen, name=f"quire-rank-{rank}", daemon=True
-        )
-        self._listener.start()
-
-    def _listen(self) -> None:
-        why = ""
-        try:
-            while not why:
-                message = self.channel.receive(SILENT_SECONDS)
-                if message["what"] == "failed":
-                    why = f"failed: {message['kind']}: {message['text']}"
-                    self.replies.put(message)
-                elif message["what"] != "alive":
-                    self.replies.put(message)
-        except ChannelSilentError:
-            why = f"gave no sign of life for {SILENT_SECONDS:g} s"
-        except ChannelClosedError:
-            why = self._how_it_ended()
-        except MessageError as error:
-            why = f"said what is no message: {error}"
-        if not self._is_ending:
-            self._lose(self.rank, why)
-        self.replies.put(None)
-
-    def _how_it_ended(self) -> str:
-        try:
-            code = self.process.wait(2)
-        except subprocess.TimeoutExpired:
-            return "closed its connection"
-        if code >= 0:
-            return f"ended with the code {code}"
-        try:
-            return f"was ended by {signal.Signals(-code).name}"
-        except ValueError:
-            return f"was ended by signal {-code}"
 
     def send_packed(self, data: bytes) -> None:
         """See `Channel.send_packed`."""
         self.channel.send_packed(data)
-
-    def end(self) -> None:
-        """Ask it to end."""
-        self._is_ending = True
-        with contextlib.suppress(ChannelClosedError):
-            self.channel.send({"what": "end"})
-
-    def kill(self) -> None:
-        """Bring about its end, whatever it does."""
-        self.process.kill()
-
-    def join(self, seconds: float) -> None:
-        """Wait for its end, and bring it about after a while."""
-        self._is_ending = True
-        try:
-            self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.channel.close()
-        if self._listener is not threading.current_thread():
-            self._listener.join()

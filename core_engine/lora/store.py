@@ -231,6 +231,32 @@ class AdapterStore:
             entry = self._names.get(name)
             return entry is None or entry.digest in self._alive
 
+    # -- for the copies of an engine, each of which has a store of its own ------------------------
+
+    def in_memory(self, digest: str) -> PreparedAdapter | None:
+        """Return an adapter by its content, if it is at hand."""
+        with self._lock:
+            adapter = self._alive.get(digest)
+            leaving = [] if adapter is None else self._keep(adapter)
+        del leaving
+        return adapter
+
+    def folder_of(self, digest: str) -> Path | None:
+        """Return a folder that held an adapter when it was read last, if one is known."""
+        with self._lock:
+            for folder, known in self._known.items():
+                if known.digest == digest:
+                    return folder
+            return next((n.folder for n in self._names.values() if n.digest == digest), None)
+
+    def let_go(self, digest: str) -> None:
+        """Forget an adapter under all its names; requests keep theirs."""
+        with self._lock:
+            for name in [n for n, entry in self._names.items() if entry.digest == digest]:
+                del self._names[name]
+            leaving = self._release(digest)
+        del leaving
+
     @property
     def num_kept(self) -> int:
         """Adapters that are kept in memory for requests to come."""

@@ -54,6 +54,7 @@ _GAUGES = {
     "num_requests_running": ("num_running_seqs", "Sequences that are computed."),
     "num_requests_waiting": ("num_waiting_seqs", "Sequences that wait."),
     "kv_cache_usage_perc": ("kv_cache_usage", "Share of the KV cache in use; 1 is all of it."),
+    "engine_replicas": ("num_replicas", "Copies of the engine that run."),
     "gpu_cache_usage_perc": ("kv_cache_usage", "The same by its older name, on any device."),
 }
 

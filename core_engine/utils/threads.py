@@ -74,3 +74,36 @@ def apply_thread_count() -> int:
                 torch.set_num_threads(count)
             _applied = True
     return torch.get_num_threads()
+
+
+class StepThreads:
+    """How many threads an engine's steps compute with, where that is a share of what there is.
+
+    Torch keeps such a number for each thread, and one for threads to come. So it is set on the
+    thread that steps, when it does so first, and given back there.
+
+    Parameters
+    ----------
+    count : int or None
+        None: as many as ever.
+    """
+
+    def __init__(self, count: int | None) -> None:
+        self._count = count
+        self._before: int | None = None
+
+    def use(self) -> None:
+        """Compute with so many from here on; to be called on the thread that steps."""
+        if self._before is None and self._count is not None:
+            import torch
+
+            self._before = torch.get_num_threads()
+            torch.set_num_threads(self._count)
+
+    def give_back(self) -> None:
+        """Compute with as many as before; on the same thread."""
+        if self._before is not None:
+            import torch
+
+            torch.set_num_threads(self._before)
+            self._before = self._count = None

@@ -85,7 +85,7 @@ class EchoEngine:
         self.thread = threading.current_thread()
 
     @property
-    def has_unfinished_requests(self):
+    def has_work(self):
         return bool(self.requests)
 
     def add_request(self, request):

@@ -11,7 +11,7 @@ from quire.engine.loop import EngineLoop
 class NoEngine:
     """An engine that never has anything to do."""
 
-    has_unfinished_requests = False
+    has_work = False
 
     def step(self):
         return []

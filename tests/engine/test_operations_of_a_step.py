@@ -9,6 +9,7 @@ import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quire.assembly
+import quire.executor.shard
 from quire import LLM, SamplingParams
 from quire.kernels import get_backend
 
@@ -73,6 +74,7 @@ def watched(monkeypatch):
     def make(folder, **options):
         kernels = Watched(get_backend("cpu"))
         monkeypatch.setattr(quire.assembly, "get_backend", lambda device: kernels)
+        monkeypatch.setattr(quire.executor.shard, "get_backend", lambda device: kernels)
         llm = LLM(folder, dtype="float32", **options)
         engine, steps = llm.llm_engine, []
         step = engine.step

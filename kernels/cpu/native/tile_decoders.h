@@ -35,7 +35,7 @@ inline __m512i twice(const uint16_t (&entries)[16]) {
 }
 #endif
 
-// A decoder brings the codes of 32 columns of a block, `kBytes` of them, to `kParts` tiles of
+// It brings the codes of 32 columns of a block, `kBytes` of them, to a tile of
 // [16 pairs of columns][16 outputs][2]. Scales are to be multiplied with `kScale` before.
 //
 // e4m3 is bfloat16 with fewer digits, but for the bias of its exponent: with 112 set before its four
@@ -43,7 +43,6 @@ inline __m512i twice(const uint16_t (&entries)[16]) {
 // for is looked up; in a weight that has few of them, only where there is one.
 template <bool Subnormals>
 struct Float8Tiles {
-  static constexpr int kParts = 1;
   static constexpr int64_t kBytes = 512;
   static constexpr float kScale = 0x1p8f;
 
