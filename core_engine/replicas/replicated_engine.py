@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from quire.engine.engine import Engine
     from quire.engine.request import Request
     from quire.executor.messages import Message
-    from quire.utils.threads import StepThreads
     from quire.replicas.copies import Copies
     from quire.replicas.replica_process import ReplicaProcess
+    from quire.utils.threads import StepThreads
 
 logger = logging.getLogger("quire")
 
