@@ -30,10 +30,9 @@ def engines(tiny_checkpoint: Callable[[str], Path]) -> Iterator[Callable[..., LL
         if key not in made:
             made[key] = LLM(
                 tiny_checkpoint(name),
-                dtype="float32",
                 max_model_len=128,
                 num_gpu_blocks_override=64,
-                **options,
+                **{"dtype": "float32", **options},
             )
         return made[key]
 
@@ -97,6 +96,16 @@ def test_several_processes_give_what_one_gives(engines, name, spread):
         assert_same(whole, several, params)
     again = several.generate(prompts()[1:], GREEDY, use_tqdm=False)
     assert [output.num_cached_tokens for output in again] == [16, 32]
+
+
+def test_stages_hand_over_what_they_compute_in_another_type(engines):
+    """Where the native kernels do not compute the whole step, as of float16."""
+    outputs = [
+        llm.generate(prompts(), SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+        for llm in (engines("llama", dtype="float16"), engines("llama", dtype="float16", **STAGES))
+    ]
+    whole, several = ([each.outputs[0].token_ids for each in made] for made in outputs)
+    assert whole == several
 
 
 def test_structured_outputs_and_embeddings(engines):
