@@ -17,6 +17,14 @@ from quire.executor.messages import Message, MessageError
 SILENT_SECONDS = 7.0
 """Without a sign of life, after which a worker is taken for hung; it gives one each second."""
 
+_PROGRAM = """\
+import sys
+sys.path[:] = [path for path in sys.path if path]
+from quire.executor.worker import main
+main()
+"""
+"""``python -m quire.executor.worker``, without the current folder in front of what is imported."""
+
 
 class WorkerProcess:
     """A process that runs a rank, and a thread that hears what it says.
@@ -40,7 +48,7 @@ class WorkerProcess:
         self.replies: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._lose = lose
         self._is_ending = False
-        command = [sys.executable, "-m", "quire.executor.worker", "--rank", str(rank)]
+        command = [sys.executable, "-c", _PROGRAM, "--rank", str(rank)]
         command += ["--channel", str(other.fileno()), "--parent", str(os.getpid())]
         with other:
             self.process = subprocess.Popen(
@@ -49,8 +57,7 @@ class WorkerProcess:
                 pass_fds=(other.fileno(), *fds),
                 env={
                     **os.environ,
-                    # What this process imports, wherever that came from, the other must find.
-                    "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+                    "PYTHONPATH": os.pathsep.join(_import_path()),
                     "OMP_NUM_THREADS": str(num_threads),
                 },
             )
@@ -116,3 +123,12 @@ class WorkerProcess:
         self.channel.close()
         if self._listener is not threading.current_thread():
             self._listener.join()
+
+
+def _import_path() -> list[str]:
+    """Return where this process imports from, so that the other finds the same."""
+    found = []
+    for path in sys.path:
+        with contextlib.suppress(FileNotFoundError):  # the current folder may be none any more
+            found.append(path or os.getcwd())
+    return found
