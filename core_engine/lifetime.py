@@ -66,14 +66,19 @@ class Lifetime:
     loop : EngineLoop
     name : str
         The LLM, as error messages call it.
+    bound : bool
+        Whether the engine is this process's from the beginning, and not of that which first uses
+        it: processes beside it are told by one, and end with it.
     """
 
-    __slots__ = ("_loop", "_name", "_pid")
+    __slots__ = ("_is_bound", "_loop", "_name", "_pid")
 
-    def __init__(self, loop: EngineLoop, name: str) -> None:
+    def __init__(self, loop: EngineLoop, name: str, *, bound: bool = False) -> None:
         self._loop: EngineLoop | None = loop
         self._name = name
-        self._pid: int | None = None  # the process whose thread steps the engine, once there is one
+        # The process whose thread steps the engine, once there is one.
+        self._pid: int | None = os.getpid() if bound else None
+        self._is_bound = bound
 
     @property
     def loop(self) -> EngineLoop | None:
@@ -97,9 +102,10 @@ class Lifetime:
         if loop is None:
             raise EngineClosedError(f"{self._name} was closed; make a new one")
         if self._pid not in (None, os.getpid()):
+            advice = "" if self._is_bound else "fork before the first request, or "
             raise EngineClosedError(
-                f"{self._name} runs in process {self._pid}, of which this process is a fork: fork "
-                "before the first request, or make the LLM in the child process"
+                f"{self._name} runs in process {self._pid}, of which this process is a fork: "
+                f"{advice}make the LLM in the child process"
             )
         return loop
 

@@ -103,7 +103,9 @@ class LLM:
         loop = make_loop(config)
         self.config = config
         self._maker: RequestMaker | None = RequestMaker(config, loop.engine)
-        self._lifetime = Lifetime(loop, f"LLM(model={config.model.model!r})")
+        self._lifetime = Lifetime(
+            loop, f"LLM(model={config.model.model!r})", bound=config.parallel.num_ranks > 1
+        )
         self._finalizer = weakref.finalize(self, self._lifetime.close)
         keep_out_of_history(self)
 

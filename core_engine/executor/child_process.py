@@ -17,6 +17,14 @@ from quire.executor.messages import Message, MessageError
 SILENT_SECONDS = 7.0
 """Without a sign of life, after which a process is taken for hung; it gives one each second."""
 
+_PROGRAM = """\
+import sys
+sys.path[:] = [path for path in sys.path if path]
+from {module} import main
+main()
+"""
+"""What ``python -m`` runs, without the current folder in front of what is imported."""
+
 
 class ChildProcess:
     """A process that runs a module of quire's, and a thread that hears what it says.
@@ -51,7 +59,8 @@ class ChildProcess:
         self.replies: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._lose = lose
         self._is_ending = False
-        command = [sys.executable, "-m", module, "--number", str(number)]
+        command = [sys.executable, "-c", _PROGRAM.format(module=module)]
+        command += ["--number", str(number)]
         command += ["--channel", str(other.fileno()), "--parent", str(os.getpid())]
         with other:
             self.process = subprocess.Popen(
@@ -60,8 +69,7 @@ class ChildProcess:
                 pass_fds=(other.fileno(), *fds),
                 env={
                     **os.environ,
-                    # What this process imports, wherever that came from, the other must find.
-                    "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+                    "PYTHONPATH": os.pathsep.join(_import_path()),
                     **environ,
                 },
             )
@@ -128,3 +136,12 @@ class ChildProcess:
         self.channel.close()
         if self._listener is not threading.current_thread():
             self._listener.join()
+
+
+def _import_path() -> list[str]:
+    """Return where this process imports from, so that the other finds the same."""
+    found = []
+    for path in sys.path:
+        with contextlib.suppress(FileNotFoundError):  # the current folder may be none any more
+            found.append(path or os.getcwd())
+    return found

@@ -73,7 +73,8 @@ class RankRunner:
             hidden = None
             if self.ends.before is not None:
                 shape = (piece.num_tokens, self._hidden_size)
-                hidden = self.ends.before.receive(shape, self._dtype).to(self.own.device)
+                # As stages leave it, whatever the model's type is; see `Decoder.forward`.
+                hidden = self.ends.before.receive(shape, torch.float32).to(self.own.device)
             hidden = self.own.forward(piece, hidden)
             if self.ends.after is not None:
                 self.ends.after.send(hidden)

@@ -54,7 +54,9 @@ class SharedMemory:
         self.base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._place: Place | None = None
         self._seat: list[int] = []  # the address of its quire_comm, while it has one
-        self._release = weakref.finalize(self, _release, self._library, self._map, fd, self._seat)
+        self._release = weakref.finalize(
+            self, _release, self._library, self._map, fd, self._seat, os.getpid()
+        )
         self._release.atexit = False  # a thread may be in a step until the process ends
         self.tensor_size = self.num_stages = 1
 
@@ -252,9 +254,12 @@ class SharedMemoryLink:
         return out
 
 
-def _release(library: ctypes.CDLL, mapped: mmap.mmap, fd: int, seat: list[int]) -> None:
+def _release(
+    library: ctypes.CDLL, mapped: mmap.mmap, fd: int, seat: list[int], process: int
+) -> None:
     """Leave; with `mapped`, whose memory is needed for it."""
-    while seat:
+    # What a fork lets go of is still the other's seat.
+    while seat and os.getpid() == process:
         library.quire_comm_free(seat.pop())
     os.close(fd)
 

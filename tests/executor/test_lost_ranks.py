@@ -227,3 +227,28 @@ def test_launched_ranks_all_decide_the_same(tiny_llama, tmp_path, options):
         check=True, timeout=60, capture_output=True, env={**os.environ, "RANK": "0"},
     )  # fmt: skip
     assert (tmp_path / "alone0").read_text() == found[0]
+
+
+def test_a_rank_imports_what_the_engines_process_imports(tiny_llama, tmp_path):
+    """And not what happens to lie in the current folder."""
+    current, folder = tmp_path / "current", tmp_path / "folder"
+    for each in (current, folder):
+        each.mkdir()
+    (current / "socket.py").write_text("raise RuntimeError('this is another one')")
+    script = folder / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from quire import LLM\n"
+        "llm = LLM(sys.argv[1], tensor_parallel_size=2, num_gpu_blocks_override=64)\n"
+        "llm.close()\n"
+    )
+    paths = [str(Path(each).absolute()) for each in sys.path if each]
+    done = subprocess.run(
+        [sys.executable, str(script), str(tiny_llama)],
+        cwd=current,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from adapters import write_adapter
 
 from quire import LLM, LoRARequest, SamplingParams
@@ -30,10 +32,9 @@ def engines(tiny_checkpoint: Callable[[str], Path]) -> Iterator[Callable[..., LL
         if key not in made:
             made[key] = LLM(
                 tiny_checkpoint(name),
-                dtype="float32",
                 max_model_len=128,
                 num_gpu_blocks_override=64,
-                **options,
+                **{"dtype": "float32", **options},
             )
         return made[key]
 
@@ -97,6 +98,16 @@ def test_several_processes_give_what_one_gives(engines, name, spread):
         assert_same(whole, several, params)
     again = several.generate(prompts()[1:], GREEDY, use_tqdm=False)
     assert [output.num_cached_tokens for output in again] == [16, 32]
+
+
+def test_stages_hand_over_what_they_compute_in_another_type(engines):
+    """Where the native kernels do not compute the whole step, as of float16."""
+    outputs = [
+        llm.generate(prompts(), SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+        for llm in (engines("llama", dtype="float16"), engines("llama", dtype="float16", **STAGES))
+    ]
+    whole, several = ([each.outputs[0].token_ids for each in made] for made in outputs)
+    assert whole == several
 
 
 def test_structured_outputs_and_embeddings(engines):
@@ -168,3 +179,17 @@ def test_an_adapter_that_does_not_fit_fails_alone(tiny_checkpoint, tmp_path, eng
     with pytest.raises(AdapterError):
         several.generate(["x"], GREEDY, lora_request=LoRARequest("other", 9, str(other)))
     assert several.generate(["x"], GREEDY, use_tqdm=False)[0].finished
+
+
+def test_the_threads_of_this_process_are_its_own_again(tiny_llama):
+    """Engines take their share on the thread that steps them, and give it back there."""
+    before = torch.get_num_threads()
+    for _ in range(2):
+        with LLM(tiny_llama, dtype="float32", num_gpu_blocks_override=64, **TWO) as llm:
+            llm.generate(["x"], SamplingParams(max_tokens=2), use_tqdm=False)
+            assert torch.get_num_threads() == before
+    late: list[int] = []
+    thread = threading.Thread(target=lambda: late.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert late == [before]

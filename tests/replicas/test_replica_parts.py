@@ -18,6 +18,7 @@ from quire.replicas.outbox import Outbox, messages_of
 from quire.replicas.replicated_engine import ReplicatedEngine
 from quire.replicas.replies import combine_adapters, combine_maps, combine_metrics
 from quire.replicas.wire import cache_map_to_message
+from quire.utils.threads import StepThreads
 
 
 def config(**options: Any) -> EngineConfig:
@@ -109,7 +110,7 @@ class NothingElse:
 
 def test_requests_wait_only_where_no_replica_has_room():
     whole = config(max_num_seqs=8)
-    engine = ReplicatedEngine(whole, NothingElse(), NothingElse(), restore_threads=None)  # type: ignore[arg-type]
+    engine = ReplicatedEngine(whole, NothingElse(), NothingElse(), StepThreads(None))  # type: ignore[arg-type]
     engine._loads = [11, 7]
     engine.check_queue(1)
     engine._loads = [11, 10]
