@@ -1,7 +1,7 @@
 """The program of a worker process: a rank of a model that is not the engine's own.
 
-It is started as ``python -m quire.executor.worker`` with the end of a channel, over which it is
-told everything else; it ends when it is told to, or when nobody is at the other end.
+It is started with the end of a channel, over which it is told everything else; it ends when it is
+told to, or when nobody is at the other end.
 """
 
 from __future__ import annotations
@@ -35,7 +35,3 @@ def run(rank: int, channel: Channel) -> None:
 def main() -> None:
     """Run a worker."""
     run_child("rank", run)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """The program of a replica: a whole engine with its loop, that is not the caller's own.
 
-It is started as ``python -m quire.replicas.program`` with the end of a channel, over which it is
+It is started with the end of a channel, over which it is
 told everything else; it ends when it is told to, or when nobody is at the other end.
 """
 
@@ -244,7 +244,3 @@ def serve(number: int, channel: Channel) -> None:
 def main() -> None:
     """Run a replica."""
     run_child("replica", serve)
-
-
-if __name__ == "__main__":
-    main()
