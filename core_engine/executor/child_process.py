@@ -17,6 +17,9 @@ from quire.executor.messages import Message, MessageError
 SILENT_SECONDS = 7.0
 """Without a sign of life, after which a process is taken for hung; it gives one each second."""
 
+_FIRST_SECONDS = 60.0
+"""Until the first: a disk may be slow, and a machine busy."""
+
 _PROGRAM = """\
 import sys
 sys.path[:] = [path for path in sys.path if path]
@@ -84,17 +87,18 @@ class ChildProcess:
 
     def listen(self) -> None:
         """Hear what it says until its end; what the listening thread runs."""
-        why = ""
+        why, patience = "", _FIRST_SECONDS
         try:
             while not why:
-                message = self.channel.receive(SILENT_SECONDS)
+                message = self.channel.receive(patience)
+                patience = SILENT_SECONDS
                 if message["what"] == "failed":
                     why = f"failed: {message['kind']}: {message['text']}"
                     self.hear(message)
                 elif message["what"] != "alive":
                     self.hear(message)
         except ChannelSilentError:
-            why = f"gave no sign of life for {SILENT_SECONDS:g} s"
+            why = f"gave no sign of life for {patience:g} s"
         except ChannelClosedError:
             why = self._how_it_ended()
         except MessageError as error:
