@@ -108,6 +108,7 @@ def test_metadata_says_what_pyproject_means(metadata: Message) -> None:
         "xgrammar",
         "openai",
         "server",
+        "ray",
         "gpu",
         "dev",
         "all",
@@ -120,6 +121,7 @@ def test_metadata_says_what_pyproject_means(metadata: Message) -> None:
         "safetensors",
         "tokenizers",
         "numpy",
+        "msgpack",
         "tqdm",
     }
     assert not any("<" in r or "langchain" in r for r in required)
