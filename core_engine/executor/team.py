@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from quire.parallel.place import Place
 
 
-class Crew:
+class Crew(ABC):
     """The ranks of one model, of which the first is this process's; see `Team` and `RayTeam`.
 
     Attributes
@@ -74,9 +75,9 @@ class Crew:
             self.close,
         )
 
+    @abstractmethod
     def close(self) -> None:
         """End the other ranks, and give back what they were connected by."""
-        raise NotImplementedError
 
 
 class Team(Crew):
