@@ -1,4 +1,4 @@
-"""TritonBackend: products with quantized weights by Triton, everything else by plain torch."""
+"""TritonBackend: what has a kernel by Triton, everything else by plain torch."""
 
 from __future__ import annotations
 
@@ -38,6 +38,73 @@ class TritonBackend(ReferenceBackend):
     def supports(device: torch.device) -> bool:
         """Whether `device` is a GPU and Triton can be imported."""
         return device.type == "cuda" and why_missing() is None
+
+    @staticmethod
+    def rms_norm(
+        x: torch.Tensor, weight: torch.Tensor | None, eps: float, *, weight_offset: float = 0.0
+    ) -> torch.Tensor:
+        """See `quire.kernels.interface.Backend.rms_norm`."""
+        from quire.kernels.triton.norms import rms_norm
+
+        return rms_norm(x, weight, eps, weight_offset=weight_offset)
+
+    @staticmethod
+    def add_rms_norm(
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor | None,
+        eps: float,
+        *,
+        weight_offset: float = 0.0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `quire.kernels.interface.Backend.add_rms_norm`."""
+        from quire.kernels.triton.norms import add_rms_norm
+
+        return add_rms_norm(x, residual, weight, eps, weight_offset=weight_offset)
+
+    @staticmethod
+    def layer_norm(
+        x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+    ) -> torch.Tensor:
+        """See `quire.kernels.interface.Backend.layer_norm`."""
+        from quire.kernels.triton.norms import layer_norm
+
+        return layer_norm(x, weight, bias, eps)
+
+    @staticmethod
+    def rotary_embedding(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        *,
+        interleaved: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `quire.kernels.interface.Backend.rotary_embedding`."""
+        from quire.kernels.triton.rotary import rotary_embedding
+
+        return rotary_embedding(query, key, cos, sin, interleaved=interleaved)
+
+    @staticmethod
+    def activation(x: torch.Tensor, kind: str) -> torch.Tensor:
+        """See `quire.kernels.interface.Backend.activation`."""
+        from quire.kernels.triton.activation import activation
+
+        return activation(x, kind)
+
+    @staticmethod
+    def act_and_mul(x: torch.Tensor, kind: str) -> torch.Tensor:
+        """See `quire.kernels.interface.Backend.act_and_mul`."""
+        from quire.kernels.triton.activation import act_and_mul
+
+        return act_and_mul(x, kind)
+
+    @staticmethod
+    def embedding(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See `quire.kernels.interface.Backend.embedding`."""
+        from quire.kernels.triton.embedding import embedding
+
+        return embedding(ids, weight)
 
     @staticmethod
     def quantized_linear(
