@@ -17,14 +17,14 @@ class Rows(NamedTuple):
     ----------
     x : Tensor
         What they are read from: the tensor itself, or a copy where its strides are of no use.
-    count, inner : int
+    num_rows, inner : int
         All rows, and those of one inner matrix.
     outer_stride, inner_stride : int
         From one matrix to the next, and from one row.
     """
 
     x: torch.Tensor
-    count: int
+    num_rows: int
     inner: int
     outer_stride: int
     inner_stride: int
@@ -34,15 +34,15 @@ class Rows(NamedTuple):
         """Find the rows of a tensor; only what is no view of heads or tokens is copied."""
         if x.dim() > 3 or (x.dim() > 0 and x.stride(-1) != 1 and x.shape[-1] > 1):
             x = x.contiguous()
-        count = x.numel() // max(x.shape[-1], 1)
+        num_rows = x.numel() // max(x.shape[-1], 1)
         if x.dim() == 3:
-            return cls(x, count, x.shape[1], x.stride(0), x.stride(1))
+            return cls(x, num_rows, x.shape[1], x.stride(0), x.stride(1))
         if x.dim() == 2:
-            return cls(x, count, 1, x.stride(0), 0)
-        return cls(x, count, 1, x.shape[-1], 0)
+            return cls(x, num_rows, 1, x.stride(0), 0)
+        return cls(x, num_rows, 1, x.shape[-1], 0)
 
 
-def _blocks(x: torch.Tensor, count: int) -> dict[str, int]:
+def _blocks(x: torch.Tensor, num_rows: int) -> dict[str, int]:
     """Return the arguments that say how much a program takes: one long row, or short ones."""
     size = x.shape[-1]
     config = dict(config_for("norm", x.device, size=size, dtype=str(x.dtype)[6:]))
@@ -50,7 +50,7 @@ def _blocks(x: torch.Tensor, count: int) -> dict[str, int]:
     rows = 1
     if whole <= config["BLOCK"]:
         # No more rows than there are: a decode step has few tokens, which are to run side by side.
-        rows = min(config["BLOCK"] // whole, 16 if count >= 4096 else 1)
+        rows = min(config["BLOCK"] // whole, 16 if num_rows >= 4096 else 1)
         config["BLOCK"] = whole
     return {**config, "ROWS": rows}
 
@@ -63,14 +63,14 @@ def rms_norm(
     if out.numel() == 0:
         return out
     rows = Rows.of(x)
-    blocks = _blocks(x, rows.count)
-    rms_norm_rows[(-(-rows.count // blocks["ROWS"]),)](
+    blocks = _blocks(x, rows.num_rows)
+    rms_norm_rows[(-(-rows.num_rows // blocks["ROWS"]),)](
         rows.x,
         rows.x,
         rows.x if weight is None else weight.contiguous(),
         out,
         out,
-        rows.count,
+        rows.num_rows,
         rows.inner,
         rows.outer_stride,
         rows.inner_stride,
@@ -129,13 +129,13 @@ def layer_norm(
     if out.numel() == 0:
         return out
     rows = Rows.of(x)
-    blocks = _blocks(x, rows.count)
-    layer_norm_rows[(-(-rows.count // blocks["ROWS"]),)](
+    blocks = _blocks(x, rows.num_rows)
+    layer_norm_rows[(-(-rows.num_rows // blocks["ROWS"]),)](
         rows.x,
         rows.x if weight is None else weight.contiguous(),
         rows.x if bias is None else bias.contiguous(),
         out,
-        rows.count,
+        rows.num_rows,
         rows.inner,
         rows.outer_stride,
         rows.inner_stride,
