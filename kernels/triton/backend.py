@@ -114,3 +114,12 @@ class TritonBackend(ReferenceBackend):
         from quire.kernels.triton.quantized import quantized_linear
 
         return quantized_linear(x, weight, bias)
+
+    @staticmethod
+    def quantized_embedding(
+        ids: torch.Tensor, weight: QuantizedWeight, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """See `quire.kernels.quantized_interface.QuantizedOperations.quantized_embedding`."""
+        from quire.kernels.triton.quantized_embedding import quantized_embedding
+
+        return quantized_embedding(ids, weight, dtype)
