@@ -219,9 +219,9 @@ def _multiply(
         parts = torch.empty(num_parts, num_rows, num_outputs, dtype=torch.float32, device=x.device)
     codes = weight.codes.contiguous()
     table = weight.table
-    grid = (-(-num_rows // config["ROWS"]), -(-num_outputs // config["OUTPUTS"]), splits)
+    tiles = -(-num_rows // config["ROWS"]) * -(-num_outputs // config["OUTPUTS"])
     scales = weight.scales.contiguous()
-    quantized_product[grid](
+    quantized_product[(tiles, splits)](
         inputs.high,
         inputs.high if inputs.low is None else inputs.low,
         codes.view(torch.uint8) if weight.kind == "fp8" else codes,

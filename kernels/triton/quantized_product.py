@@ -182,6 +182,20 @@ def scale_group(
     return part.to(tl.float32) * scale[None, :]
 
 
+@triton.jit
+def tile_of(program, num_row_tiles, num_output_tiles):
+    """Return which rows and outputs a program has: close ones run at the same time.
+
+    So eight tiles of rows are gone over for all outputs before the next eight are, and what these
+    programs read is still in the cache.
+    """
+    per_band = 8 * num_output_tiles
+    first = program // per_band * 8
+    height = tl.minimum(num_row_tiles - first, 8)
+    place = program % per_band
+    return first + place % height, place // height
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def quantized_product(
     x,
@@ -233,16 +247,19 @@ def quantized_product(
         What each row is to be multiplied with; read with HAS_STEPS.
     bias : [num_outputs]; read with HAS_BIAS
     out : [num_rows, num_outputs]; with IN_PARTS [num_splits, num_rows, num_outputs], float32
-        The third axis of the grid is splits, each of `split_size` columns. Parts are without steps
-        and bias.
+        The second axis of the grid is splits, each of `split_size` columns. Parts are without
+        steps and bias.
     split_size : int
         A multiple of INPUTS.
     KIND : "int8", "int4", "fp8" or "table4"
     BY_VALUES : codes become values first; else INPUTS divides `group_size`, or ONE_GROUP
     """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-    split = tl.program_id(2)
+    row_tile, output_tile = tile_of(
+        tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.cdiv(num_outputs, OUTPUTS)
+    )
+    row = row_tile * ROWS + tl.arange(0, ROWS)
+    output = output_tile * OUTPUTS + tl.arange(0, OUTPUTS)
+    split = tl.program_id(1)
     is_row = row < num_rows
     is_output = output < num_outputs
     code_rows = codes + output.to(tl.int64)[None, :] * row_bytes

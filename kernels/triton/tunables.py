@@ -56,7 +56,6 @@ class Tunable:
 
 
 _WARPS = (1, 2, 4, 8, 16)
-_STAGES = (1, 2, 3, 4, 5)
 
 TUNABLES: dict[str, Tunable] = {
     "norm": Tunable(
@@ -95,10 +94,10 @@ TUNABLES: dict[str, Tunable] = {
         keys={"rows": int, "outputs": int, "inputs": int, "kind": str, "dtype": str},
         fields={
             "ROWS": (16, 32, 64, 128),
-            "OUTPUTS": (16, 32, 64, 128, 256),
+            "OUTPUTS": (16, 32, 64, 128),
             "INPUTS": (32, 64, 128, 256),
-            "num_warps": (2, 4, 8),
-            "num_stages": _STAGES,
+            "num_warps": (4, 8),
+            "num_stages": (2, 3, 4, 5),
         },
         # Few rows are bound by the reading of codes: narrow tiles give more programs, which read
         # at the same time, and long ones whole lines of memory. Many are bound by the products.

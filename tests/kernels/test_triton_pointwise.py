@@ -6,6 +6,8 @@ What is expected is the reference's result in float64. A bound is a multiple of 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -276,3 +278,77 @@ def test_what_is_no_number_stays_in_its_row():
         assert not got[5].isfinite().all()
         others = [0, 1, 2, 4, *range(6, len(got))]
         assert torch.equal(got[others], clean[others])
+
+
+_COMPILE = """
+import itertools
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from quire.kernels.triton.activation import KINDS
+from quire.kernels.triton.activation_kernel import activate
+from quire.kernels.triton.embedding import gather_rows
+from quire.kernels.triton.norm_kernels import layer_norm_rows, rms_norm_rows
+from quire.kernels.triton.rotary_kernel import rotate
+
+FLOATS = ("eps", "offset")
+
+
+def compile_for_all(kernel, pointers, constants, num_warps):
+    signature = {
+        name: pointers.get(name)
+        or ("constexpr" if name in constants else "fp32" if name in FLOATS else "i32")
+        for name in kernel.arg_names
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    for capability in (80, 90):
+        target = GPUTarget("cuda", capability, 32)
+        triton.compile(source, target=target, options={"num_warps": num_warps})
+    print(kernel.fn.__name__)
+
+
+for t in ("*bf16", "*fp32"):
+    for (size, block, rows), given in itertools.product(
+        ((4096, 4096, 1), (128, 128, 16), (40000, 16384, 1)), (False, True)
+    ):
+        blocks = {"SIZE": size, "BLOCK": block, "ROWS": rows, "HAS_WEIGHT": given}
+        names = ("x", "residual", "weight", "total", "out")
+        compile_for_all(
+            rms_norm_rows, dict.fromkeys(names, t), {**blocks, "HAS_RESIDUAL": given}, 16
+        )
+        names = ("x", "weight", "bias", "out")
+        compile_for_all(
+            layer_norm_rows, dict.fromkeys(names, t), {**blocks, "HAS_BIAS": given}, 16
+        )
+    for interleaved, rest in ((False, 0), (True, 32)):
+        constants = {
+            "INTERLEAVED": interleaved,
+            "NUM_HEADS": 32,
+            "NUM_KV_HEADS": 8,
+            "HEAD_DIM": 128,
+            "HALF": 64 - rest // 2,
+            "PAIRS": 64,
+            "REST": rest,
+            "HEADS": 8,
+        }
+        names = ("query", "key", "query_out", "key_out")
+        pointers = {**dict.fromkeys(names, t), "cos": "*fp32", "sin": "*fp32"}
+        compile_for_all(rotate, pointers, constants, 4)
+    for kind in KINDS:
+        constants = {"KIND": kind, "IS_GATED": True, "BLOCK": 1024}
+        compile_for_all(activate, {"x": t, "out": t}, constants, 4)
+    compile_for_all(gather_rows, {"ids": "*i64", "table": t, "out": t}, {"BLOCK": 1024}, 4)
+"""
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path):
+    """For two generations, in types that the interpreter knows and in one that it does not."""
+    environ = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILE], env=environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2 * (3 * 2 * 2 + 2 + len(KINDS) + 1)

@@ -18,6 +18,7 @@ from quire.kernels.quantized import Kind, Outliers, QuantizedWeight
 from quire.kernels.reference.quantized import quantized_embedding as rows_by_torch
 from quire.kernels.reference.quantized import quantized_linear as by_torch
 from quire.kernels.triton.backend import TritonBackend
+from quire.kernels.triton.configs import trying
 
 pytest.importorskip("triton", reason="triton is in the extra 'gpu'")
 
@@ -210,13 +211,21 @@ def test_rows_of_a_table_are_those_of_the_dequantized_weight(
 
 def test_few_outputs_are_computed_in_parts():
     """Inputs are shared out among programs; what comes out is the same but for rounding."""
-    for kind, group_size in itertools.product(("int8", "int4", "fp8", "table4"), (32, 128, 4096)):
-        weight = draw_weight(kind, (24, 2048), group_size, 0, {"zeros"})
+    for kind, group_size in itertools.product(("int8", "int4", "fp8", "table4"), (32, 4096)):
+        weight = draw_weight(kind, (12, 1024), group_size, 0, {"zeros"})
         config = plan_product(weight, 2, torch.float16).config
         assert num_splits(weight, 2, config) > 1
-        x = torch.randn(2, 2048, generator=torch.Generator().manual_seed(0)).half()
-        compare(weight, x, torch.randn(24).half(), torch.float16)
+        x = torch.randn(2, 1024, generator=torch.Generator().manual_seed(0)).half()
+        compare(weight, x, torch.randn(12).half(), torch.float16)
     assert num_splits(weight, 512, plan_product(weight, 512, torch.float16).config) == 1
+
+
+def test_many_tiles_are_each_computed_once():
+    """However they are put in order: bands of eight, and what is left of them."""
+    weight = draw_weight("int8", (70, 40), 40, 0, {"order"})
+    x = torch.randn(180, 40, generator=torch.Generator().manual_seed(0))
+    with trying("quantized_product", {"ROWS": 16, "OUTPUTS": 16}):
+        compare(weight, x, None, torch.float32)
 
 
 def test_blocks_of_columns_fit_groups():
