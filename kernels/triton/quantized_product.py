@@ -103,15 +103,12 @@ def read_inputs(x, row, stride, place, is_row, is_column):
 
 
 @triton.jit
-def multiply_codes(inputs, numbers, part, total, HAS_ZEROS: tl.constexpr):
-    """Add ``inputs @ numbers`` to `part`, and with zeros the sums of inputs to `total`."""
+def multiply_codes(inputs, numbers, part):
+    """Add ``inputs @ numbers`` to `part`."""
     if inputs.dtype == tl.int8:
-        part = tl.dot(inputs, numbers, acc=part, out_dtype=tl.int32)
+        return tl.dot(inputs, numbers, acc=part, out_dtype=tl.int32)
     else:
-        part = tl.dot(inputs, numbers, acc=part, input_precision="ieee")
-    if HAS_ZEROS:
-        total += tl.sum(inputs.to(total.dtype), 1)
-    return part, total
+        return tl.dot(inputs, numbers, acc=part, input_precision="ieee")
 
 
 @triton.jit
@@ -123,7 +120,6 @@ def multiply_block(
     column,
     there,
     part,
-    total,
     scales,
     zeros,
     table,
@@ -135,7 +131,7 @@ def multiply_block(
     HAS_ZEROS: tl.constexpr,
     TABLE_STRIDE: tl.constexpr,
 ):
-    """Add inputs ``[rows, columns]`` times codes ``[columns, outputs]`` to `part` and `total`."""
+    """Add inputs ``[rows, columns]`` times codes ``[columns, outputs]`` to `part`."""
     if BY_VALUES or KIND == "table4":
         values = code_values(
             found,
@@ -155,10 +151,10 @@ def multiply_block(
         part = multiply_values(inputs, values, part)
     else:
         numbers = code_numbers(found, KIND, HAS_ZEROS, inputs.dtype)
-        part, total = multiply_codes(inputs, numbers, part, total, HAS_ZEROS)
+        part = multiply_codes(inputs, numbers, part)
         if IN_PAIRS:
-            part, total = multiply_codes(low, numbers, part, total, HAS_ZEROS)
-    return part, total
+            part = multiply_codes(low, numbers, part)
+    return part
 
 
 @triton.jit
@@ -296,12 +292,17 @@ def quantized_product(
                 if IN_PAIRS:
                     both = read_inputs(x_low, row, x_stride, column, is_row, is_column)
                     even_low, odd_low = tl.split(tl.reshape(both, (ROWS, INPUTS // 2, 2)))
+            if HAS_ZEROS and not BY_VALUES:
+                addends = even.to(total.dtype) + odd.to(total.dtype)
+                if IN_PAIRS:
+                    addends += even_low.to(total.dtype) + odd_low.to(total.dtype)
+                total += tl.sum(addends, 1)
             for half in tl.static_range(2):
                 inputs, low = even, even_low
                 if half == 1:
                     inputs, low = odd, odd_low
                 column = 2 * pair + half
-                part, total = multiply_block(
+                part = multiply_block(
                     inputs,
                     low,
                     (found >> (4 * half)) & 15,
@@ -309,7 +310,6 @@ def quantized_product(
                     column,
                     (column < num_inputs)[:, None] & is_output[None, :],
                     part,
-                    total,
                     scales,
                     zeros,
                     table,
@@ -328,7 +328,12 @@ def quantized_product(
             low = inputs
             if IN_PAIRS:
                 low = read_inputs(x_low, row, x_stride, column, is_row, is_column)
-            part, total = multiply_block(
+            if HAS_ZEROS and not BY_VALUES:
+                addends = inputs.to(total.dtype)
+                if IN_PAIRS:
+                    addends += low.to(total.dtype)
+                total += tl.sum(addends, 1)
+            part = multiply_block(
                 inputs,
                 low,
                 found,
@@ -336,7 +341,6 @@ def quantized_product(
                 column,
                 there,
                 part,
-                total,
                 scales,
                 zeros,
                 table,
