@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if not Path("/dev/nvidia0").exists() and not Path("/dev/kfd").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # its kernels are then run on the CPU, step by step
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # its default, of which Triton 3.9 warns
 os.environ["LANGSMITH_TRACING"] = os.environ["LANGCHAIN_TRACING_V2"] = "false"
 for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "VLLM_USE_MODELSCOPE", "QUIRE_LOG_LEVEL"):
     os.environ.pop(_name, None)

@@ -291,9 +291,12 @@ from quire.kernels.triton.activation import KINDS
 from quire.kernels.triton.activation_kernel import activate
 from quire.kernels.triton.embedding import gather_rows
 from quire.kernels.triton.norm_kernels import layer_norm_rows, rms_norm_rows
+from quire.kernels.triton.quantized_inputs import multiply_outliers, prepare_inputs
+from quire.kernels.triton.quantized_product import add_parts
+from quire.kernels.triton.quantized_rows import add_outliers, dequantize_rows
 from quire.kernels.triton.rotary_kernel import rotate
 
-FLOATS = ("eps", "offset")
+FLOATS = ("eps", "offset", "fixed_step")
 
 
 def compile_for_all(kernel, pointers, constants, num_warps):
@@ -340,6 +343,35 @@ for t in ("*bf16", "*fp32"):
         constants = {"KIND": kind, "IS_GATED": True, "BLOCK": 1024}
         compile_for_all(activate, {"x": t, "out": t}, constants, 4)
     compile_for_all(gather_rows, {"ids": "*i64", "table": t, "out": t}, {"BLOCK": 1024}, 4)
+    # What stands around products with codes.
+    sparse = {"first": "*i64", "columns": "*i32", "values": "*fp32"}
+    for given in (False, True):
+        steps = {"HAS_STEPS": given, "HAS_BIAS": given, "BLOCK": 512}
+        pointers = {"parts": "*fp32", "steps": "*fp32", "bias": t, "out": t}
+        compile_for_all(add_parts, pointers, steps, 4)
+        pointers = {"x": t, "order": "*i64", "factors": "*fp32", "steps": "*fp32", "low": "*bf16"}
+        constants = {
+            "HAS_ORDER": given,
+            "HAS_FACTORS": not given,
+            "IN_STEPS": given,
+            "HAS_FIXED_STEP": False,
+            "IN_PAIRS": not given,
+            "IS_APART": given,
+            "BLOCK": 1024,
+        }
+        pointers["out"] = "*i8" if given else "*bf16"
+        compile_for_all(prepare_inputs, pointers, constants, 4)
+        pointers = {"x": t, "factors": "*fp32", "steps": "*fp32", "out": "*fp32", **sparse}
+        constants = {"HAS_FACTORS": not given, "IN_STEPS": given, "ROWS": 16, "BLOCK": 32}
+        compile_for_all(multiply_outliers, pointers, constants, 2)
+    compile_for_all(add_outliers, {"ids": "*i64", "out": "*fp32", **sparse}, {"BLOCK": 32}, 1)
+    for kind in ("int8", "int4", "fp8", "table4"):
+        pointers = {"ids": "*i64", "codes": "*i8" if kind == "int8" else "*u8", "out": t}
+        pointers |= {"scales": "*fp32", "zeros": "*i16", "table": "*fp32"}
+        pointers |= {"order": "*i64", "factors": "*fp32"}
+        constants = {"KIND": kind, "HAS_ZEROS": kind == "int8", "HAS_ORDER": True}
+        constants |= {"HAS_FACTORS": True, "TABLE_STRIDE": 16, "BLOCK": 1024}
+        compile_for_all(dequantize_rows, pointers, constants, 4)
 """
 
 
@@ -351,4 +383,4 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path):
         [sys.executable, "-c", _COMPILE], env=environ, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 2 * (3 * 2 * 2 + 2 + len(KINDS) + 1)
+    assert len(done.stdout.splitlines()) == 2 * (3 * 2 * 2 + 2 + len(KINDS) + 1 + 2 * 3 + 1 + 4)
