@@ -9,6 +9,9 @@ import torch
 from quire.kernels.triton.configs import bucket, config_for
 from quire.kernels.triton.norm_kernels import layer_norm_rows, rms_norm_rows
 
+_MANY_ROWS = 4096
+"""From so many on, a program takes several short ones."""
+
 
 class Rows(NamedTuple):
     """Rows of a tensor of any number of axes, as a matrix of matrices of them.
@@ -50,7 +53,7 @@ def _blocks(x: torch.Tensor, num_rows: int) -> dict[str, int]:
     rows = 1
     if whole <= config["BLOCK"]:
         # No more rows than there are: a decode step has few tokens, which are to run side by side.
-        rows = min(config["BLOCK"] // whole, 16 if num_rows >= 4096 else 1)
+        rows = min(config["BLOCK"] // whole, 16 if num_rows >= _MANY_ROWS else 1)
         config["BLOCK"] = whole
     return {**config, "ROWS": rows}
 
