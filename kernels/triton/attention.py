@@ -34,14 +34,19 @@ def paged_attention(
     out = torch.empty((num_tokens, num_heads, head_dim), dtype=query.dtype, device=query.device)
     window = plan.seen_through(sliding_window)
     shared_by = num_heads // num_kv_heads
-    layer = LayerKind(num_kv_heads, shared_by, head_dim, query.element_size(), window)
     kind = KINDS.get(key_cache.dtype, "float")
+    layer = LayerKind(
+        num_kv_heads, shared_by, head_dim, query.element_size(), kind != "float", window
+    )
     key_scales, value_scales = key_cache, value_cache
     if kind != "float":
         key_cache, value_cache = key_cache.view(torch.uint8), value_cache.view(torch.uint8)
         key_scales, value_scales = key_cache, value_cache
         if head_dim % SCALE_BYTES == 0:
-            key_scales, value_scales = key_cache.view(torch.float32), value_cache.view(torch.float32)
+            key_scales, value_scales = (
+                key_cache.view(torch.float32),
+                value_cache.view(torch.float32),
+            )
         if kind == "int8":
             key_cache, value_cache = key_cache.view(torch.int8), value_cache.view(torch.int8)
     factor = scale * _LOG2_E if softcap is None else 2 * scale * _LOG2_E / softcap

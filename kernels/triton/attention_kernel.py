@@ -61,10 +61,10 @@ def numbers_of(codes, KIND: tl.constexpr):
     e4m3 is float16 with three bits less of an exponent, and only moved into place. A code that is
     no number is never written.
     """
-    if KIND == "int8":
-        return codes
-    bits = codes.to(tl.uint16)
-    return (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+    if KIND == "fp8":
+        bits = codes.to(tl.uint16)
+        codes = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+    return codes
 
 
 @triton.jit

@@ -30,6 +30,8 @@ class LayerKind(NamedTuple):
         `shared_by` is how many query heads read one KV head.
     itemsize : int
         Bytes of a number of its queries.
+    is_coded : bool
+        Whether its caches hold codes.
     window : int or None
     """
 
@@ -37,6 +39,7 @@ class LayerKind(NamedTuple):
     shared_by: int
     head_dim: int
     itemsize: int
+    is_coded: bool
     window: int | None
 
     @property
@@ -49,7 +52,8 @@ class LayerKind(NamedTuple):
 
         The largest is kept in any case: what does not fit in there is cut into `shares`.
         """
-        sizes = choose_tiles(self.width, self.itemsize, processors_of(device).shared_memory)
+        memory = processors_of(device).shared_memory
+        sizes = choose_tiles(self.width, self.itemsize, self.is_coded, memory)
         return tuple(tiles for tiles in sizes[:-1] if tiles.rows >= self.shared_by) + sizes[-1:]
 
 

@@ -36,11 +36,16 @@ class Tiles(NamedTuple):
 
 
 @cache
-def choose_tiles(width: int, itemsize: int, shared_memory: int) -> tuple[Tiles, ...]:
+def choose_tiles(
+    width: int, itemsize: int, is_coded: bool, shared_memory: int
+) -> tuple[Tiles, ...]:
     """Return the sizes of tiles for heads of so many numbers, the smallest first.
 
     Few rows are bound by the reading of keys: there, keys are shared out among many programs. Many
     rows are bound by tensor cores, which float32 has none of.
+
+    The numbers of a block are read before its keys: it takes two stages to be one tile of keys
+    ahead, and four to be two.
 
     Parameters
     ----------
@@ -48,32 +53,31 @@ def choose_tiles(width: int, itemsize: int, shared_memory: int) -> tuple[Tiles, 
         The size of a head, rounded up to a power of two.
     itemsize : int
         Bytes of a number as it is computed with.
+    is_coded : bool
+        Whether keys and values are codes, which lie at whole fours of bytes alone: that takes
+        registers for four times as many places.
     shared_memory : int
         Bytes that a program may have.
     """
     if itemsize == 4:
         keys = 32 if width <= 128 else 16
-        sizes = [Tiles(16, keys, 4, 2, 16, 128), Tiles(32, keys, 4, 2, 4, 512)]
-    elif width <= 128:
-        sizes = [
-            Tiles(16, 64, 4, 4, 16, 128),
-            Tiles(64, 64, 4, 3, 8, 256),
-            Tiles(128, 128 if width <= 128 else 64, 8, 3, 2, 1024),
-        ]
+        sizes = [Tiles(16, keys, 8, 2, 16, 128), Tiles(32, keys, 8, 2, 4, 512)]
     else:
+        few = 32 if is_coded or width > 128 else 64
         sizes = [
-            Tiles(16, 32, 4, 4, 16, 128),
-            Tiles(64, 32, 4, 3, 8, 256),
-            Tiles(128, 64, 8, 3, 2, 1024),
+            Tiles(16, few, 4, 5, 16, 128),
+            Tiles(64, few, 4, 3, 8, 256),
+            Tiles(128, 64 if width > 128 else 128, 8, 3, 2, 1024),
         ]
     return tuple(_fitted(tiles, width, itemsize, shared_memory) for tiles in sizes)
 
 
 def _fitted(tiles: Tiles, width: int, itemsize: int, shared_memory: int) -> Tiles:
-    """Take as many stages off, and then as many keys, as there is no memory for."""
-    queries = tiles.rows * width * itemsize
+    """Take off as many stages, and then keys, as there is no memory for."""
+    # Results go through there as well as queries.
+    queries = tiles.rows * width * itemsize + 4096
     while tiles.num_stages > 1 or tiles.keys > 16:
-        buffers = max(tiles.num_stages - 1, 1) * 2 * tiles.keys * width * itemsize
+        buffers = max(tiles.num_stages // 2, 1) * 2 * tiles.keys * width * itemsize
         if queries + buffers <= shared_memory:
             break
         if tiles.num_stages > 2 or tiles.keys <= 16:

@@ -78,9 +78,7 @@ def tile_queries(
     )
 
 
-def share_out(
-    tiles: QueryTiles, window: int | None, num_ranges: int, least_share: int
-) -> Work:
+def share_out(tiles: QueryTiles, window: int | None, num_ranges: int, least_share: int) -> Work:
     """Cut the keys that tiles see into ranges of about one length, the longest first.
 
     There are `num_ranges` at most, beside one for each tile; and none is shorter than about

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 
+from quire.kernels.interface import AttentionPlan
 from quire.kernels.quantized import QuantizedWeight
 from quire.kernels.reference.backend import ReferenceBackend
-
-if TYPE_CHECKING:
-    from quire.kernels.triton.attention_plan import AttentionPlan, DecodePlan
 
 
 @cache
@@ -80,7 +77,7 @@ class TritonBackend(ReferenceBackend):
     @staticmethod
     def make_decode_plan(
         num_seqs: int, max_blocks: int, block_size: int, device: torch.device
-    ) -> DecodePlan:
+    ) -> AttentionPlan:
         """See `quire.kernels.interface.Backend.make_decode_plan`."""
         from quire.kernels.triton.attention_plan import DecodePlan
 
@@ -88,7 +85,7 @@ class TritonBackend(ReferenceBackend):
 
     @staticmethod
     def fill_decode_plan(
-        plan: DecodePlan, seq_lens: torch.Tensor, block_tables: torch.Tensor
+        plan: AttentionPlan, seq_lens: torch.Tensor, block_tables: torch.Tensor
     ) -> None:
         """See `quire.kernels.interface.Backend.fill_decode_plan`."""
         plan.fill(seq_lens, block_tables)
@@ -98,7 +95,7 @@ class TritonBackend(ReferenceBackend):
         query: torch.Tensor,
         key_cache: torch.Tensor,
         value_cache: torch.Tensor,
-        plan: AttentionPlan | DecodePlan,
+        plan: AttentionPlan,
         *,
         scale: float,
         sliding_window: int | None = None,

@@ -23,9 +23,7 @@ def encode_fp8(x):
 
 
 @triton.jit
-def write_row(
-    x, cache, source, place, column, is_there, KIND: tl.constexpr, DIM: tl.constexpr
-):
+def write_row(x, cache, source, place, column, is_there, KIND: tl.constexpr, DIM: tl.constexpr):
     """Copy rows ``[rows, columns]`` from `source` to `place`, in the cache's type or codes."""
     is_number = is_there[:, None] & (column < DIM)[None, :]
     found = tl.load(x + source[:, None] + column[None, :], mask=is_number, other=0.0)
