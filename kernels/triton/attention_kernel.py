@@ -232,6 +232,9 @@ def attend(
     sequence = tl.load(items + item)
     token = tl.load(items + num_items + item)
     count = tl.load(items + 2 * num_items + item)
+    if count == 0:
+        # Recorded steps have items to spare.
+        return
     end = tl.load(items + 3 * num_items + item)
     low = tl.load(items + 4 * num_items + item)
     high = tl.load(items + 5 * num_items + item)

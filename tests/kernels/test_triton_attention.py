@@ -37,7 +37,7 @@ HEAD_DIMS = (4, 16, 20, 32, 64, 80)
 
 triton_backend, reference = TritonBackend(), ReferenceBackend()
 # The interpreter takes its time.
-few = settings(max_examples=settings.default.max_examples // 6)
+few = settings(max_examples=settings.default.max_examples // 8)
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -46,7 +46,7 @@ def small_tiles(monkeypatch, request):
     """Tiles so small that short sequences have many; but for tests that ask for real ones."""
     if "real_tiles" in request.fixturenames:
         return
-    tiles = (Tiles(16, 16, 4, 2, 16, 16), Tiles(32, 16, 4, 2, 4, 32))
+    tiles = (Tiles(16, 16, 4, 2, 6, 16), Tiles(32, 16, 4, 2, 4, 32))
     monkeypatch.setattr(attention_plan, "choose_tiles", lambda *_: tiles)
     monkeypatch.setattr(attention_work, "KEYS_UNIT", 16)
 
