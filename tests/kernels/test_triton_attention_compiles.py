@@ -44,11 +44,10 @@ def build(kernel, capability, pointers, numbers, constants, **options):
     return triton.compile(source, target=target, options=options)
 
 
-for capability, (cache, dtype), dim, window in itertools.product(
+for capability, (cache, dtype), (dim, window) in itertools.product(
     (80, 90),
     (("bf16", "bf16"), ("fp16", "fp16"), ("i8", "bf16"), ("u8", "fp16"), ("fp32", "fp32")),
-    (64, 80, 128, 256),
-    (False, True),
+    ((64, True), (80, False), (128, False), (256, True)),
 ):
     kind = {"i8": "int8", "u8": "fp8"}.get(cache, "float")
     heads = {"KV_HEADS": 8, "SHARED_BY": 4}
@@ -103,7 +102,8 @@ for capability, (cache, dtype), dim, window in itertools.product(
         capability,
         {
             **dict.fromkeys(("key", "value"), f"*{dtype}"),
-            **dict.fromkeys(("key_cache", "value_cache"), f"*{dtype}" if kind == "float" else "*u8"),
+            "key_cache": f"*{dtype}" if kind == "float" else "*u8",
+            "value_cache": f"*{dtype}" if kind == "float" else "*u8",
             "slots": "*i64",
         },
         ("num_rows", *(f"{name}_stride" for name in strides)),
@@ -134,4 +134,4 @@ def test_attention_compiles_for_gpus_that_are_not_here(tmp_path):
         [sys.executable, "-c", _COMPILE], env=environ, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == 80
+    assert len(done.stdout.splitlines()) == 40
