@@ -288,7 +288,8 @@ class Backend(ExpertOperations, LoraOperations, QuantizedOperations, Protocol):
             nearest. A row that holds a NaN or an infinity stands for NaN as a whole.
         key_cache, value_cache : Tensor[num_blocks, block_size, num_kv_heads, row_width]
         slot_mapping : Tensor[num_tokens], int64
-            Slots, all different, none in the null block.
+            Slots, all different, none in the null block. Where one is negative, nothing is
+            written.
         """
 
     def plan_attention(
@@ -321,6 +322,47 @@ class Backend(ExpertOperations, LoraOperations, QuantizedOperations, Protocol):
             For `paged_attention` of the same backend, for any layer of this step.
         """
 
+    def make_decode_plan(
+        self, num_seqs: int, max_blocks: int, block_size: int, device: torch.device
+    ) -> AttentionPlan:
+        """Allocate a plan for steps of one token for each sequence, to be filled again and again.
+
+        Its tensors stay where they are, so that a recorded step (a CUDA graph) reads what the
+        last `fill_decode_plan` wrote. Before a step is recorded, `paged_attention` must have run
+        with the plan once for layers of each kind. Until the plan is filled, all sequences are
+        empty.
+
+        Parameters
+        ----------
+        num_seqs : int
+            Sequence ``i`` owns token ``i`` of a step.
+        max_blocks : int
+            Columns of a block table.
+        block_size : int
+            As in the caches.
+        device : torch.device
+
+        Returns
+        -------
+        AttentionPlan
+            For `paged_attention` of the same backend. A token of an empty sequence gets zeros.
+        """
+
+    def fill_decode_plan(
+        self, plan: AttentionPlan, seq_lens: torch.Tensor, block_tables: torch.Tensor
+    ) -> None:
+        """Tell a plan of `make_decode_plan` what the next step is.
+
+        Parameters
+        ----------
+        plan : AttentionPlan
+        seq_lens : Tensor[count], int32, on the CPU
+            As for `plan_attention`, or 0 for an empty sequence. Those from `count` on, up to the
+            plan's number, are empty.
+        block_tables : Tensor[count, num_blocks], int32
+            As for `plan_attention`; of as many columns as the plan's at most.
+        """
+
     def paged_attention(
         self,
         query: torch.Tensor,
@@ -349,7 +391,7 @@ class Backend(ExpertOperations, LoraOperations, QuantizedOperations, Protocol):
             The step's own keys and values are in it already. Codes stand for ``code * scale``,
             rounded to float32, and rounded again to the type that is computed in.
         plan : AttentionPlan
-            From `plan_attention` of this step.
+            From `plan_attention` of this step, or from `make_decode_plan`.
         scale : float
         sliding_window : int or None
             A token sees so many keys at most, the last of them its own.

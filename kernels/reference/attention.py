@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from quire.kernels.reference.attention_plan import AttentionPlan
+from quire.kernels.reference.decode_plan import DecodePlan
 from quire.kernels.reference.sequence_group import SequenceGroup
 
 _STACKED_QUERIES = 16
@@ -20,7 +21,7 @@ def paged_attention(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    plan: AttentionPlan,
+    plan: AttentionPlan | DecodePlan,
     *,
     scale: float,
     sliding_window: int | None = None,
@@ -28,6 +29,21 @@ def paged_attention(
     alibi_slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `quire.kernels.interface.Backend.paged_attention`."""
+    if isinstance(plan, DecodePlan):
+        out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
+        if plan.plan is not None:
+            attended = paged_attention(
+                query.index_select(0, plan.tokens),
+                key_cache,
+                value_cache,
+                plan.plan,
+                scale=scale,
+                sliding_window=sliding_window,
+                softcap=softcap,
+                alibi_slopes=alibi_slopes,
+            )
+            out.index_copy_(0, plan.tokens, attended)
+        return out
     layout = plan.layout(sliding_window)
     num_tokens, num_heads, head_dim = query.shape
     # A slot is one row, so that it is copied whole.

@@ -8,6 +8,7 @@ from quire.kernels.reference.activation import act_and_mul, activation
 from quire.kernels.reference.attention import paged_attention
 from quire.kernels.reference.attention_plan import plan_attention
 from quire.kernels.reference.cache import allocate_kv_cache, write_kv
+from quire.kernels.reference.decode_plan import fill_decode_plan, make_decode_plan
 from quire.kernels.reference.embedding import embedding
 from quire.kernels.reference.experts import mix_experts, route
 from quire.kernels.reference.linear import linear
@@ -54,6 +55,8 @@ class ReferenceBackend:
     allocate_kv_cache = staticmethod(allocate_kv_cache)
     write_kv = staticmethod(write_kv)
     plan_attention = staticmethod(plan_attention)
+    make_decode_plan = staticmethod(make_decode_plan)
+    fill_decode_plan = staticmethod(fill_decode_plan)
     paged_attention = staticmethod(paged_attention)
     argmax = staticmethod(argmax)
     log_softmax = staticmethod(log_softmax)

@@ -47,6 +47,12 @@ def write_kv(
     slot_mapping: torch.Tensor,
 ) -> None:
     """See `quire.kernels.interface.Backend.write_kv`."""
+    if slot_mapping.device.type != "cpu" or bool((slot_mapping < 0).any()):
+        # What is not to be written becomes zeros for the null block, which is zero: to count the
+        # others would be to wait for the device.
+        is_left_out = (slot_mapping < 0)[:, None, None]
+        key, value = key.masked_fill(is_left_out, 0), value.masked_fill(is_left_out, 0)
+        slot_mapping = slot_mapping.clamp(min=0)
     for rows, cache in ((key, key_cache), (value, value_cache)):
         if is_coded(cache.dtype):
             slots = cache.view(torch.uint8).flatten(0, 1)
