@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quire.kernels.lora import Expand, ExpandSlice, LoraRows, Shrink
+from quire.kernels.lora import AdapterSlots, Expand, ExpandSlice, LoraRows, Shrink
 from quire.models.adapter import Adapter, EmbeddingDelta, LinearDelta
 from quire.models.linear import Apply, Linear, LinearMethod
 from quire.models.weights import Weights
@@ -55,10 +55,12 @@ class AdapterOperations:
         self._weights = weights
         self._kernels = kernels
         self._placed: list[_Placed | None] = [None] * num_slots
-        self._shrinks: dict[str, list[Shrink | None]] = {}
-        self._expands: dict[str, list[Expand | None]] = {_EMBEDDING: [None] * num_slots}
+        self._shrinks: dict[str, AdapterSlots[Shrink | None]] = {}
+        self._expands: dict[str, AdapterSlots[Expand | None]] = {}
+        for name in (_EMBEDDING, *linears):
+            self._expands[name] = AdapterSlots([None] * num_slots)
         for name in linears:
-            self._shrinks[name], self._expands[name] = [None] * num_slots, [None] * num_slots
+            self._shrinks[name] = AdapterSlots([None] * num_slots)
 
     def method(self, method: LinearMethod) -> LinearMethod:
         """Return `method` with the adapters on top of what it binds."""

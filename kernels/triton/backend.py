@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 
+from quire.kernels.lora import Expand, LoraRows, Shrink
 from quire.kernels.quantized import QuantizedWeight
 from quire.kernels.reference.backend import ReferenceBackend
 
@@ -47,3 +49,24 @@ class TritonBackend(ReferenceBackend):
         from quire.kernels.triton.quantized import quantized_linear
 
         return quantized_linear(x, weight, bias)
+
+    @staticmethod
+    def lora_shrink(
+        x: torch.Tensor, adapters: Sequence[Shrink | None], rows: LoraRows
+    ) -> torch.Tensor:
+        """See `quire.kernels.lora_interface.LoraOperations.lora_shrink`."""
+        from quire.kernels.triton.lora import lora_shrink
+
+        return lora_shrink(x, adapters, rows)
+
+    @staticmethod
+    def lora_expand(
+        y: torch.Tensor,
+        shrunk: torch.Tensor,
+        adapters: Sequence[Expand | None],
+        rows: LoraRows,
+    ) -> None:
+        """See `quire.kernels.lora_interface.LoraOperations.lora_expand`."""
+        from quire.kernels.triton.lora import lora_expand
+
+        lora_expand(y, shrunk, adapters, rows)
