@@ -240,11 +240,15 @@ def _blocks(
 
 
 def _aligned(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a matrix whose rows begin at multiples of 16 bytes: itself, where it is one."""
+    """Return a matrix with zeros behind its rows up to multiples of 16 bytes, where they begin.
+
+    It is the given one where that has nothing behind its rows.
+    """
     in_row = 16 // dtype.itemsize
     if (
         matrix.dtype is dtype
         and matrix.stride(1) == 1
+        and matrix.shape[1] % in_row == 0
         and matrix.stride(0) % in_row == 0
         and matrix.data_ptr() % 16 == 0
     ):

@@ -168,6 +168,9 @@ def expand_rows(
         First output and end, at most ``OUTPUTS`` apart; first column of ``shrunk``, and how many;
         address of the block's first row of ``b``, elements from row to row; addresses of all of
         the factor and of the offset, or 0.
+    ALIGNED : int
+        What divides the elements from row to row; those between the rank and its next multiple are
+        zeros.
     """
     tile = tiles + tl.program_id(0) * 3
     stretch = stretches + tl.load(tile).to(tl.int64) * 2
@@ -188,6 +191,7 @@ def expand_rows(
     output = first + each
     is_output = output < end
     sums = tl.zeros((ROWS, OUTPUTS), dtype=tl.float32)
+    in_row = (rank + ALIGNED - 1) // ALIGNED * ALIGNED
     for begin in range(0, rank, RANKS):
         ranks = begin + tl.arange(0, RANKS)
         is_rank = ranks < rank
@@ -198,7 +202,7 @@ def expand_rows(
         )
         factors = tl.load(
             b + each.to(tl.int64)[None, :] * b_stride + ranks[:, None],
-            mask=is_output[None, :] & is_rank[:, None],
+            mask=is_output[None, :] & (ranks < in_row)[:, None],
             other=0.0,
         )
         sums = multiply(inputs, factors, sums, PRECISION)
