@@ -88,6 +88,13 @@ def test_the_page_of_the_server_ships(repo_root: Path, wheel: zipfile.ZipFile) -
     assert {f"quire/server/page/{name}" for name in files} <= set(wheel.namelist())
 
 
+def test_what_was_tuned_for_gpus_ships(repo_root: Path, wheel: zipfile.ZipFile) -> None:
+    """Beside the module that reads it."""
+    files = [each.name for each in (repo_root / "kernels/triton/configs").iterdir()]
+    assert "NVIDIA_H200.json" in files
+    assert {f"quire/kernels/triton/configs/{name}" for name in files} <= set(wheel.namelist())
+
+
 def test_the_native_kernels_ship(wheel: zipfile.ZipFile) -> None:
     """Where there is a compiler, their library is in the wheel; their sources are not."""
     shipped = [name for name in wheel.namelist() if name.startswith("quire/kernels/cpu/")]
