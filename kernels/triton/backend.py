@@ -51,6 +51,33 @@ class TritonBackend(ReferenceBackend):
         return quantized_linear(x, weight, bias)
 
     @staticmethod
+    def route(
+        logits: torch.Tensor, per_token: int, *, normalized: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `quire.kernels.experts_interface.ExpertOperations.route`."""
+        from quire.kernels.triton.experts import route
+
+        return route(logits, per_token, normalized=normalized)
+
+    @staticmethod
+    def mix_stacked_experts(
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        chosen: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        kind: str,
+        *,
+        first_expert: int = 0,
+    ) -> torch.Tensor:
+        """See `quire.kernels.experts_interface.ExpertOperations.mix_stacked_experts`."""
+        from quire.kernels.triton.experts import mix_stacked_experts
+
+        return mix_stacked_experts(
+            x, weights, chosen, gate_up, down, kind, first_expert=first_expert
+        )
+
+    @staticmethod
     def lora_shrink(
         x: torch.Tensor, adapters: Sequence[Shrink | None], rows: LoraRows
     ) -> torch.Tensor:

@@ -112,7 +112,7 @@ def lora_shrink(x: torch.Tensor, adapters: Sequence[Shrink | None], rows: LoraRo
         per_part,
         MATRIX=_MATRIX_TYPES[table.dtype],
         ALIGNED=16 // table.dtype.itemsize,
-        PRECISION=_precision(),
+        PRECISION=precision(),
         ROWS=rows.tile_rows,
         RANKS=ranks,
         INPUTS=inputs,
@@ -156,7 +156,7 @@ def lora_expand(
         shrunk.stride(0),
         MATRIX=_MATRIX_TYPES[table.dtype],
         ALIGNED=16 // table.dtype.itemsize,
-        PRECISION=_precision(),
+        PRECISION=precision(),
         ROWS=rows.tile_rows,
         OUTPUTS=_OUTPUTS,
         RANKS=16 if shrunk.shape[1] <= 16 else 32,
@@ -165,7 +165,7 @@ def lora_expand(
     )
 
 
-def _precision() -> str:
+def precision() -> str:
     """How float32 is multiplied: close to its own precision, on tensor cores where they can."""
     return "ieee" if torch.version.hip else "tf32x3"
 
