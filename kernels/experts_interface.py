@@ -85,7 +85,8 @@ class ExpertOperations(Protocol):
 
         An expert computes ``act_and_mul(rows @ gate_up[i].T, kind) @ down[i].T``. What is between
         its products is rounded to the type of `x` once at least, and so is what it makes. A
-        backend that does not wait for the device here may be captured in a graph.
+        backend with a true attribute ``mixes_without_waiting`` does not wait for the device here,
+        nor in `route`: all shapes are known on the CPU, and a graph can capture it.
 
         Parameters
         ----------

@@ -154,9 +154,9 @@ def _copied(arrays: list[npt.NDArray[Any]], device: torch.device) -> list[torch.
     # Each begins where kernels like their arguments to: compiled for one alignment, once.
     sizes = [-(-each.nbytes // 16) * 16 for each in tensors]
     packed = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
-    for part, each in zip(packed.split(sizes), tensors, strict=True):
+    for part, each in zip(packed.split_with_sizes(sizes), tensors, strict=True):
         part[: each.nbytes].view(each.dtype).copy_(each.flatten())
-    moved = packed.to(device, non_blocking=True).split(sizes)
+    moved = packed.to(device, non_blocking=True).split_with_sizes(sizes)
     return [
         part[: each.nbytes].view(each.dtype).view(each.shape)
         for part, each in zip(moved, tensors, strict=True)

@@ -35,6 +35,7 @@ class TritonBackend(ReferenceBackend):
 
     name = "triton"
     priority = 10
+    mixes_without_waiting = True
 
     @staticmethod
     def supports(device: torch.device) -> bool:

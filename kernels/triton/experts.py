@@ -89,7 +89,7 @@ def mix_stacked_experts(
     # Each begins at a multiple of 16 bytes: kernels are compiled for that, once.
     sizes = [-(-size // 4) * 4 for size in (num_held, 1, num_pairs, 3 * most_tiles)]
     numbers = torch.empty(sum(sizes), dtype=torch.int32, device=x.device)
-    counts, num_tiles, order, tiles = numbers.split(sizes)
+    counts, num_tiles, order, tiles = numbers.split_with_sizes(sizes)
     count_pairs[(num_held,)](chosen, counts, num_pairs, first_expert, PAIRS=_PAIRS, num_warps=4)
     order_pairs[(num_held,)](
         chosen,

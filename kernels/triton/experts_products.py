@@ -230,9 +230,7 @@ def expert_products(
         is_there = is_output[None, :] & is_column[:, None]
         sums = multiply(rows, tl.load(first, mask=is_there, other=0.0), sums, PRECISION)
         if KIND is not None:
-            others = multiply(
-                rows, tl.load(second, mask=is_there, other=0.0), others, PRECISION
-            )
+            others = multiply(rows, tl.load(second, mask=is_there, other=0.0), others, PRECISION)
             second += INPUTS
         inputs += INPUTS
         first += INPUTS

@@ -202,8 +202,7 @@ def _place_expand(entry: Expand | None, dtype: torch.dtype) -> _Placed:
     if entry is None:
         return _Placed(np.zeros((0, 8), np.int64), [])
     tensors = [
-        None if each is None else each.float().contiguous()
-        for each in (entry.factor, entry.offset)
+        None if each is None else each.float().contiguous() for each in (entry.factor, entry.offset)
     ]
     factor, offset = (0 if each is None else each.data_ptr() for each in tensors)
     kept = [each for each in tensors if each is not None]

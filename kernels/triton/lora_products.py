@@ -18,9 +18,7 @@ def multiply(left, right, sums, PRECISION: tl.constexpr):
     """Add a product to sums: of one 16-bit type exactly as it is, else in float32."""
     if left.dtype == right.dtype and left.dtype != tl.float32:
         return tl.dot(left, right, acc=sums)
-    return tl.dot(
-        left.to(tl.float32), right.to(tl.float32), acc=sums, input_precision=PRECISION
-    )
+    return tl.dot(left.to(tl.float32), right.to(tl.float32), acc=sums, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["num_rows", "max_rank"])

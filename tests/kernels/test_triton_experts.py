@@ -186,9 +186,7 @@ def test_routing(seed, dtype, num_tokens, num_experts, normalized, data):
         or [torch.empty(0, num_experts)]
     ).view(num_tokens, num_experts)
     wide = torch.cat([logits, torch.full((num_tokens, 3), torch.nan)], 1).to(dtype).to(DEVICE)
-    weights, chosen = TritonBackend().route(
-        wide[:, :num_experts], per_token, normalized=normalized
-    )
+    weights, chosen = TritonBackend().route(wide[:, :num_experts], per_token, normalized=normalized)
     expected, numbers = route_by_torch(logits, per_token, normalized=normalized)
     assert weights.dtype is torch.float32
     assert torch.equal(chosen.cpu(), numbers)
