@@ -135,7 +135,7 @@ def sum_parts(
     tl.store(shrunk + places, sums, mask=is_row[:, None] & (column < max_rank)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shrunk_stride"])
 def expand_rows(
     y,
     shrunk,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -205,3 +207,92 @@ def test_routing_by_equal_logits_and_by_what_is_no_number():
     assert all(len(set(row)) == 3 and max(row) < 6 for row in chosen.tolist())
     assert weights[2:].isnan().all()
     assert weights[:2].sum(1).sub(1).abs().max() < 1e-6
+
+
+_COMPILE = """
+import itertools
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from quire.kernels.triton.configs import config_for
+from quire.kernels.triton.experts_products import (
+    KINDS,
+    add_experts,
+    count_pairs,
+    expert_products,
+    order_pairs,
+    route_rows,
+)
+
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+def build(kernel, pointers, constants, capability, **options):
+    # All else is a number: 1 is a constant, the others are multiples of 16 unless they change.
+    changing = {param.name for param in kernel.params if param.do_not_specialize}
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        kind = pointers.get(name, "i32")
+        signature[name] = "constexpr" if name in constants else kind
+        if name not in constants and name not in changing:
+            attributes[place,] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert built.metadata.shared <= 100 * 1024
+    print(kernel.fn.__name__)
+    return built.asm["ptx"]
+
+
+PAIRS = {
+    "weights": "*fp32", "chosen": "*i64", "counts": "*i32", "order": "*i32", "tiles": "*i32",
+    "num_tiles": "*i32",
+}
+MIXED = {name: "*bf16" for name in ("logits", "made", "x", "weight", "out")}
+for capability in (80, 90):
+    build(count_pairs, PAIRS, {"PAIRS": 1024}, capability)
+    for experts, per_token in ((8, 2), (128, 8)):
+        choices = {"PER_TOKEN": per_token, "CHOICES": per_token}
+        build(
+            route_rows, PAIRS | MIXED, {**choices, "NORMALIZED": True, "EXPERTS": experts},
+            capability, num_warps=1,
+        )
+        build(order_pairs, PAIRS, {"ROWS": 16, "EXPERTS": experts, "PAIRS": 1024}, capability)
+        build(add_experts, PAIRS | MIXED, {**choices, "BLOCK": 1024}, capability)
+    tile = {"PRECISION": "tf32x3", "ROWS": 16, "OUTPUTS": 32, "INPUTS": 64, "TOGETHER": 8}
+    for kind in sorted(KINDS):
+        build(expert_products, PAIRS | MIXED, {**tile, "KIND": kind}, capability)
+    for dtype, rows, kind in itertools.product(NAMES, (16, 64, 256), ("silu", None)):
+        config = dict(
+            config_for(
+                "experts", torch.device("cpu"), rows=rows, hidden=4096, inner=14336,
+                dtype=str(dtype).removeprefix("torch."),
+            )
+        )
+        options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
+        outputs = config["UP_OUTPUTS" if kind else "DOWN_OUTPUTS"]
+        tile = {"ROWS": config["ROWS"], "INPUTS": config["INPUTS"], "OUTPUTS": outputs}
+        text = build(
+            expert_products,
+            PAIRS | {name: f"*{NAMES[dtype]}" for name in MIXED},
+            {
+                **tile, "KIND": kind, "PRECISION": "tf32x3", "TOGETHER": 8,
+                **({} if kind else {"per_row": 1}),
+            },
+            capability, **options,
+        )
+        assert "mma" in text and "cp.async.cg" in text and "cp.async.ca" not in text
+"""
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path):
+    """For two generations, of every type: by tensor cores, in their memory, by wide reads."""
+    environ = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILE], env=environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 64

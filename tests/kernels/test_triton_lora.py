@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -230,3 +232,74 @@ def test_a_nan_stays_in_its_row(slots):
         made.append(changed.cpu())
     assert torch.isnan(made[1][1]).all()
     assert torch.equal(made[0][::2], made[1][::2])
+
+
+_COMPILE = """
+import itertools
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import triton.language as tl
+
+from quire.kernels.triton.lora_products import expand_rows, shrink_rows, sum_parts
+
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+def build(kernel, pointers, constants, capability, **options):
+    # All else is a number: 1 is a constant, the others are multiples of 16 unless they change.
+    changing = {param.name for param in kernel.params if param.do_not_specialize}
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        kind = pointers.get(name, "i32")
+        signature[name] = "constexpr" if name in constants else kind
+        if name not in constants and name not in changing:
+            attributes[place,] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert built.metadata.shared <= 100 * 1024
+    print(kernel.fn.__name__)
+    return built.asm["ptx"]
+
+
+TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+ROWS = {"order": "*i64", "tiles": "*i32", "table": "*i64", "slots": "*i32"}
+for capability, dtype, rows, ranks in itertools.product((80, 90), NAMES, (16, 64), (16, 64)):
+    matrix = {"MATRIX": TYPES[dtype], "ALIGNED": 16 // dtype.itemsize, "PRECISION": "tf32x3"}
+    text = build(
+        shrink_rows,
+        {**ROWS, "x": f"*{NAMES[dtype]}", "parts": "*fp32"},
+        {**matrix, "ROWS": rows, "RANKS": ranks, "INPUTS": 256 // dtype.itemsize},
+        capability, num_warps=4, num_stages=3,
+    )
+    assert "mma" in text and "cp.async.cg" in text and "cp.async.ca" not in text
+    text = build(
+        expand_rows,
+        {
+            **ROWS, "y": f"*{NAMES[dtype]}", "shrunk": "*fp32", "stretches": "*i64",
+            "blocks": "*i64",
+        },
+        {**matrix, "ROWS": rows, "OUTPUTS": 128, "RANKS": min(ranks, 32)},
+        capability, num_warps=4, num_stages=2,
+    )
+    assert "mma" in text and "cp.async.cg" in text
+for parts in ({}, {"num_parts": 1}):
+    build(
+        sum_parts,
+        {**ROWS, "parts": "*fp32", "shrunk": "*fp32"},
+        {**parts, "ROWS": 16, "RANKS": 16}, 90, num_warps=2,
+    )
+"""
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path):
+    """For two generations, of every type: by tensor cores, in their memory, by wide reads."""
+    environ = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILE], env=environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 50
