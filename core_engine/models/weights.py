@@ -178,9 +178,14 @@ class Weights:
         return stack.tensor
 
     def _unstack(self, stack: Stack) -> None:
-        """Leave each parameter by itself; views of what was allocated stay as they are."""
+        """Leave each parameter by itself, those that have values in memory of their own."""
         for name in stack.names:
-            self._parameters[name].stack = None
+            parameter = self._parameters[name]
+            parameter.stack = None
+            if parameter.tensor is not None:
+                view, parameter.tensor = parameter.tensor, self._allocate(name, parameter.shape)
+                parameter.tensor.copy_(view)
+        stack.tensor = None
 
     def _allocated(self, name: str) -> torch.Tensor:
         parameter = self._parameters[name]
