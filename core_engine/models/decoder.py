@@ -131,7 +131,12 @@ class Decoder:
             name: linear for name, linear in self._projections.items() if not is_expert(name)
         }
         create_parameters(spec, self._method, self.weights, place)
-        if getattr(kernels, "library", None) is None and hasattr(kernels, "mix_stacked_experts"):
+        # The CPU's kernels take each expert's weight, and order it, by itself.
+        if (
+            hasattr(self._method, "stacked")
+            and hasattr(kernels, "mix_stacked_experts")
+            and getattr(kernels, "library", None) is None
+        ):
             for index in self._own_layers:
                 mlp = self._own_spec.layers[index].mlp
                 stack_experts(f"layers.{index}.mlp", mlp, spec.hidden_size, self.weights)
