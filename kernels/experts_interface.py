@@ -24,7 +24,7 @@ class ExpertOperations(Protocol):
         """Choose the experts of each token, and what each of them counts.
 
         The softmax of the logits, in float32, says what an expert counts; the highest are chosen,
-        among equal ones those that `torch.topk` chooses.
+        among equal ones, on a CPU, those that `torch.topk` chooses.
 
         Parameters
         ----------
@@ -68,4 +68,47 @@ class ExpertOperations(Protocol):
         Returns
         -------
         Tensor[num_tokens, hidden_size]
+        """
+
+    def mix_stacked_experts(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        chosen: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        kind: str,
+        *,
+        first_expert: int = 0,
+    ) -> torch.Tensor:
+        """Do as `mix_experts` with gated experts whose weights are plain, and stand together.
+
+        An expert computes ``act_and_mul(rows @ gate_up[i].T, kind) @ down[i].T``. What is between
+        its products is rounded to the type of `x` once at least, and so is what it makes. A
+        backend with a true attribute ``mixes_without_waiting`` does not wait for the device here,
+        nor in `route`: all shapes are known on the CPU, and a graph can capture it.
+
+        Parameters
+        ----------
+        x : Tensor[num_tokens, hidden_size]
+        weights : Tensor[num_tokens, per_token], float32
+        chosen : Tensor[num_tokens, per_token], int64
+            From `route`.
+        gate_up : Tensor[num_held, 2 * inner_size, hidden_size]
+            Of the experts that are here, by number; of the type of `x`.
+        down : Tensor[num_held, hidden_size, inner_size]
+        kind : str
+            As for `activation`.
+        first_expert : int
+            The number of the first that is here. Those before it, and those behind the last, add
+            nothing.
+
+        Returns
+        -------
+        Tensor[num_tokens, hidden_size]
+
+        Raises
+        ------
+        ValueError
+            `kind` is not known.
         """

@@ -16,8 +16,9 @@ class LoraOperations(Protocol):
     Many adapters, of any ranks, are computed in one batch as in Punica (Chen et al.,
     arXiv:2310.18547). The adapters of one projection are a sequence by place; None is an adapter
     that leaves the projection as it is. The sequence is the same object in every step, its entries
-    change between steps. The rules of `quire.kernels.interface` hold here as well; matrices may be
-    of another floating-point type than the rows.
+    change between steps; in an `AdapterSlots` a backend keeps what it has made of them. The rules
+    of `quire.kernels.interface` hold here as well; matrices may be of another floating-point type
+    than the rows.
     """
 
     def lora_shrink(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from quire.kernels.lora import Expand, ExpandSlice, LoraRows, Shrink
+from quire.kernels.lora import AdapterSlots, Expand, ExpandSlice, LoraRows, Shrink
 from quire.models.adapter import Adapter, EmbeddingDelta, LinearDelta
 from quire.models.linear import Apply, Linear, LinearMethod
 from quire.models.weights import Weights
@@ -55,21 +55,27 @@ class AdapterOperations:
         self._weights = weights
         self._kernels = kernels
         self._placed: list[_Placed | None] = [None] * num_slots
-        self._shrinks: dict[str, list[Shrink | None]] = {}
-        self._expands: dict[str, list[Expand | None]] = {_EMBEDDING: [None] * num_slots}
+        self._shrinks: dict[str, AdapterSlots[Shrink | None]] = {}
+        self._expands: dict[str, AdapterSlots[Expand | None]] = {}
+        for name in (_EMBEDDING, *linears):
+            self._expands[name] = AdapterSlots([None] * num_slots)
         for name in linears:
-            self._shrinks[name], self._expands[name] = [None] * num_slots, [None] * num_slots
+            self._shrinks[name] = AdapterSlots([None] * num_slots)
 
     def method(self, method: LinearMethod) -> LinearMethod:
         """Return `method` with the adapters on top of what it binds."""
         return _AdaptedMethod(method, self)
+
+    def changes(self, name: str) -> bool:
+        """Whether adapters can change a projection."""
+        return name in self._shrinks
 
     def bind(self, name: str, apply: Apply) -> Apply:
         """Return ``x -> apply(x)``, adapted in the rows that have an adapter.
 
         A projection that no adapter can change stays as it is.
         """
-        if name not in self._shrinks:
+        if not self.changes(name):
             return apply
         shrink, expand = self._kernels.lora_shrink, self._kernels.lora_expand
         shrinks, expands = self._shrinks[name], self._expands[name]
@@ -187,6 +193,14 @@ class _AdaptedMethod:
     def bind(self, linear: Linear, weights: Weights, kernels: Backend) -> Apply:
         """See `LinearMethod.bind`."""
         return self._adapters.bind(linear.name, self._method.bind(linear, weights, kernels))
+
+    def stacked(self, linears: Sequence[Linear], weights: Weights) -> torch.Tensor | None:
+        """See `StackingMethod.stacked`."""
+        find = getattr(self._method, "stacked", None)
+        if find is None or any(self._adapters.changes(linear.name) for linear in linears):
+            return None
+        found: torch.Tensor | None = find(linears, weights)
+        return found
 
     def read(self, linear: Linear, weights: Weights) -> torch.Tensor:
         """See `LinearMethod.read`."""

@@ -28,7 +28,7 @@ from quire.models.layers import (
     bind_norm,
 )
 from quire.models.linear import Apply, Linear, LinearMethod, WeightMethod
-from quire.models.mlp import is_expert
+from quire.models.mlp import is_expert, stack_experts, stacked_experts
 from quire.models.parameters import (
     all_linears,
     create_parameters,
@@ -131,6 +131,15 @@ class Decoder:
             name: linear for name, linear in self._projections.items() if not is_expert(name)
         }
         create_parameters(spec, self._method, self.weights, place)
+        # The CPU's kernels take each expert's weight, and order it, by itself.
+        if (
+            hasattr(self._method, "stacked")
+            and hasattr(kernels, "mix_stacked_experts")
+            and getattr(kernels, "library", None) is None
+        ):
+            for index in self._own_layers:
+                mlp = self._own_spec.layers[index].mlp
+                stack_experts(f"layers.{index}.mlp", mlp, spec.hidden_size, self.weights)
 
     def create_lm_head(self) -> None:
         """Allocate an output matrix of its own."""
@@ -299,6 +308,30 @@ class Decoder:
     def vocab_rows(self) -> range:
         """The tokens whose embeddings and logits are here: all, unless ranks share them."""
         return split_vocab(self.spec.vocab_size, self.place)
+
+    @property
+    def waits_for_device(self) -> bool:
+        """Whether a step needs to know, on the CPU, which experts its tokens have chosen.
+
+        It cannot be captured in a graph then. To be asked once the decoder is bound.
+        """
+        spec, waits = self._own_spec, not getattr(self._kernels, "mixes_without_waiting", False)
+        return any(
+            spec.layers[index].mlp.experts is not None
+            and (
+                waits
+                or stacked_experts(
+                    f"layers.{index}.mlp",
+                    spec.layers[index].mlp,
+                    spec.hidden_size,
+                    self._method,
+                    self.weights,
+                    self._kernels,
+                )
+                is None
+            )
+            for index in self._own_layers
+        )
 
     def kv_cache_layers(self) -> list[tuple[int, int]]:
         """``(num_kv_heads, head_dim)`` of the KV cache of each layer that is here."""

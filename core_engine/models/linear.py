@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -94,6 +94,19 @@ class LinearMethod(Protocol):
         """
 
 
+class StackingMethod(LinearMethod, Protocol):
+    """A method that knows of weights that lie side by side; not every one does."""
+
+    def stacked(self, linears: Sequence[Linear], weights: Weights) -> torch.Tensor | None:
+        """Return plain weights, without biases, as one tensor.
+
+        Returns
+        -------
+        Tensor[len(linears), out_features, in_features] or None
+            None: they do not lie side by side, or more than a product is made with them.
+        """
+
+
 class WeightMethod:
     """By what the weight is: ``[out_features, in_features]`` in the model's dtype, or codes."""
 
@@ -123,6 +136,12 @@ class WeightMethod:
         if len(products) == 1:
             return products[0]
         return lambda x: torch.cat([product(x) for product in products], dim=1)
+
+    def stacked(self, linears: Sequence[Linear], weights: Weights) -> torch.Tensor | None:
+        """See `StackingMethod.stacked`."""
+        if any(f"{linear.name}.bias" in weights for linear in linears):
+            return None
+        return weights.stacked([f"{linear.name}.weight" for linear in linears])
 
     def read(self, linear: Linear, weights: Weights) -> torch.Tensor:
         """See `LinearMethod.read`."""

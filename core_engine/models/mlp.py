@@ -8,6 +8,7 @@ so is the expert that computes every token, ``{mlp}.shared.gate_up`` and ``.down
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,9 @@ from quire.models.weights import Weights
 
 if TYPE_CHECKING:
     from quire.kernels import Backend
+
+_Mix = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""``(x, weights, chosen) -> [num_tokens, hidden_size]``, see `ExpertOperations.mix_experts`."""
 
 _EXPERT = re.compile(r"\.mlp\.experts\.\d+\.")
 
@@ -77,6 +81,53 @@ def create_router(name: str, spec: MlpSpec, hidden_size: int, weights: Weights) 
         weights.create(f"{name}.shared_gate.weight", (1, hidden_size))
 
 
+def _expert_linears(name: str, spec: MlpSpec, hidden_size: int) -> list[list[Linear]]:
+    """Return the projections up of a mixture's experts that are here, and those down."""
+    each = [
+        mlp_linears(inner, one, hidden_size)
+        for inner, one in inner_mlps(name, spec).items()
+        if is_expert(f"{inner}.")
+    ]
+    return [list(alike) for alike in zip(*each, strict=True)]
+
+
+def stack_experts(name: str, spec: MlpSpec, hidden_size: int, weights: Weights) -> None:
+    """Have the weights of a mixture's experts lie side by side, for kernels that compute all.
+
+    To be called when the parameters have been entered, and have no values yet.
+    """
+    if spec.experts is not None and spec.gated and not spec.bias:
+        for alike in _expert_linears(name, spec, hidden_size):
+            weights.stack([f"{linear.name}.weight" for linear in alike])
+
+
+def stacked_experts(
+    name: str,
+    spec: MlpSpec,
+    hidden_size: int,
+    method: LinearMethod,
+    weights: Weights,
+    kernels: Backend,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return the weights of a mixture's experts, where one operation is to compute with all.
+
+    Returns
+    -------
+    tuple of Tensor, or None
+        ``[num_held, 2 * inner_size, hidden_size]`` and ``[num_held, hidden_size, inner_size]``;
+        None: they do not lie side by side, or the kernels have no such operation.
+    """
+    find = getattr(method, "stacked", None)
+    if find is None or not hasattr(kernels, "mix_stacked_experts"):
+        return None
+    if not spec.gated or spec.bias:
+        return None
+    found = [find(alike, weights) for alike in _expert_linears(name, spec, hidden_size)]
+    if len(found) != 2 or any(each is None for each in found):
+        return None
+    return found[0], found[1]
+
+
 def bind_mlp(
     name: str,
     spec: MlpSpec,
@@ -105,20 +156,28 @@ def _bind_mixture(
     weights: Weights,
     kernels: Backend,
 ) -> Apply:
+    stacks = stacked_experts(name, spec, hidden_size, method, weights, kernels)
     here = {
         inner: bind_mlp(inner, one, hidden_size, method, weights, kernels)
         for inner, one in inner_mlps(name, spec).items()
+        if stacks is None or not is_expert(f"{inner}.")
     }
-    experts = [here.get(f"{name}.experts.{number}") for number in range(mixture.num_experts)]
     shared = here.get(f"{name}.shared")
     router = weights[f"{name}.router.weight"]
     gate = weights.get(f"{name}.shared_gate.weight")
     per_token, normalized = mixture.per_token, mixture.normalized
-    multiply, route, mix = kernels.linear, kernels.route, kernels.mix_experts
+    multiply, route = kernels.linear, kernels.route
+    if stacks is not None:
+        mix = _all_at_once(*stacks, spec.activation, mixture.held, kernels)
+    else:
+        mix = _one_by_one(
+            [here.get(f"{name}.experts.{number}") for number in range(mixture.num_experts)],
+            kernels,
+        )
 
     def run(x: torch.Tensor) -> torch.Tensor:
         shares, chosen = route(multiply(x, router), per_token, normalized=normalized)
-        mixed = mix(x, shares, chosen, experts)
+        mixed = mix(x, shares, chosen)
         if shared is None:
             return mixed
         always = shared(x)
@@ -127,3 +186,15 @@ def _bind_mixture(
         return mixed + always
 
     return run
+
+
+def _one_by_one(experts: list[Apply | None], kernels: Backend) -> _Mix:
+    mix = kernels.mix_experts
+    return lambda x, shares, chosen: mix(x, shares, chosen, experts)
+
+
+def _all_at_once(
+    gate_up: torch.Tensor, down: torch.Tensor, kind: str, held: range | None, kernels: Backend
+) -> _Mix:
+    mix, first = kernels.mix_stacked_experts, 0 if held is None else held.start
+    return lambda x, shares, chosen: mix(x, shares, chosen, gate_up, down, kind, first_expert=first)

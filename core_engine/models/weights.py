@@ -40,6 +40,8 @@ class Parameter:
         Those of them that came in codes, until all are there.
     coded : CodedWeight or None
         All of them, in stead of `tensor`.
+    stack : Stack or None
+        Where it lies, if that is beside others of its shape.
     """
 
     cut: Cut
@@ -49,6 +51,7 @@ class Parameter:
     loaded: set[str] = field(default_factory=set)
     codes: dict[str, QuantizedWeight] = field(default_factory=dict)
     coded: CodedWeight | None = None
+    stack: Stack | None = None
 
     def __post_init__(self) -> None:
         self.shape, self.parts = self.cut.own_shape, self.cut.own_parts
@@ -69,6 +72,22 @@ class Parameter:
         if part:
             raise KeyError(part)
         return slice(0, self.shape[0])
+
+
+class Stack:
+    """Parameters of one shape that are to lie side by side in one tensor, as far as they are plain.
+
+    Attributes
+    ----------
+    names : tuple of str
+        In the tensor's order.
+    tensor : Tensor[len(names), ...] or None
+        None: none of them has been asked for, or some are in codes; each is then by itself.
+    """
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self.tensor: torch.Tensor | None = None
 
 
 class Weights:
@@ -115,12 +134,71 @@ class Weights:
         self._parameters.pop(name, None)
         self.elsewhere.add(name)
 
+    def stack(self, names: Sequence[str]) -> None:
+        """Have parameters of one shape lie side by side, unless some come in codes.
+
+        They remain parameters like any other, each a view. To be called before they are filled.
+
+        Parameters
+        ----------
+        names
+            In order.
+
+        Raises
+        ------
+        ValueError
+            They are of different shapes, or have been allocated.
+        """
+        members = [self._parameters[name] for name in names]
+        if len({each.shape for each in members}) > 1:
+            raise ValueError(f"{names[0]} and others to be stacked with it differ in shape")
+        if any(each.tensor is not None or each.codes for each in members):
+            raise ValueError(f"{names[0]} or others to be stacked with it have values")
+        stack = Stack(tuple(names))
+        for each in members:
+            each.stack = stack
+
+    def stacked(self, names: Sequence[str]) -> torch.Tensor | None:
+        """Return the tensor that has exactly these parameters; None: there is none.
+
+        Parameters
+        ----------
+        names
+            In order.
+
+        Returns
+        -------
+        Tensor[len(names), ...] or None
+        """
+        stack = self._parameters[names[0]].stack if names else None
+        if stack is None or stack.names != tuple(names):
+            return None
+        for name in names:
+            self._allocated(name)
+        return stack.tensor
+
+    def _unstack(self, stack: Stack) -> None:
+        """Leave each parameter by itself, those that have values in memory of their own."""
+        for name in stack.names:
+            parameter = self._parameters[name]
+            parameter.stack = None
+            if parameter.tensor is not None:
+                view, parameter.tensor = parameter.tensor, self._allocate(name, parameter.shape)
+                parameter.tensor.copy_(view)
+        stack.tensor = None
+
     def _allocated(self, name: str) -> torch.Tensor:
         parameter = self._parameters[name]
         if parameter.coded is not None:
             raise ValueError(f"{name} is in codes; it has no tensor")
         if parameter.tensor is None:
-            parameter.tensor = self._allocate(name, parameter.shape)
+            stack = parameter.stack
+            if stack is None:
+                parameter.tensor = self._allocate(name, parameter.shape)
+            else:
+                if stack.tensor is None:
+                    stack.tensor = self._allocate(name, (len(stack.names), *parameter.shape))
+                parameter.tensor = stack.tensor[stack.names.index(name)]
         return parameter.tensor
 
     def _allocate(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -287,6 +365,8 @@ class Weights:
             )
         self._check_free(name, part)
         parameter = self._parameters[name]
+        if parameter.stack is not None:
+            self._unstack(parameter.stack)
         weight = share_of_codes(weight, parameter.cut, part)
         parameter.codes[part] = on_device(weight, self.device)
         parameter.loaded.add(part)

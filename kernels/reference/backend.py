@@ -10,7 +10,7 @@ from quire.kernels.reference.attention_plan import plan_attention
 from quire.kernels.reference.cache import allocate_kv_cache, write_kv
 from quire.kernels.reference.decode_plan import fill_decode_plan, make_decode_plan
 from quire.kernels.reference.embedding import embedding
-from quire.kernels.reference.experts import mix_experts, route
+from quire.kernels.reference.experts import mix_experts, mix_stacked_experts, route
 from quire.kernels.reference.linear import linear
 from quire.kernels.reference.lora import lora_expand, lora_shrink
 from quire.kernels.reference.norm import add_rms_norm, layer_norm, rms_norm
@@ -50,6 +50,7 @@ class ReferenceBackend:
     quantized_embedding = staticmethod(quantized_embedding)
     route = staticmethod(route)
     mix_experts = staticmethod(mix_experts)
+    mix_stacked_experts = staticmethod(mix_stacked_experts)
     lora_shrink = staticmethod(lora_shrink)
     lora_expand = staticmethod(lora_expand)
     allocate_kv_cache = staticmethod(allocate_kv_cache)

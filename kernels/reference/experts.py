@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from quire.kernels.experts_interface import Expert
+from quire.kernels.reference.activation import act_and_mul
+from quire.kernels.reference.linear import linear
 
 
 def route(
@@ -44,3 +47,30 @@ def mix_experts(
             total[mine] += expert(x[mine]).float().mul_(shares[first:end])
         first = end
     return total.to(x.dtype)
+
+
+def mix_stacked_experts(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    kind: str,
+    *,
+    first_expert: int = 0,
+) -> torch.Tensor:
+    """See `quire.kernels.experts_interface.ExpertOperations.mix_stacked_experts`.
+
+    It waits for the device, as `mix_experts` does.
+    """
+    num_held = len(gate_up)
+    numbers = chosen - first_expert
+    numbers = numbers.where((numbers >= 0) & (numbers < num_held), num_held)
+    experts = [partial(_expert, one, other, kind) for one, other in zip(gate_up, down, strict=True)]
+    return mix_experts(x, weights, numbers, [*experts, None])
+
+
+def _expert(
+    gate_up: torch.Tensor, down: torch.Tensor, kind: str, rows: torch.Tensor
+) -> torch.Tensor:
+    return linear(act_and_mul(linear(rows, gate_up), kind), down)

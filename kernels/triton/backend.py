@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 
 from quire.kernels.interface import AttentionPlan
+from quire.kernels.lora import Expand, LoraRows, Shrink
 from quire.kernels.quantized import QuantizedWeight
 from quire.kernels.reference.backend import ReferenceBackend
 
@@ -34,6 +36,7 @@ class TritonBackend(ReferenceBackend):
 
     name = "triton"
     priority = 10
+    mixes_without_waiting = True
 
     @staticmethod
     def supports(device: torch.device) -> bool:
@@ -191,3 +194,51 @@ class TritonBackend(ReferenceBackend):
             softcap=softcap,
             alibi_slopes=alibi_slopes,
         )
+
+    @staticmethod
+    def route(
+        logits: torch.Tensor, per_token: int, *, normalized: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `quire.kernels.experts_interface.ExpertOperations.route`."""
+        from quire.kernels.triton.experts import route
+
+        return route(logits, per_token, normalized=normalized)
+
+    @staticmethod
+    def mix_stacked_experts(
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        chosen: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        kind: str,
+        *,
+        first_expert: int = 0,
+    ) -> torch.Tensor:
+        """See `quire.kernels.experts_interface.ExpertOperations.mix_stacked_experts`."""
+        from quire.kernels.triton.experts import mix_stacked_experts
+
+        return mix_stacked_experts(
+            x, weights, chosen, gate_up, down, kind, first_expert=first_expert
+        )
+
+    @staticmethod
+    def lora_shrink(
+        x: torch.Tensor, adapters: Sequence[Shrink | None], rows: LoraRows
+    ) -> torch.Tensor:
+        """See `quire.kernels.lora_interface.LoraOperations.lora_shrink`."""
+        from quire.kernels.triton.lora import lora_shrink
+
+        return lora_shrink(x, adapters, rows)
+
+    @staticmethod
+    def lora_expand(
+        y: torch.Tensor,
+        shrunk: torch.Tensor,
+        adapters: Sequence[Expand | None],
+        rows: LoraRows,
+    ) -> None:
+        """See `quire.kernels.lora_interface.LoraOperations.lora_expand`."""
+        from quire.kernels.triton.lora import lora_expand
+
+        lora_expand(y, shrunk, adapters, rows)

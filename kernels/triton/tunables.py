@@ -128,5 +128,64 @@ TUNABLES: dict[str, Tunable] = {
             ),
         ),
     ),
+    # `rows` is the number of pairs of a token and an expert, divided by that of experts. Weights
+    # are what is read where these are few, and narrow tiles give more programs to read them.
+    "experts": Tunable(
+        keys={"rows": int, "hidden": int, "inner": int, "dtype": str},
+        fields={
+            "ROWS": (16, 32, 64, 128),
+            "UP_OUTPUTS": (16, 32, 64, 128),
+            "DOWN_OUTPUTS": (16, 32, 64, 128, 256),
+            "INPUTS": (32, 64, 128, 256),
+            "num_warps": (2, 4, 8),
+            "num_stages": _STAGES,
+        },
+        usual=(
+            Entry(
+                {"dtype": "float32"},
+                {
+                    "ROWS": 16,
+                    "UP_OUTPUTS": 32,
+                    "DOWN_OUTPUTS": 64,
+                    "INPUTS": 32,
+                    "num_warps": 4,
+                    "num_stages": 2,
+                },
+            ),
+            Entry(
+                {"rows": 16},
+                {
+                    "ROWS": 16,
+                    "UP_OUTPUTS": 32,
+                    "DOWN_OUTPUTS": 64,
+                    "INPUTS": 128,
+                    "num_warps": 4,
+                    "num_stages": 4,
+                },
+            ),
+            Entry(
+                {"rows": 64},
+                {
+                    "ROWS": 64,
+                    "UP_OUTPUTS": 64,
+                    "DOWN_OUTPUTS": 128,
+                    "INPUTS": 64,
+                    "num_warps": 4,
+                    "num_stages": 3,
+                },
+            ),
+            Entry(
+                {},
+                {
+                    "ROWS": 128,
+                    "UP_OUTPUTS": 64,
+                    "DOWN_OUTPUTS": 128,
+                    "INPUTS": 64,
+                    "num_warps": 8,
+                    "num_stages": 3,
+                },
+            ),
+        ),
+    ),
 }
 """By the name that `quire.kernels.triton.configs.config_for` is asked with."""
