@@ -87,22 +87,32 @@ class PendingTokens:
 
     def collect(self) -> SamplerOutput:
         """Wait for the tokens, and return them."""
-        parts = self._download.wait()
-        token_ids: npt.NDArray[np.int64] = parts[0].numpy()
-        highest: npt.NDArray[np.float32] = parts[1].numpy()
-        chosen_from: npt.NDArray[np.float32] = parts[2].numpy() if self._is_edited else highest
-        logprobs = LogprobsTensors(*parts[-3:]) if self._has_logprobs else None
-        failures: dict[int, BaseException] = {}
-        bad = ~np.isfinite(chosen_from)
-        if bad.any():
-            for place in np.flatnonzero(bad).tolist():
-                if not math.isfinite(highest[place]):
-                    failures[place] = model_error(float(highest[place]))
-                elif chosen_from[place] != np.inf:
-                    failures[place] = nothing_allowed()
-            token_ids = token_ids.copy()  # what the device goes on with may share its memory
-            token_ids[list(failures)] = 0
-        return SamplerOutput(token_ids, logprobs, failures)
+        token_ids, highest, *more = self._download.wait()
+        chosen_from = more[0].numpy() if self._is_edited else None
+        logprobs = LogprobsTensors(*more[-3:]) if self._has_logprobs else None
+        return outcome(token_ids.numpy(), highest.numpy(), chosen_from, logprobs)
+
+
+def outcome(
+    token_ids: npt.NDArray[np.int64],
+    highest: npt.NDArray[np.float32],
+    chosen_from: npt.NDArray[np.float32] | None = None,
+    logprobs: LogprobsTensors | None = None,
+) -> SamplerOutput:
+    """Return what rows were given, once the host has it; see `PendingTokens`."""
+    failures: dict[int, BaseException] = {}
+    if chosen_from is None:
+        chosen_from = highest
+    finite = np.isfinite(chosen_from)
+    if not finite.all():
+        for place in np.flatnonzero(~finite).tolist():
+            if not math.isfinite(highest[place]):
+                failures[place] = model_error(float(highest[place]))
+            elif chosen_from[place] != np.inf:
+                failures[place] = nothing_allowed()
+        token_ids = token_ids.copy()  # what the device goes on with may share its memory
+        token_ids[list(failures)] = 0
+    return SamplerOutput(token_ids, logprobs, failures)
 
 
 def model_error(highest: float) -> QuireError:

@@ -13,7 +13,13 @@ import torch
 from quire.sampling.batch_processors import BatchProcessors
 from quire.sampling.edits import edit_logits
 from quire.sampling.logprobs import LogprobsTensors
-from quire.sampling.pending import PendingTokens, SamplerOutput, model_error, nothing_allowed
+from quire.sampling.pending import (
+    PendingTokens,
+    SamplerOutput,
+    model_error,
+    nothing_allowed,
+    outcome,
+)
 from quire.sampling.random import uniforms
 from quire.sampling.row import Row, num_beam_candidates
 from quire.sampling_params import SamplingParams
@@ -223,7 +229,7 @@ class Sampler:
         highest : Tensor[num_rows], float32
             Their logits; NaN where any of the row's is.
         """
-        return PendingTokens.of_likeliest(token_ids, highest).collect()
+        return outcome(token_ids.cpu().numpy(), highest.cpu().numpy())
 
     @torch.no_grad()
     def launch(self, logits: torch.Tensor, rows: npt.NDArray[np.int64]) -> PendingTokens:

@@ -6,6 +6,7 @@ import ctypes
 import threading
 import weakref
 
+import numpy as np
 import torch
 
 from quire.kernels.cpu import structs
@@ -46,10 +47,10 @@ class NativeSampling:
         """See `quire.kernels.interface.Backend.argmax`."""
         if not _suits(logits):
             return reference.argmax(logits)
-        ids = torch.empty(len(logits), dtype=torch.int64, device="cpu")
-        highest = torch.empty(len(logits), dtype=torch.float32, device="cpu")
-        self._call("quire_argmax", _rows(logits), ids.data_ptr(), highest.data_ptr())
-        return ids, highest
+        ids = np.empty(len(logits), dtype=np.int64)
+        highest = np.empty(len(logits), dtype=np.float32)
+        self._call("quire_argmax", _rows(logits), ids.ctypes.data, highest.ctypes.data)
+        return torch.from_numpy(ids), torch.from_numpy(highest)
 
     def apply_penalties(
         self,
@@ -132,12 +133,12 @@ class NativeSampling:
         """See `quire.kernels.interface.Backend.sample_tokens`."""
         if not _suits(logits):
             return reference.sample_tokens(logits, temperature, top_k, top_p, min_p, uniform)
-        ids = torch.empty(len(logits), dtype=torch.int64, device="cpu")
-        temperature = temperature.clamp(min=reference.LEAST_TEMPERATURE)
-        held = [each.contiguous() for each in (temperature, top_k, top_p, min_p, uniform)]
-        how = structs.Draw(*(each.data_ptr() for each in held))
-        self._call("quire_draw", _rows(logits), ctypes.byref(how), ids.data_ptr())
-        return ids
+        ids = np.empty(len(logits), dtype=np.int64)
+        heat = np.maximum(temperature.numpy(), reference.LEAST_TEMPERATURE)
+        held = [each.contiguous() for each in (top_k, top_p, min_p, uniform)]
+        how = structs.Draw(heat.ctypes.data, *(each.data_ptr() for each in held))
+        self._call("quire_draw", _rows(logits), ctypes.byref(how), ids.ctypes.data)
+        return torch.from_numpy(ids)
 
 
 def _suits(logits: torch.Tensor) -> bool:
