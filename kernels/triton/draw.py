@@ -61,6 +61,12 @@ def weights_of(logits, highest, temperature, min_p):
 
 
 @triton.jit
+def least_of_weight(highest, temperature):
+    """Return the key below which no token has any weight."""
+    return keys_of(tl.maximum(highest - 28.0 * temperature, -3.4e38))
+
+
+@triton.jit
 def choose_threshold(
     bests,
     spans,
@@ -85,7 +91,8 @@ def choose_threshold(
     is above every number's key where no tokens are to be gathered; ``counters`` become 0.
     """
     row = tl.program_id(0).to(tl.int64)
-    _, top_k, top_p, min_p = limits_of(temperatures, top_ks, top_ps, min_ps, row, vocab_size)
+    limits = limits_of(temperatures, top_ks, top_ps, min_ps, row, vocab_size)
+    temperature, top_k, top_p, min_p = limits
     tl.store(counters + row, 0)
     threshold = tl.full((), 0x7FFFFFFF, tl.int32)
     if (top_k < vocab_size) | (top_p < 1.0) | (min_p > 0.0):
@@ -112,6 +119,7 @@ def choose_threshold(
             threshold = low.to(tl.int32)
     highest = logits_of(key_in(best_of(bests, row, num_chunks, CHUNKS)))
     is_finite = tl.abs(highest) < float("inf")
+    threshold = tl.maximum(threshold, least_of_weight(highest, temperature))
     tl.store(thresholds + row, tl.where(is_finite, threshold, 0x7FFFFFFF))
 
 
@@ -187,14 +195,15 @@ def draw_from_all(
 
 @triton.jit
 def draw_from_candidates(
-    candidates, row, count, total, highest, temperature, top_k, top_p, min_p, uniform, vocab_size,
+    candidates, row, count, is_all, total, highest, temperature, top_k, top_p, min_p, uniform,
     SIZE: tl.constexpr, TILE: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     """Draw from what was gathered; -1 where tokens beyond it may be kept, too.
 
-    ``total`` is the weight of the whole row, or 0 where top_k or min_p comes before top_p. All that
-    is to be known of a candidate is how many are likelier, and what these weigh together: each is
-    compared with each, which for so few takes no longer than sorting them.
+    ``is_all`` says that there are no others of any weight. ``total`` is the weight of the whole
+    row, or 0 where top_k or min_p comes before top_p. All that is to be known of a candidate is
+    how many are likelier, and what these weigh together: each is compared with each, which for so
+    few takes no longer than sorting them.
     """
     place = tl.arange(0, SIZE)
     there = place < count
@@ -218,7 +227,7 @@ def draw_from_candidates(
     most = tl.where(top_p < 1.0, top_p * mass.to(tl.float64), float("inf"))
     is_kept = (weights > 0) & ((rank == 0) | (before.to(tl.float64) < most))
     num_kept = tl.sum(is_kept.to(tl.int32), 0)
-    is_known = (num_left < count) | (count == vocab_size) | (top_k <= count)
+    is_known = (num_left < count) | is_all | (top_k <= count)
     is_known = is_known | ((total > 0) & (num_kept < num_left))
     reach = tl.sum(tl.where(is_kept, weights, 0), 0)
     target = tl.minimum((uniform * reach.to(tl.float64)).to(tl.int64), reach - 1)
@@ -237,7 +246,7 @@ def find_border(
     Of those with a weight there must be as many. Returned are the key, and how many tokens and
     how much weight lie above it.
     """
-    low = keys_of(tl.maximum(highest - 100.0 * temperature, -3.4e38)).to(tl.int64)
+    low = least_of_weight(highest, temperature).to(tl.int64)
     high = keys_of(highest).to(tl.int64) + 1
     count_above = tl.full((), 0, tl.int64)
     mass_above = tl.full((), 0, tl.int64)
@@ -248,7 +257,7 @@ def find_border(
         # The keys that there are: where there is one alone, the border is found.
         least = high
         most_below = low - 1
-        for chunk in range(0, tl.cdiv(vocab_size, CHUNK)):
+        for chunk in range(tl.cdiv(vocab_size, CHUNK)):
             _, found = load_chunk(row_logits, chunk, vocab_size, CHUNK)
             weights = weights_of(found, highest, temperature, min_p)
             keys = keys_of(found).to(tl.int64)
@@ -277,7 +286,7 @@ def draw_by_bisection(
     """Draw from however many tokens are kept, in descending order of likelihood."""
     count = tl.full((), 0, tl.int64)
     mass = tl.full((), 0, tl.int64)
-    for chunk in range(0, tl.cdiv(vocab_size, CHUNK)):
+    for chunk in range(tl.cdiv(vocab_size, CHUNK)):
         _, found = load_chunk(row_logits, chunk, vocab_size, CHUNK)
         weights = weights_of(found, highest, temperature, min_p)
         count += tl.sum((weights > 0).to(tl.int64), 0)
@@ -305,7 +314,7 @@ def draw_by_bisection(
     # Of the tokens with this very logit, that many come before, in the order of their ids.
     left = ((target - mass_above) // weight).to(tl.int32)
     token = tl.full((), 0, tl.int32)
-    for chunk in range(0, tl.cdiv(vocab_size, CHUNK)):
+    for chunk in range(tl.cdiv(vocab_size, CHUNK)):
         ids, found = load_chunk(row_logits, chunk, vocab_size, CHUNK)
         is_one = (keys_of(found) == key) & (ids < vocab_size)
         nth = tl.cumsum(is_one.to(tl.int32), 0) - 1
@@ -318,6 +327,7 @@ def draw_by_bisection(
 def draw(
     logits,
     bests,
+    thresholds,
     counters,
     candidates,
     masses,
@@ -361,15 +371,17 @@ def draw(
                     masses + row * num_chunks + chunks, mask=chunks < num_chunks, other=0
                 )
                 total = tl.where(is_whole, tl.sum(parts, 0), 0)  # only then were they written
+                least = least_of_weight(highest, temperature)
+                is_all = tl.load(thresholds + row) <= least
                 if count <= SMALL:
                     token = draw_from_candidates(
-                        candidates, row, count, total, highest, temperature, top_k, top_p, min_p,
-                        uniform, vocab_size, SMALL, 64, ROOM,
+                        candidates, row, count, is_all, total, highest, temperature, top_k, top_p,
+                        min_p, uniform, SMALL, 64, ROOM,
                     )  # fmt: skip
                 else:
                     token = draw_from_candidates(
-                        candidates, row, count, total, highest, temperature, top_k, top_p, min_p,
-                        uniform, vocab_size, ROOM, 16, ROOM,
+                        candidates, row, count, is_all, total, highest, temperature, top_k, top_p,
+                        min_p, uniform, ROOM, 16, ROOM,
                     )  # fmt: skip
             if token < 0:
                 token = draw_by_bisection(

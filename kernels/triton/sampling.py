@@ -1,4 +1,4 @@
-"""From logits to tokens on a GPU: what is prepared for the kernels. Nothing waits for the device."""
+"""From logits to tokens on a GPU: what is prepared for the kernels; nothing waits for it."""
 
 from __future__ import annotations
 
@@ -272,6 +272,7 @@ def sample_tokens(
     drawing.draw[(num_rows,)](
         logits,
         bests,
+        thresholds,
         counters,
         candidates,
         masses,
