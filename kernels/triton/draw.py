@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quire.kernels.triton.rows import (
+from quire.kernels.triton.logit_rows import (
     best_of,
     id_in,
     key_in,

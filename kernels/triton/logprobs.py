@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quire.kernels.triton.rows import keys_of, load_chunk, normalizer_of, pack
+from quire.kernels.triton.logit_rows import keys_of, load_chunk, normalizer_of, pack
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def finish_logprobs(
     stride,
     num_chunks,
     k,
-    K: tl.constexpr,
+    BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
     """Write a row's given token and its k likeliest: ``[num_rows, k + 1]``."""
@@ -97,8 +97,10 @@ def finish_logprobs(
     chunk = tl.arange(0, CHUNKS)
     counts = tl.load(higher + row * num_chunks + chunk, mask=chunk < num_chunks, other=0)
     tl.store(ranks + row, tl.sum(counts.to(tl.int64), 0) + 1)
-    place = tl.arange(0, K)
-    there = place < k
-    tl.store(ids + out + 1 + place, tl.load(top_ids + row * k + place, mask=there), mask=there)
-    found = tl.load(top_logits + row * k + place, mask=there)
-    tl.store(logprobs + out + 1 + place, found - normalizer, mask=there)
+    for first in range(0, k, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        there = place < k
+        top = tl.load(top_ids + row * k + place, mask=there, other=0)
+        tl.store(ids + out + 1 + place, top, mask=there)
+        found = tl.load(top_logits + row * k + place, mask=there, other=0.0)
+        tl.store(logprobs + out + 1 + place, found - normalizer, mask=there)

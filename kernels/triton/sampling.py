@@ -9,7 +9,7 @@ import triton
 
 from quire.kernels.triton import draw as drawing
 from quire.kernels.triton import edits, logprobs
-from quire.kernels.triton.rows import CHUNK, finish_argmax, survey
+from quire.kernels.triton.logit_rows import CHUNK, finish_argmax, survey
 
 _MOST_TOP = 64
 """Highest logits that are searched chunk by chunk; for more of them, the row is sorted."""
@@ -44,7 +44,7 @@ def _in_rows(logits: torch.Tensor) -> torch.Tensor:
 def _survey(
     logits: torch.Tensor, shape: _Shape, *, sums: bool = False, spans: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return what `quire.kernels.triton.rows.survey` finds."""
+    """Return what `quire.kernels.triton.logit_rows.survey` finds."""
     num_rows = len(logits)
     bests = logits.new_empty(num_rows, shape.num_chunks, dtype=torch.int64)
     summed = logits.new_empty(num_rows, shape.num_chunks, dtype=torch.float32) if sums else bests
@@ -211,7 +211,7 @@ def gather_logprobs(
             shape.stride,
             shape.num_chunks,
             k,
-            K=triton.next_power_of_2(max(k, 1)),
+            BLOCK=256,
             CHUNKS=shape.chunks,
         )
     return ids, found, ranks
