@@ -197,6 +197,8 @@ class Engine:
         """
         if self._runner is None:
             raise EngineClosedError("the engine is closed: make a new one")
+        if self._runner.is_asleep:
+            raise EngineClosedError("the engine sleeps: call wake_up() first")
         if request.request_id in self._requests:
             raise InvalidRequestError(
                 f"request_id={request.request_id!r} is in flight already: ids must be unique"
@@ -478,6 +480,18 @@ class Engine:
         if self._slots is not None and self._runner is not None:
             self._slots.collect()
             self._slots.apply(self._runner.set_adapter)
+
+    def sleep(self) -> None:
+        """Let the KV cache's memory go; no request may be in flight, or come before `wake_up`."""
+        assert not self._requests
+        assert self._runner is not None
+        self._begin()
+        self._runner.sleep()
+
+    def wake_up(self) -> None:
+        """Take the memory again, with nothing in it."""
+        assert self._runner is not None
+        self._runner.wake_up()
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; requests in flight keep their blocks."""
