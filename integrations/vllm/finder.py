@@ -57,7 +57,10 @@ class _Loader:
         module.__dict__["__all__"] = [name for name in names if not name.startswith("_")]
 
     def is_package(self, fullname: str) -> bool:
-        return bool(children(fullname)) or fullname == "vllm"
+        """Whether modules may be below."""
+        # Also where nothing is below: for a name that it lacks, Python then asks for a module,
+        # and is told what there is. A program is no package, or its `__main__` would be run.
+        return fullname == "vllm" or fullname not in RUNNABLE
 
     def get_source(self, fullname: str) -> str | None:
         return None
