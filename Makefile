@@ -27,6 +27,7 @@ help:
 	@echo "make test-slow   soaks, builds, large property runs, lowest allowed versions"
 	@echo "make format      let ruff rewrite what it can"
 	@echo "make lint|types|imports|unit    one part of 'make test'; unit takes ARGS='-k name -x'"
+	@echo "make test-consumers    packages that import vllm, on the stand-in for it"
 	@echo "make sanitize    the native kernels' tests under AddressSanitizer and UBSan"
 	@echo "make native-check          the native kernels in C++ alone, on every instruction set here"
 	@echo "make native-check-arm64    the same for arm64, in qemu; both take ARGS='--quick avx2'"
@@ -109,6 +110,22 @@ test-lower: $(LOWER)/.stamp
 	$(LOWER)/bin/pytest -m "not slow" $(SPREAD) -k "not transformers" --ignore=tests/packaging \
 		-p no:cacheprovider -o filterwarnings=default $(ARGS)
 
+# Packages that import vllm, unmodified, on the stand-in for it. They bring much along that nothing
+# else here needs: an environment of their own sees what the usual one has, too.
+CONSUMERS := .venv-consumers
+$(CONSUMERS)/.stamp: $(VENV)/.dev
+	rm -rf $(CONSUMERS) && $(BIN)/python -m venv $(CONSUMERS)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+		> "$$(echo $(CONSUMERS)/lib/python*/site-packages)/base.pth"
+	$(CONSUMERS)/bin/python -m pip --disable-pip-version-check --no-input install --quiet \
+		-c constraints.txt lm_eval distilabel llama-index-llms-vllm
+	@touch $@
+
+.PHONY: test-consumers
+test-consumers: $(CONSUMERS)/.stamp
+	$(CONSUMERS)/bin/python -P -m pytest tests/stand_in/test_vllm_consumers.py -p no:cacheprovider \
+		--no-cov -n 0 $(ARGS)
+
 # A library of its own, which the tests are pointed at; Python itself keeps what it allocates.
 SANITIZED := build/sanitize
 .PHONY: sanitize
@@ -145,7 +162,7 @@ wheel: $(VENV)/.dev
 
 .PHONY: clean
 clean:
-	rm -rf $(VENV) $(LOWER) .types build dist *.egg-info .coverage .coverage.* .hypothesis \
+	rm -rf $(VENV) $(LOWER) $(CONSUMERS) .types build dist *.egg-info .coverage .coverage.* .hypothesis \
 		.import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	rm -f kernels/cpu/_native.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -29,7 +29,7 @@ from quire.models.hf_config import (
     read_generation_config,
     resolve_dtype,
 )
-from quire.models.registry import build_spec, family_of
+from quire.models.registry import build_spec, family_of, is_classifier
 from quire.models.split import check_split
 from quire.quantization import registry
 from quire.sampling.batch_processors import BatchProcessors
@@ -248,6 +248,7 @@ def _build(
         ),
         default_params=recommended,
         hidden_size=model.spec.hidden_size,
+        generates=not is_classifier(hf_config),
     )
     sampler = Sampler(
         vocab_size=model.spec.vocab_size,

@@ -71,7 +71,7 @@ class Lifetime:
         it: processes beside it are told by one, and end with it.
     """
 
-    __slots__ = ("_is_bound", "_loop", "_name", "_pid")
+    __slots__ = ("_is_bound", "_loop", "_name", "_pid", "_suspended")
 
     def __init__(self, loop: EngineLoop, name: str, *, bound: bool = False) -> None:
         self._loop: EngineLoop | None = loop
@@ -79,6 +79,7 @@ class Lifetime:
         # The process whose thread steps the engine, once there is one.
         self._pid: int | None = os.getpid() if bound else None
         self._is_bound = bound
+        self._suspended = ""
 
     @property
     def loop(self) -> EngineLoop | None:
@@ -88,7 +89,12 @@ class Lifetime:
     @property
     def closed(self) -> bool:
         """Whether :meth:`close` was called."""
-        return self._loop is None
+        return self._loop is None and not self._suspended
+
+    @property
+    def is_suspended(self) -> bool:
+        """Whether there is no engine, and there is to be one again."""
+        return bool(self._suspended)
 
     def check(self) -> EngineLoop:
         """Return the loop if it can serve a request.
@@ -99,6 +105,8 @@ class Lifetime:
             After :meth:`close`, and in a fork of the process that runs the engine.
         """
         loop = self._loop
+        if loop is None and self._suspended:
+            raise EngineClosedError(f"{self._name} {self._suspended}")
         if loop is None:
             raise EngineClosedError(f"{self._name} was closed; make a new one")
         if self._pid not in (None, os.getpid()):
@@ -115,8 +123,22 @@ class Lifetime:
         self._pid = os.getpid()
         return loop
 
+    def suspend(self, why: str) -> None:
+        """Close the engine, which :meth:`resume` is to replace; `why` is what callers are told."""
+        loop, self._loop = self.check(), None
+        self._suspended = why
+        loop.close()
+
+    def resume(self, loop: EngineLoop) -> None:
+        """Go on with another engine."""
+        if not self._suspended:  # closed in between
+            loop.close()
+            self.check()
+        self._loop, self._suspended = loop, ""
+
     def close(self) -> None:
         """Close the engine and let go of it. Idempotent."""
+        self._suspended = ""
         loop, self._loop = self._loop, None
         # In a fork of the process that runs the engine there is no thread to stop, and its locks
         # may have been held at the moment of the fork.

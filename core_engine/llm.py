@@ -6,17 +6,21 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from quire.classifier import Classifier
 from quire.config import EngineConfig, init_signature
 from quire.errors import EngineClosedError, InvalidRequestError
 from quire.html import card
 from quire.lifetime import Lifetime, describe, make_loop
 from quire.outputs import (
     BeamSearchOutput,
+    ClassificationRequestOutput,
     EmbeddingRequestOutput,
     RequestOutput,
+    ScoringRequestOutput,
 )
 from quire.pooling_params import PoolingParams
 from quire.prompts import (
@@ -28,6 +32,7 @@ from quire.prompts import (
 )
 from quire.request_maker import FoundAdapter, RequestMaker, at_index
 from quire.sampling_params import BeamSearchParams, SamplingParams
+from quire.sleep import Sleep
 from quire.utils.checks import refuse
 from quire.utils.output_history import keep_out_of_history
 from quire.waiting import OutputStream, wait_for_all
@@ -106,6 +111,8 @@ class LLM:
         self._lifetime = Lifetime(
             loop, f"LLM(model={config.model.model!r})", bound=config.parallel.num_ranks > 1
         )
+        self._sleep = Sleep(config, self._lifetime)
+        self._classifier = Classifier(config, loop.engine.limits.hidden_size)
         self._finalizer = weakref.finalize(self, self._lifetime.close)
         keep_out_of_history(self)
 
@@ -341,6 +348,74 @@ class LLM:
                     del results, result
         return [EmbeddingRequestOutput.of(r) for r in results if isinstance(r, RequestOutput)]
 
+    def classify(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        activates: bool = True,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: Any = None,
+    ) -> list[ClassificationRequestOutput]:
+        """Return the probabilities of prompts' classes, of a model with a head for them.
+
+        Parameters
+        ----------
+        prompts, use_tqdm, lora_request
+            As in :meth:`generate`.
+        activates : bool
+            As probabilities; else as the numbers that the head gives.
+        truncate_prompt_tokens : int, optional
+            Keep that many of a prompt's last tokens; -1 as many as there is room for.
+
+        Raises
+        ------
+        NotSupportedError
+            The model has no such head: it is no ``...ForSequenceClassification``.
+        InvalidRequestError, RequestFailedError, EngineClosedError
+            As from :meth:`generate`.
+        """
+        return self._classifier.classify(
+            as_prompts(prompts),
+            partial(self.embed, use_tqdm=use_tqdm, lora_request=lora_request),
+            activates=activates,
+            truncate_prompt_tokens=truncate_prompt_tokens,
+        )
+
+    def score(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        activates: bool = True,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: Any = None,
+    ) -> list[ScoringRequestOutput]:
+        """Return how well the two texts of each pair go together.
+
+        By the head of a model that has one for a single class, which reads both texts as one
+        prompt; by the cosine of their embeddings else.
+
+        Parameters
+        ----------
+        pairs : list of (str, str)
+        activates, use_tqdm, lora_request
+            As in :meth:`classify`.
+        """
+        return self._classifier.score(
+            pairs,
+            partial(self.embed, use_tqdm=use_tqdm, lora_request=lora_request),
+            self.get_tokenizer(),
+            activates=activates,
+            has_head=self.num_classes is not None,
+        )
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes the model's head has; None: it has none, and generates."""
+        if self._open_processor().limits.generates:
+            return None
+        return self._classifier.head().num_classes
+
     # -- adapters --------------------------------------------------------------------------------
 
     def load_lora(
@@ -448,6 +523,37 @@ class LLM:
         return self._lifetime.check()
 
     # -- life ------------------------------------------------------------------------------------
+
+    def sleep(self, level: int = 1) -> None:
+        """Let memory go until :meth:`wake_up`; requests in flight are aborted, new ones refused.
+
+        Cached prefixes are forgotten.
+
+        Parameters
+        ----------
+        level : int
+            1: the KV cache's. 2: all of it, the weights' too, which are loaded again afterwards,
+            as are adapters; so it is at level 1 where several processes compute the model.
+        """
+        self._sleep.begin(level)
+        if self._lifetime.is_suspended:
+            self._maker = None
+
+    def wake_up(self) -> None:
+        """Take the memory again. Idempotent.
+
+        Raises
+        ------
+        OutOfMemoryError, MemoryError
+            There is not enough of it any more; the LLM goes on sleeping.
+        """
+        if self._sleep.end():
+            self._maker = RequestMaker(self.config, self._lifetime.check().engine)
+
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether :meth:`sleep` was called, and :meth:`wake_up` was not yet."""
+        return self._sleep.level > 0
 
     def close(self) -> None:
         """Stop the engine and free weights and KV cache; running requests fail. Idempotent."""

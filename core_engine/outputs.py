@@ -231,6 +231,79 @@ class EmbeddingRequestOutput:
 
 
 @dataclass(slots=True)
+class ClassificationOutput:
+    """What a model's head says of a prompt's classes.
+
+    Attributes
+    ----------
+    probs : list of float
+        Their probabilities, or the head's own numbers where these were asked for.
+    """
+
+    probs: list[float]
+
+    @property
+    def num_classes(self) -> int:
+        """How many there are."""
+        return len(self.probs)
+
+
+@dataclass(slots=True)
+class ClassificationRequestOutput:
+    """What a request for classes gives back.
+
+    Attributes
+    ----------
+    request_id : str
+    outputs : ClassificationOutput
+    prompt_token_ids : list of int
+    finished : bool
+    num_cached_tokens : int
+        Prompt tokens whose keys and values came from the prefix cache.
+    """
+
+    request_id: str
+    outputs: ClassificationOutput
+    prompt_token_ids: list[int]
+    finished: bool = True
+    num_cached_tokens: int = 0
+
+
+@dataclass(slots=True)
+class ScoringOutput:
+    """How well two texts go together.
+
+    Attributes
+    ----------
+    score : float
+    """
+
+    score: float
+
+
+@dataclass(slots=True)
+class ScoringRequestOutput:
+    """What a request for a score gives back.
+
+    Attributes
+    ----------
+    request_id : str
+    outputs : ScoringOutput
+    prompt_token_ids : list of int
+        Of the pair as the model read it; of both texts, one after the other, where it read each.
+    finished : bool
+    num_cached_tokens : int
+        Prompt tokens whose keys and values came from the prefix cache.
+    """
+
+    request_id: str
+    outputs: ScoringOutput
+    prompt_token_ids: list[int]
+    finished: bool = True
+    num_cached_tokens: int = 0
+
+
+@dataclass(slots=True)
 class BeamSearchSequence:
     """One hypothesis of a beam search.
 

@@ -55,7 +55,7 @@ def _changed_fields(params: SamplingParams | BeamSearchParams) -> dict[str, Any]
 _LIST_FIELDS: Final = ("stop", "stop_token_ids", "bad_words")
 
 
-def _remember_given(cls: type[SamplingParams]) -> type[SamplingParams]:
+def remember_given(cls: type[SamplingParams]) -> type[SamplingParams]:
     """Keep the names of the keywords that an object is made with, for ``explicit_fields``."""
     checked = cls.__init__
     num_fields = len(fields(cls))
@@ -70,7 +70,7 @@ def _remember_given(cls: type[SamplingParams]) -> type[SamplingParams]:
     return cls
 
 
-@_remember_given
+@remember_given
 @refuse_unknown_keywords
 @dataclass(kw_only=True, repr=False)
 class SamplingParams:

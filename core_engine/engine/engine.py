@@ -22,7 +22,7 @@ from quire.engine.metrics import EngineMetrics
 from quire.engine.processor import ModelLimits, Processor
 from quire.engine.prompt_reader import read_prompts
 from quire.engine.queue_bound import QueueBound
-from quire.engine.runner import Runner, is_device_lost
+from quire.engine.runner import ModelRunner, Runner, is_device_lost
 from quire.engine.running import RunningSequences
 from quire.engine.scheduler import Scheduler, StepPlan
 from quire.engine.sequence import Sequence, SequenceStatus
@@ -96,6 +96,7 @@ class Engine:
         )
         self._logprobs = TokenLogprobsMaker(tokenizer)
         self._num_arrivals = 0
+        self._is_asleep = False
         self._queue_bound = QueueBound()
         self._begin()
 
@@ -197,6 +198,8 @@ class Engine:
         """
         if self._runner is None:
             raise EngineClosedError("the engine is closed: make a new one")
+        if self._is_asleep:
+            raise EngineClosedError("the engine sleeps: call wake_up() first")
         if request.request_id in self._requests:
             raise InvalidRequestError(
                 f"request_id={request.request_id!r} is in flight already: ids must be unique"
@@ -478,6 +481,20 @@ class Engine:
         if self._slots is not None and self._runner is not None:
             self._slots.collect()
             self._slots.apply(self._runner.set_adapter)
+
+    def sleep(self) -> None:
+        """Let the KV cache's memory go; no request may be in flight, or come before `wake_up`."""
+        assert not self._requests
+        assert isinstance(self._runner, ModelRunner)
+        self._begin()
+        self._is_asleep = True
+        self._runner.sleep()
+
+    def wake_up(self) -> None:
+        """Take the memory again, with nothing in it."""
+        assert isinstance(self._runner, ModelRunner)
+        self._runner.wake_up()
+        self._is_asleep = False
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; requests in flight keep their blocks."""

@@ -91,6 +91,11 @@ class EngineLoop:
         with contextlib.suppress(EngineClosedError):  # closing has ended them
             self._post(lambda engine: self._deliver(engine.abort(request_ids)))
 
+    def abort_all(self) -> None:
+        """End every request in flight."""
+        with contextlib.suppress(EngineClosedError):
+            self._post(lambda engine: self._deliver(engine.abort(list(self._sinks))))
+
     def call(self, function: Callable[[AnyEngine], T | Later[T]]) -> T:
         """Run ``function(engine)`` between two steps and return what it returns."""
         if threading.current_thread() is self._thread:

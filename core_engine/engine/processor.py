@@ -56,6 +56,8 @@ class ModelLimits:
         Numbers of an embedding.
     default_params : dict
         The model's ``generation_config.json``, or nothing of it where the user wants none.
+    generates : bool
+        Whether the model has a head for tokens; one for classes reads prompts only.
     """
 
     vocab_size: int
@@ -64,6 +66,7 @@ class ModelLimits:
     eos_token_ids: tuple[int, ...]
     default_params: dict[str, Any] = field(default_factory=dict)
     hidden_size: int = 0
+    generates: bool = True
 
 
 class Processor:
@@ -138,6 +141,11 @@ class Processor:
                 detokenize=False,
                 truncate_prompt_tokens=pooling.truncate_prompt_tokens,
                 output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+        elif not self.limits.generates:
+            raise InvalidRequestError(
+                "the model has a head for classes and none for tokens, so it generates no text: "
+                "use LLM.classify, LLM.score or LLM.embed"
             )
         elif params is None:
             params = self.default_sampling_params()

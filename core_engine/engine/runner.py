@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from quire.engine.batch import ForwardBatch
 from quire.errors import DeviceLostError
 from quire.kernels.kv_rows import row_width
+from quire.utils.freed_memory import return_freed_memory
 
 if TYPE_CHECKING:
     from quire.kernels.interface import Backend
@@ -80,12 +82,26 @@ class ModelRunner:
         self.model = model
         self.device = device
         self._kernels = kernels
-        self._kv_caches = [
-            kernels.allocate_kv_cache(
-                num_blocks, block_size, num_heads, head_dim, kv_cache_dtype, device
-            )
-            for num_heads, head_dim in model.kv_cache_layers()
-        ]
+        self._allocate = partial(
+            _allocate, model, kernels, num_blocks, block_size, kv_cache_dtype, device
+        )
+        self._kv_caches = self._allocate()
+
+    def sleep(self) -> None:
+        """Let the KV cache's memory go."""
+        self._kv_caches = []
+        return_freed_memory()
+
+    def wake_up(self) -> None:
+        """Take memory for a KV cache again, where there is none.
+
+        Raises
+        ------
+        MemoryError
+            There is not enough of it.
+        """
+        if not self._kv_caches:
+            self._kv_caches = self._allocate()
 
     def set_adapter(self, slot: int, adapter: PreparedAdapter | None) -> None:
         """Put an adapter into one of the model's slots, or nothing; between two steps."""
@@ -146,6 +162,20 @@ class ModelRunner:
         if adapter_slots is None:
             return native.likeliest(hidden, indices)
         return native.likeliest(hidden, indices, adapter_slots)
+
+
+def _allocate(
+    model: Decoder,
+    kernels: Backend,
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [
+        kernels.allocate_kv_cache(num_blocks, block_size, num_heads, head_dim, dtype, device)
+        for num_heads, head_dim in model.kv_cache_layers()
+    ]
 
 
 def is_device_lost(error: BaseException) -> bool:

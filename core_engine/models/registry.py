@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -34,6 +35,15 @@ _BUILT_IN = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 
+_CLASSIFIERS = {
+    (f"{base}ForSequenceClassification"): name
+    for name in _BUILT_IN
+    if (base := name.removesuffix("ForCausalLM").removesuffix("LMHeadModel"))
+}
+"""The same models with a head for classes in place of the one for tokens, by what they are else."""
+
+_CLASSES_WEIGHT = r"^score\.weight$"
+
 _REFUSED_KEYS = {
     "num_local_experts": "a mixture of experts",
     "num_experts": "a mixture of experts",
@@ -49,7 +59,13 @@ _READ_KEYS = {
 
 def supported_architectures() -> list[str]:
     """Architecture names that can be loaded, sorted."""
-    return sorted({*_BUILT_IN, *_installed()})
+    return sorted({*_BUILT_IN, *_CLASSIFIERS, *_installed()})
+
+
+def is_classifier(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration's model has a head for classes, and none for tokens."""
+    names = config.get("architectures")
+    return isinstance(names, list) and any(str(name) in _CLASSIFIERS for name in names)
 
 
 def family_of(config: Mapping[str, Any]) -> tuple[str, Family]:
@@ -77,6 +93,10 @@ def family_of(config: Mapping[str, Any]) -> tuple[str, Family]:
             family: Family = module.FAMILY
             return name, family
     for name in names:
+        if name in _CLASSIFIERS:
+            _, family = family_of({"architectures": [_CLASSIFIERS[name]]})
+            return name, replace(family, ignored=(*family.ignored, _CLASSES_WEIGHT))
+    for name in names:
         if name in _installed():
             return name, _installed()[name]
     raise UnsupportedModelError(
@@ -103,8 +123,9 @@ def build_spec(config: Mapping[str, Any], max_model_len: int | None = None) -> D
         A value is missing or makes no sense.
     """
     architecture, family = family_of(config)
-    if architecture in _BUILT_IN:
-        read = _READ_KEYS.get(_BUILT_IN[architecture], ())
+    built_in = _CLASSIFIERS.get(architecture, architecture)
+    if built_in in _BUILT_IN:
+        read = _READ_KEYS.get(_BUILT_IN[built_in], ())
         for key, meaning in _REFUSED_KEYS.items():
             if config.get(key) and key not in read:
                 raise UnsupportedModelError(
@@ -112,7 +133,16 @@ def build_spec(config: Mapping[str, Any], max_model_len: int | None = None) -> D
                     "does not support in this version of quire"
                 )
     try:
-        return family.spec(config, max_model_len)
+        spec = family.spec(config, max_model_len)
+        if architecture not in _CLASSIFIERS:
+            return spec
+        if spec.embedding_size not in (None, spec.hidden_size):
+            raise UnsupportedModelError(
+                f"{architecture} with embeddings of {spec.embedding_size} numbers and hidden "
+                f"states of {spec.hidden_size} is not supported"
+            )
+        # There is no output matrix; the embedding stands in for what nobody asks for.
+        return replace(spec, tie_word_embeddings=True)
     except QuireError:
         raise
     except (TypeError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
