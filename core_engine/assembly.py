@@ -37,6 +37,7 @@ from quire.sampling.sampler import Sampler
 from quire.tokenizer import load_tokenizer
 from quire.utils import log
 from quire.utils.checks import shown
+from quire.utils.device import choose_device, with_index
 from quire.utils.memory import KVCachePlan, available_memory, plan_kv_cache, start_line
 from quire.utils.threads import apply_thread_count
 
@@ -124,7 +125,7 @@ def _build(
         rank = launched_rank(parallel.num_ranks)
     log.configure(f"rank {rank}" if rank else "")
     num_threads = apply_thread_count()
-    device = choose_device(config.device)
+    device = with_index(choose_device(config.device))
     kernels = get_backend(device)
     if device.type == "cpu" and (reason := why_missing()) is not None:
         logger.warning("%s; until then the slower reference kernels run", reason)
@@ -341,25 +342,6 @@ def _make_store(
         except AdapterError as error:
             raise AdapterError(f"lora_modules: {each.lora_name!r}: {error}") from error
     return store
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device that a configuration names.
-
-    Raises
-    ------
-    ConfigError
-        When torch finds no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device={name!r}: torch finds {torch.cuda.device_count()} such devices here; "
-            "use device='cpu', or install a torch build for the device"
-        )
-    return device
 
 
 def choose_kv_cache_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:

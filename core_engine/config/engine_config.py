@@ -196,8 +196,8 @@ class EngineConfig(Checked):
     seed : int
         What requests without a seed of their own draw from.
     device : str
-        ``"auto"`` is a GPU where torch finds one, else the CPU; or ``"cpu"``, ``"cuda"``,
-        ``"cuda:1"``.
+        ``"auto"`` is an accelerator where torch finds one, else the CPU; or ``"cpu"``, or what torch
+        calls it: ``"cuda"`` (NVIDIA's and AMD's GPUs), ``"xpu"`` (Intel's), ``"cuda:1"``, ...
     batch_invariant : bool or None
         Whether a request's log-probabilities must have the same bits whatever else is in the
         batch, and however its prompt is cut, cached or taken up again. The native CPU kernels do

@@ -12,6 +12,7 @@ import torch
 from quire.engine.batch import ForwardBatch
 from quire.errors import DeviceLostError
 from quire.kernels.kv_rows import row_width
+from quire.utils.device import make_current
 
 if TYPE_CHECKING:
     from quire.kernels.interface import Backend
@@ -102,6 +103,7 @@ class ModelRunner:
         hidden : Tensor[num_tokens, hidden_size], optional
             What the stage before made, where the model has several.
         """
+        make_current(self.device)
         return self.model.forward(batch, self._kv_caches, hidden)
 
     def exchanged(self) -> Exchanged | None:

@@ -14,6 +14,7 @@ from quire.kernels import get_backend
 from quire.models.loader import load_model
 from quire.parallel.place import Place
 from quire.quantization import registry
+from quire.utils.device import count_devices, make_current, memory_info
 
 if TYPE_CHECKING:
     from quire.models.decoder import Decoder
@@ -33,7 +34,7 @@ class ShardSettings:
         Its configuration, overrides applied.
     dtype : str
     device_type : str
-        ``"cpu"`` or ``"cuda"``; of several such devices each rank of a machine takes its own.
+        ``"cpu"``, ``"cuda"``, ``"xpu"``, ...; of several such devices each rank of a machine takes its own.
     quantization : str or None
     quantization_config : dict or None
     max_model_len : int or None
@@ -79,7 +80,7 @@ class ShardSettings:
         """
         if self.device_type == "cpu":
             return torch.device("cpu")
-        count = torch.get_device_module(self.device_type).device_count()
+        count = count_devices(self.device_type)
         if rank >= count:
             raise ConfigError(
                 f"tensor_parallel_size={self.tensor_size} times pipeline_parallel_size="
@@ -123,6 +124,7 @@ def load_shard(
     ModelLoadError, OutOfMemoryError
         See `quire.models.loader.load_model`.
     """
+    make_current(device)
     weight_format, quantizer = settings.how_quantized() if how is None else how
     return load_model(
         Path(settings.path),
@@ -143,7 +145,7 @@ def describe(model: Decoder, device: torch.device) -> dict[str, Any]:
     """Return what the engine's process must know of a rank's part of the model."""
     free = total = None
     if device.type != "cpu":
-        free, total = torch.get_device_module(device).mem_get_info(device)
+        free, total = memory_info(device)
     return {
         "weight_bytes": model.weight_bytes(),
         "kv_cache_layers": [list(each) for each in model.kv_cache_layers()],

@@ -102,7 +102,7 @@ VALID = {
         ['{"name": "a", "path": "b"}'],
     ],
     "seed": [0, 2**64 - 1],
-    "device": ["auto", "cpu", "cuda", "cuda:1", torch.device("cpu")],
+    "device": ["auto", "cpu", "cuda", "cuda:1", "xpu", "xpu:3", "npu:0", torch.device("cpu")],
     "logits_processors": [[], (), [Nothing], (Nothing(), Nothing)],
 }
 BOOLEANS = [
@@ -167,7 +167,7 @@ INVALID = {
         {"": "a"},
     ],
     "seed": [-1, 2**64, 0.5, "0"],
-    "device": ["tpu", "cuda:", "cuda:x", "cpu:0", 0],
+    "device": ["tpu", "cuda:", "cuda:x", "cpu:0", "xpu:", "auto:1", "mps", 0],
     "logits_processors": ["module:Class", ["module:Class"], [3], [len], [int], Nothing],
     "model": ["", "  ", 5, b"bytes"],
     **{name: ["yes", 1, 0] for name in BOOLEANS},
