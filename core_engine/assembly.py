@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 
 from quire.engine.engine import Engine
+from quire.engine.graphs import TorchGraphs, why_eager
 from quire.engine.processor import ModelLimits
 from quire.engine.runner import ModelRunner, Runner, kv_bytes_per_block
 from quire.errors import AdapterError, ConfigError, NotSupportedError, OutOfMemoryError
@@ -37,7 +38,7 @@ from quire.sampling.sampler import Sampler
 from quire.tokenizer import load_tokenizer
 from quire.utils import log
 from quire.utils.checks import shown
-from quire.utils.device import choose_device, with_index
+from quire.utils.device import choose_device, is_accelerator, with_index
 from quire.utils.memory import KVCachePlan, available_memory, plan_kv_cache, start_line
 from quire.utils.threads import apply_thread_count
 
@@ -218,6 +219,15 @@ def _build(
         kv_cache_dtype=kv_cache_dtype,
         device=device,
     )
+    graphless = why_eager(config, model, kernels, device)
+    if graphless is None:
+        own.use_graphs(
+            TorchGraphs(device),
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_model_len=plan.max_model_len,
+        )
+    elif is_accelerator(device):
+        logger.info("no graphs: %s", graphless)
     runner: Runner = own
     if isinstance(team, Launched):
         runner = team.make_runner(own)

@@ -10,11 +10,13 @@ import numpy.typing as npt
 import torch
 
 from quire.engine.batch import ForwardBatch
+from quire.engine.graphs import DecodeGraphs
 from quire.errors import DeviceLostError
 from quire.kernels.kv_rows import row_width
 from quire.utils.device import make_current
 
 if TYPE_CHECKING:
+    from quire.engine.graphs import GraphDevice
     from quire.kernels.interface import Backend
     from quire.models.adapter import PreparedAdapter
     from quire.models.decoder import Decoder
@@ -68,6 +70,11 @@ class ModelRunner:
     kv_cache_dtype : torch.dtype
         What keys and values are kept in: a float type, or codes with scales, in int8 or
         float8_e4m3fn.
+
+    Attributes
+    ----------
+    graphs : DecodeGraphs or None
+        What steps of one token per sequence go by, where `use_graphs` was called.
     """
 
     def __init__(
@@ -82,6 +89,7 @@ class ModelRunner:
     ) -> None:
         self.model = model
         self.device = device
+        self.graphs: DecodeGraphs | None = None
         self._kernels = kernels
         self._kv_caches = [
             kernels.allocate_kv_cache(
@@ -89,6 +97,18 @@ class ModelRunner:
             )
             for num_heads, head_dim in model.kv_cache_layers()
         ]
+
+    def use_graphs(self, device: GraphDevice, *, max_num_seqs: int, max_model_len: int) -> None:
+        """Have steps of one token per sequence go by graphs; see `DecodeGraphs`."""
+        self.graphs = DecodeGraphs(
+            self.model,
+            self._kernels,
+            self._kv_caches,
+            device=self.device,
+            graph_device=device,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+        )
 
     def set_adapter(self, slot: int, adapter: PreparedAdapter | None) -> None:
         """Put an adapter into one of the model's slots, or nothing; between two steps."""
@@ -102,8 +122,17 @@ class ModelRunner:
         batch : ForwardBatch
         hidden : Tensor[num_tokens, hidden_size], optional
             What the stage before made, where the model has several.
+
+        Returns
+        -------
+        Tensor[num_tokens, hidden_size]
+            Perhaps written over by the next step.
         """
         make_current(self.device)
+        if hidden is None and self.graphs is not None and self.graphs.takes(batch):
+            computed = self.graphs.forward(batch)
+            if computed is not None:
+                return computed
         return self.model.forward(batch, self._kv_caches, hidden)
 
     def exchanged(self) -> Exchanged | None:

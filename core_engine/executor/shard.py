@@ -34,7 +34,8 @@ class ShardSettings:
         Its configuration, overrides applied.
     dtype : str
     device_type : str
-        ``"cpu"``, ``"cuda"``, ``"xpu"``, ...; of several such devices each rank of a machine takes its own.
+        ``"cpu"``, or what torch calls an accelerator; of several such devices each rank of a
+        machine takes its own.
     quantization : str or None
     quantization_config : dict or None
     max_model_len : int or None

@@ -9,7 +9,6 @@ import torch
 from quire.kernels.quantized import QuantizedWeight
 from quire.kernels.reference.backend import ReferenceBackend
 
-
 _DEVICES = ("cuda", "xpu")
 """Types of devices that Triton compiles for: NVIDIA's and AMD's GPUs, and Intel's."""
 

@@ -112,6 +112,7 @@ BOOLEANS = [
     "enable_prefix_caching",
     "enable_chunked_prefill",
     "batch_invariant",
+    "enforce_eager",
     "enable_lora",
 ]
 INVALID = {
