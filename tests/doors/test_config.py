@@ -43,6 +43,7 @@ FIELDS = [spec.name for part in PARTS for spec in dataclasses.fields(part)] + [
     "seed",
     "device",
     "batch_invariant",
+    "enforce_eager",
     "logits_processors",
 ]
 
