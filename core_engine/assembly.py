@@ -40,6 +40,7 @@ from quire.utils import log
 from quire.utils.checks import shown
 from quire.utils.device import choose_device, is_accelerator, with_index
 from quire.utils.memory import KVCachePlan, available_memory, plan_kv_cache, start_line
+from quire.utils.out_of_memory import named_out_of_memory
 from quire.utils.threads import apply_thread_count
 
 if TYPE_CHECKING:
@@ -167,6 +168,7 @@ def _build(
         num_stages=parallel.pipeline_parallel_size,
         expert_parallel=parallel.enable_expert_parallel,
         num_replicas=1 if copies is None else copies.cores_shared_by,
+        step=_largest_step(config, hf_config, dtype) if is_accelerator(device) else None,
     )
     place = settings.place(rank)
     team: Crew | Launched | None = None
@@ -183,7 +185,10 @@ def _build(
         undo.callback(team.close)
     group = None if team is None else team.ends.group
     model = load_shard(settings, place, group, device, (weight_format, quantizer))
-    described = describe(model, device)
+    graphless = why_eager(config, model, kernels, device)
+    if settings.step is not None and graphless is None:
+        settings.step["has_graphs"] = True
+    described = describe(model, device, settings.step)
     shards = [described] if team is None else team.exchange_shards(described)
     if how is not None:
         _warn_of_no_effect(how, model)
@@ -211,22 +216,28 @@ def _build(
     plan = make_plan() if copies is None else copies.agree(make_plan)
     if isinstance(team, Launched):
         plan = KVCachePlan(**team.of_rank_0("cache", dataclasses.asdict(plan)))
-    own = ModelRunner(
-        model,
-        kernels,
-        num_blocks=plan.num_blocks,
-        block_size=config.cache.block_size,
-        kv_cache_dtype=kv_cache_dtype,
-        device=device,
-    )
-    graphless = why_eager(config, model, kernels, device)
-    if graphless is None:
-        own.use_graphs(
-            TorchGraphs(device),
-            max_num_seqs=config.scheduler.max_num_seqs,
-            max_model_len=plan.max_model_len,
+    with named_out_of_memory(
+        f"a KV cache of {plan.num_blocks} blocks",
+        device,
+        f"lower gpu_memory_utilization={config.cache.gpu_memory_utilization}, max_num_seqs="
+        f"{config.scheduler.max_num_seqs} or max_model_len={plan.max_model_len}, or ask for less "
+        "by kv_cache_memory_bytes",
+    ):
+        own = ModelRunner(
+            model,
+            kernels,
+            num_blocks=plan.num_blocks,
+            block_size=config.cache.block_size,
+            kv_cache_dtype=kv_cache_dtype,
+            device=device,
         )
-    elif is_accelerator(device):
+        if graphless is None:
+            own.use_graphs(
+                TorchGraphs(device),
+                max_num_seqs=config.scheduler.max_num_seqs,
+                max_model_len=plan.max_model_len,
+            )
+    if graphless is not None and is_accelerator(device):
         logger.info("no graphs: %s", graphless)
     runner: Runner = own
     if isinstance(team, Launched):
@@ -296,6 +307,23 @@ def _build(
             f"no room for the tables of max_num_seqs={config.scheduler.max_num_seqs} requests of "
             f"max_model_len={plan.max_model_len} tokens: lower one of them ({error})"
         ) from error
+
+
+def _largest_step(
+    config: EngineConfig, hf_config: dict[str, Any], dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return the fields of the `StepSize` that there must be room for."""
+    scheduler, asked = config.scheduler, config.model.max_model_len
+    max_len = asked or build_spec(hf_config, asked).max_position
+    num_tokens = scheduler.token_budget(max_len or 0)
+    cache_dtype = choose_kv_cache_dtype(config.cache.kv_cache_dtype, dtype)
+    return {
+        "num_tokens": num_tokens,
+        "num_seqs": min(scheduler.max_num_seqs, num_tokens),
+        "max_len": max_len or num_tokens,
+        "block_size": config.cache.block_size,
+        "kv_cache_dtype": str(cache_dtype).removeprefix("torch."),
+    }
 
 
 def _where_found(config: ModelConfig, path: Path) -> dict[str, Any]:
@@ -436,6 +464,7 @@ def _cache_memory(
         "bytes_per_block": max(needed),
         "free_bytes": min(each["free_bytes"] for each in ranks),
         "total_bytes": max(each["total_bytes"] for each in ranks),
+        "step_bytes": max(each["step_bytes"] for each in ranks),
     }
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quire.engine.memory_profile import StepSize, TorchMemory, measure_step
 from quire.errors import ConfigError
 from quire.kernels import get_backend
 from quire.models.loader import load_model
 from quire.parallel.place import Place
 from quire.quantization import registry
 from quire.utils.device import count_devices, make_current, memory_info
+from quire.utils.out_of_memory import named_out_of_memory
 
 if TYPE_CHECKING:
     from quire.models.decoder import Decoder
@@ -47,6 +50,8 @@ class ShardSettings:
     num_replicas : int
         Copies of the model that the machine's cores are divided among, of which this is the
         first; 1 where the process that starts the ranks keeps to its share already.
+    step : dict or None
+        The fields of the `StepSize` that an accelerator's memory must have room for.
     """
 
     path: str
@@ -62,6 +67,7 @@ class ShardSettings:
     num_stages: int
     expert_parallel: bool
     num_replicas: int = 1
+    step: dict[str, Any] | None = None
 
     def to_message(self) -> dict[str, Any]:
         """Return the fields by their names."""
@@ -127,29 +133,52 @@ def load_shard(
     """
     make_current(device)
     weight_format, quantizer = settings.how_quantized() if how is None else how
-    return load_model(
-        Path(settings.path),
-        settings.hf_config,
-        device=device,
-        dtype=getattr(torch, settings.dtype),
-        kernels=get_backend(device),
-        max_model_len=settings.max_model_len,
-        max_adapters=settings.max_adapters,
-        weight_format=weight_format,
-        quantizer=quantizer,
-        place=place,
-        group=group,
-    )
+    with named_out_of_memory(
+        "the model's weights",
+        device,
+        "take quantization=, a dtype of fewer bytes, a higher tensor_parallel_size, or end what "
+        "else is on the device",
+    ):
+        return load_model(
+            Path(settings.path),
+            settings.hf_config,
+            device=device,
+            dtype=getattr(torch, settings.dtype),
+            kernels=get_backend(device),
+            max_model_len=settings.max_model_len,
+            max_adapters=settings.max_adapters,
+            weight_format=weight_format,
+            quantizer=quantizer,
+            place=place,
+            group=group,
+        )
 
 
-def describe(model: Decoder, device: torch.device) -> dict[str, Any]:
-    """Return what the engine's process must know of a rank's part of the model."""
+def describe(
+    model: Decoder, device: torch.device, step: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return what the engine's process must know of a rank's part of the model.
+
+    On an accelerator, all ranks compute the largest step for that, if they are told which it is.
+    """
     free = total = None
+    step_bytes = 0
     if device.type != "cpu":
+        if step is not None:
+            with named_out_of_memory(
+                f"a step of {step['num_tokens']} tokens and {step['num_seqs']} sequences",
+                device,
+                f"lower max_num_batched_tokens={step['num_tokens']} or max_num_seqs="
+                f"{step['num_seqs']}, or take quantization= or a higher tensor_parallel_size",
+            ):
+                step_bytes = measure_step(
+                    model, get_backend(device), StepSize(**step), TorchMemory(device), device
+                )
         free, total = memory_info(device)
     return {
         "weight_bytes": model.weight_bytes(),
         "kv_cache_layers": [list(each) for each in model.kv_cache_layers()],
         "free_bytes": free,
         "total_bytes": total,
+        "step_bytes": step_bytes,
     }

@@ -52,7 +52,7 @@ class ToldRank:
         self._runner: RankRunner | None = None
         self._adapters: dict[int, PreparedAdapter] = {}
         self._model = load_shard(settings, place, ends.group, device)
-        reply({"what": "ready", **describe(self._model, device)})
+        reply({"what": "ready", **describe(self._model, device, settings.step)})
 
     def do(self, message: Mapping[str, Any]) -> bool:
         """Do what a message says, and return whether there is more to come."""
