@@ -69,6 +69,7 @@ class EngineArguments(TypedDict, total=False):
     seed: int | None
     device: str | torch.device | None
     batch_invariant: bool | None
+    attention_backend: str | None
     enforce_eager: bool | None
     logits_processors: Sequence[LogitsProcessor | type[LogitsProcessor]] | None
     # Checked, without effect.

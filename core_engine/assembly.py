@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
+from quire.config.attention_backend import honour_attention_backend
 from quire.engine.engine import Engine
 from quire.engine.graphs import TorchGraphs, why_eager
 from quire.engine.processor import ModelLimits
@@ -21,6 +22,8 @@ from quire.executor.ray_team import RayTeam
 from quire.executor.shard import ShardSettings, describe, load_shard
 from quire.executor.team import Crew, Team
 from quire.kernels import get_backend
+from quire.kernels.attention.choice import why_not, with_attention
+from quire.kernels.attention.needs import AttentionNeeds, LayerNeeds
 from quire.kernels.cpu.backend import why_missing
 from quire.lora.store import AdapterStore, AdapterTools
 from quire.models import hub
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
     from quire.models.adapter import Adapter, PreparedAdapter
     from quire.models.decoder import Decoder
     from quire.models.family import Family
+    from quire.models.spec import DecoderSpec
     from quire.quantization.format import Quantizer, WeightFormat
     from quire.quantization.on_load import CalibratedQuantizer
     from quire.tokenizer.tokenizer import Tokenizer
@@ -128,6 +132,7 @@ def _build(
     log.configure(f"rank {rank}" if rank else "")
     num_threads = apply_thread_count()
     device = with_index(choose_device(config.device))
+    attention = config.attention_backend or honour_attention_backend()
     kernels = get_backend(device)
     if device.type == "cpu" and (reason := why_missing()) is not None:
         logger.warning("%s; until then the slower reference kernels run", reason)
@@ -169,7 +174,11 @@ def _build(
         expert_parallel=parallel.enable_expert_parallel,
         num_replicas=1 if copies is None else copies.cores_shared_by,
         step=_largest_step(config, hf_config, dtype) if is_accelerator(device) else None,
+        attention=attention,
     )
+    if attention is not None:
+        _check_attention(attention, config, build_spec(hf_config, asked_len), dtype, device)
+        kernels = with_attention(kernels, attention, device)
     place = settings.place(rank)
     team: Crew | Launched | None = None
     if parallel.num_ranks > 1:
@@ -188,7 +197,7 @@ def _build(
     graphless = why_eager(config, model, kernels, device)
     if settings.step is not None and graphless is None:
         settings.step["has_graphs"] = True
-    described = describe(model, device, settings.step)
+    described = describe(model, device, settings)
     shards = [described] if team is None else team.exchange_shards(described)
     if how is not None:
         _warn_of_no_effect(how, model)
@@ -307,6 +316,30 @@ def _build(
             f"no room for the tables of max_num_seqs={config.scheduler.max_num_seqs} requests of "
             f"max_model_len={plan.max_model_len} tokens: lower one of them ({error})"
         ) from error
+
+
+def _check_attention(
+    name: str, config: EngineConfig, spec: DecoderSpec, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Refuse attention that cannot be had here, or not for a model and its KV cache."""
+    needs = AttentionNeeds(
+        dtype=dtype,
+        cache_dtype=choose_kv_cache_dtype(config.cache.kv_cache_dtype, dtype),
+        block_size=config.cache.block_size,
+        layers=frozenset(
+            LayerNeeds(
+                num_heads=each.num_heads,
+                num_kv_heads=each.num_kv_heads,
+                head_dim=each.head_dim,
+                sliding_window=each.sliding_window,
+                softcap=each.softcap,
+                has_alibi=each.alibi_slopes is not None,
+            )
+            for each in (layer.attention for layer in spec.layers)
+        ),
+    )
+    if (reason := why_not(name, device, needs)) is not None:
+        raise ConfigError(f"attention_backend={name!r}: {reason}")
 
 
 def _largest_step(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import torch
 from quire.engine.memory_profile import StepSize, TorchMemory, measure_step
 from quire.errors import ConfigError
 from quire.kernels import get_backend
+from quire.kernels.attention.choice import with_attention
 from quire.models.loader import load_model
 from quire.parallel.place import Place
 from quire.quantization import registry
@@ -20,6 +20,7 @@ from quire.utils.device import count_devices, make_current, memory_info
 from quire.utils.out_of_memory import named_out_of_memory
 
 if TYPE_CHECKING:
+    from quire.kernels import Backend
     from quire.models.decoder import Decoder
     from quire.parallel.group import Group
     from quire.quantization.format import Quantizer, WeightFormat
@@ -52,6 +53,8 @@ class ShardSettings:
         first; 1 where the process that starts the ranks keeps to its share already.
     step : dict or None
         The fields of the `StepSize` that an accelerator's memory must have room for.
+    attention : str or None
+        Who computes attention, where it is not the device's kernels.
     """
 
     path: str
@@ -68,6 +71,7 @@ class ShardSettings:
     expert_parallel: bool
     num_replicas: int = 1
     step: dict[str, Any] | None = None
+    attention: str | None = None
 
     def to_message(self) -> dict[str, Any]:
         """Return the fields by their names."""
@@ -95,6 +99,13 @@ class ShardSettings:
                 f"finds {count} of type {self.device_type!r} here"
             )
         return torch.device(self.device_type, rank)
+
+    def kernels(self, device: torch.device) -> Backend:
+        """Return the operations that a rank computes by; always the same object."""
+        kernels = get_backend(device)
+        if self.attention is None:
+            return kernels
+        return with_attention(kernels, self.attention, device)
 
     def how_quantized(self) -> tuple[WeightFormat | None, Quantizer | None]:
         """Return the format of the checkpoint's codes, or what makes codes of plain weights."""
@@ -144,7 +155,7 @@ def load_shard(
             settings.hf_config,
             device=device,
             dtype=getattr(torch, settings.dtype),
-            kernels=get_backend(device),
+            kernels=settings.kernels(device),
             max_model_len=settings.max_model_len,
             max_adapters=settings.max_adapters,
             weight_format=weight_format,
@@ -155,16 +166,17 @@ def load_shard(
 
 
 def describe(
-    model: Decoder, device: torch.device, step: Mapping[str, Any] | None = None
+    model: Decoder, device: torch.device, settings: ShardSettings | None = None
 ) -> dict[str, Any]:
     """Return what the engine's process must know of a rank's part of the model.
 
-    On an accelerator, all ranks compute the largest step for that, if they are told which it is.
+    On an accelerator, all ranks compute the largest step for that, if settings say which it is.
     """
     free = total = None
     step_bytes = 0
     if device.type != "cpu":
-        if step is not None:
+        step = None if settings is None else settings.step
+        if settings is not None and step is not None:
             with named_out_of_memory(
                 f"a step of {step['num_tokens']} tokens and {step['num_seqs']} sequences",
                 device,
@@ -172,7 +184,7 @@ def describe(
                 f"{step['num_seqs']}, or take quantization= or a higher tensor_parallel_size",
             ):
                 step_bytes = measure_step(
-                    model, get_backend(device), StepSize(**step), TorchMemory(device), device
+                    model, settings.kernels(device), StepSize(**step), TorchMemory(device), device
                 )
         free, total = memory_info(device)
     return {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from graphs import StaticBackend
@@ -195,10 +197,8 @@ def test_a_rank_on_a_device_says_what_its_step_takes(tiny_llama, monkeypatch):
         "measure_step",
         lambda model, kernels, size, memory, device: measure(model, kernels, size, memory, CPU),
     )
-    monkeypatch.setattr(
-        quire.executor.shard, "get_backend", lambda device: get_backend("cpu", "reference")
-    )
-    described = describe(model, GPU, step)
+    settings = SimpleNamespace(step=step, kernels=lambda _: get_backend("cpu", "reference"))
+    described = describe(model, GPU, settings)
     assert described["step_bytes"] == 7 * MIB
     assert (described["free_bytes"], described["total_bytes"]) == (5 * GIB, 8 * GIB)
     assert describe(model, CPU)["step_bytes"] == 0
@@ -207,8 +207,8 @@ def test_a_rank_on_a_device_says_what_its_step_takes(tiny_llama, monkeypatch):
         raise torch.OutOfMemoryError("no")
 
     monkeypatch.setattr(quire.executor.shard, "measure_step", fail)
-    with pytest.raises(OutOfMemoryError, match="48 tokens and 5 seq.*max_num_batched_tokens=48"):
-        describe(model, GPU, step)
+    with pytest.raises(OutOfMemoryError, match=r"48 tokens and 5 seq.*max_num_batched_tokens=48"):
+        describe(model, GPU, settings)
 
 
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs a GPU")
