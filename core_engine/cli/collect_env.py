@@ -142,15 +142,17 @@ def _torch() -> dict[str, Any]:
     import torch
 
     from quire.kernels import available_backends
+    from quire.kernels.attention.choice import usable_attention
     from quire.kernels.cpu.backend import why_missing
     from quire.kernels.cpu.library import load_library
-    from quire.utils.device import device_names
+    from quire.utils.device import device_names, found_accelerator
 
     missing = why_missing()
     return {
         "cuda build": torch.version.cuda or "none",
         "gpus": device_names(),
         "kernel backends": available_backends(),
+        "attention backends": usable_attention(torch.device(found_accelerator() or "cpu")),
         "native kernels": missing or f"for {load_library().quire_isa().decode()}",
     }
 

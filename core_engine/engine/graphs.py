@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from quire.engine.batch import ForwardBatch
+from quire.kernels.attention.choice import records_decode
 from quire.utils.device import graph_class_name, has_graphs, module_of, new_stream, synchronize
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def why_eager(
         return f"torch has no graphs of devices of type {device.type!r}"
     if config.parallel.num_ranks > 1:
         return "several ranks compute the model"
-    if not callable(getattr(kernels, "make_decode_plan", None)):
+    if not records_decode(kernels):
         return f"the {kernels.name} kernels read a step's lengths on the host"
     if model.waits_for_device:
         return f"mixtures of experts by the {kernels.name} kernels wait for the device"

@@ -300,6 +300,15 @@ class Decoder:
         """The tokens whose embeddings and logits are here: all, unless ranks share them."""
         return split_vocab(self.spec.vocab_size, self.place)
 
+    @property
+    def waits_for_device(self) -> bool:
+        """Whether a step needs to know, on the CPU, which experts its tokens have chosen.
+
+        It cannot be captured in a graph then. To be asked once the decoder is bound.
+        """
+        has_experts = any(layer.mlp.experts is not None for layer in self._own_spec.layers)
+        return has_experts and not getattr(self._kernels, "mixes_without_waiting", False)
+
     def kv_cache_layers(self) -> list[tuple[int, int]]:
         """``(num_kv_heads, head_dim)`` of the KV cache of each layer that is here."""
         layers = [self._own_spec.layers[index].attention for index in self._own_layers]
@@ -311,15 +320,6 @@ class Decoder:
         They stay where they are until a step needs more. Otherwise they grow as sequences do.
         """
         return [each.reserve(max_length) for each in self._tables]
-
-    @property
-    def waits_for_device(self) -> bool:
-        """Whether a step reads on the host what the device computes in it.
-
-        A mixture of experts does, unless the kernels have ``experts_wait = False``.
-        """
-        has_experts = any(layer.mlp.experts is not None for layer in self._own_spec.layers)
-        return has_experts and bool(getattr(self._kernels, "experts_wait", True))
 
     def weight_bytes(self) -> int:
         """Bytes of all weights here, as they are kept; a tied embedding counts once."""

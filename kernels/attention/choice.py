@@ -12,6 +12,7 @@ from quire.kernels.attention.flash_attn import FlashAttention
 from quire.kernels.attention.flashinfer import FlashInfer
 from quire.kernels.attention.needs import Attention, AttentionNeeds
 from quire.kernels.attention.own import TorchAttention, TritonAttention
+from quire.kernels.reference.backend import ReferenceBackend
 
 if TYPE_CHECKING:
     from quire.kernels.interface import Backend
@@ -79,6 +80,15 @@ def _compose(kernels: Any, name: str, device: torch.device) -> Any:
     return WithAttention(kernels, name, operations)
 
 
+def records_decode(kernels: Any) -> bool:
+    """Whether steps of one token per sequence can be recorded with a backend's attention.
+
+    The reference's plans are for that as well, but are read on the host.
+    """
+    make = getattr(kernels, "make_decode_plan", None)
+    return callable(make) and make is not getattr(ReferenceBackend, "make_decode_plan", None)
+
+
 class WithAttention:
     """A backend, but for its attention.
 
@@ -99,7 +109,7 @@ class WithAttention:
         for each, operation in operations.items():
             # To be recorded, writing into the cache has to leave tokens out: whoever has such
             # plans of its own does so.
-            if each in _RECORDED and "write_kv" not in operations and not hasattr(kernels, each):
+            if each in _RECORDED and "write_kv" not in operations and not records_decode(kernels):
                 continue
             setattr(self, each, operation)
 

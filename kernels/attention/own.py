@@ -64,7 +64,5 @@ class TorchAttention:
     def operations(device: torch.device) -> Mapping[str, Callable[..., Any]]:
         """See `Attention.operations`."""
         backend = ReferenceBackend
-        return {
-            "plan_attention": backend.plan_attention,
-            "paged_attention": backend.paged_attention,
-        }
+        names = [name for name in _OF_ATTENTION if name not in ("allocate_kv_cache", "write_kv")]
+        return {name: getattr(backend, name) for name in names if hasattr(backend, name)}
