@@ -17,6 +17,8 @@ from quire.engine.batch import ForwardBatch
 from quire.engine.graphs import LARGEST, TorchGraphs, graph_sizes, why_eager
 from quire.engine.runner import ModelRunner
 from quire.kernels import get_backend
+from quire.kernels.attention.choice import records_decode
+from quire.kernels.triton.backend import TritonBackend
 from quire.models.hf_config import read_config
 from quire.models.loader import load_model
 
@@ -32,8 +34,8 @@ def load(folder, kernels):
 class Pair:
     """Two runners of one model, one of them with graphs, that are given the same steps."""
 
-    def __init__(self, folder, *, max_num_seqs=12, fail=None):
-        self.kernels = StaticBackend()
+    def __init__(self, folder, *, max_num_seqs=12, fail=None, kernels=None):
+        self.kernels = kernels or StaticBackend()
         self.device = FakeGraphs(fail)
         self.num_blocks = 1 + 16 * max_num_seqs
         model = load(folder, self.kernels)
@@ -110,6 +112,22 @@ def test_steps_by_graphs_are_those_without(name, tiny_checkpoint):
         assert pair.step({3: 1}) == ["replay"]
     assert pair.step({5: 1, 2: 1}) == ["capture"]
     assert pair.graphs.recorded_sizes == [1, 2, 4, 8]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not records_decode(TritonBackend()), reason="Triton's attention has no plans that are recorded"
+)
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="for the interpreter, on a CPU")
+def test_steps_by_graphs_with_tritons_attention(tiny_llama):
+    """In its interpreter, so few of them."""
+    pytest.importorskip("triton")
+    pair = Pair(tiny_llama, max_num_seqs=4, kernels=TritonBackend())
+    assert pair.step({0: 5, 1: 9}) == []
+    assert pair.step({0: 1, 1: 1}) == ["capture"]
+    assert pair.step({1: 1, 0: 1}) == ["replay"]
+    assert pair.step({1: 1}) == ["capture"]
+    assert pair.step({0: 1}) == ["replay"]
 
 
 def test_sizes_are_few_and_end_at_what_can_come():
