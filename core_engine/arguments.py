@@ -69,9 +69,10 @@ class EngineArguments(TypedDict, total=False):
     seed: int | None
     device: str | torch.device | None
     batch_invariant: bool | None
+    attention_backend: str | None
+    enforce_eager: bool | None
     logits_processors: Sequence[LogitsProcessor | type[LogitsProcessor]] | None
     # Checked, without effect.
-    enforce_eager: bool | None
     compilation_config: Any
     max_seq_len_to_capture: int | None
     disable_custom_all_reduce: bool | None

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
+from quire.config.attention_backend import honour_attention_backend
 from quire.engine.engine import Engine
+from quire.engine.graphs import TorchGraphs, why_eager
 from quire.engine.processor import ModelLimits
 from quire.engine.runner import ModelRunner, Runner, kv_bytes_per_block
 from quire.errors import AdapterError, ConfigError, NotSupportedError, OutOfMemoryError
@@ -20,6 +22,8 @@ from quire.executor.ray_team import RayTeam
 from quire.executor.shard import ShardSettings, describe, load_shard
 from quire.executor.team import Crew, Team
 from quire.kernels import get_backend
+from quire.kernels.attention.choice import why_not, with_attention
+from quire.kernels.attention.needs import AttentionNeeds, LayerNeeds
 from quire.kernels.cpu.backend import why_missing
 from quire.lora.store import AdapterStore, AdapterTools
 from quire.models import hub
@@ -37,7 +41,9 @@ from quire.sampling.sampler import Sampler
 from quire.tokenizer import load_tokenizer
 from quire.utils import log
 from quire.utils.checks import shown
+from quire.utils.device import choose_device, is_accelerator, with_index
 from quire.utils.memory import KVCachePlan, available_memory, plan_kv_cache, start_line
+from quire.utils.out_of_memory import named_out_of_memory
 from quire.utils.threads import apply_thread_count
 
 if TYPE_CHECKING:
@@ -45,6 +51,7 @@ if TYPE_CHECKING:
     from quire.models.adapter import Adapter, PreparedAdapter
     from quire.models.decoder import Decoder
     from quire.models.family import Family
+    from quire.models.spec import DecoderSpec
     from quire.quantization.format import Quantizer, WeightFormat
     from quire.quantization.on_load import CalibratedQuantizer
     from quire.tokenizer.tokenizer import Tokenizer
@@ -124,7 +131,8 @@ def _build(
         rank = launched_rank(parallel.num_ranks)
     log.configure(f"rank {rank}" if rank else "")
     num_threads = apply_thread_count()
-    device = choose_device(config.device)
+    device = with_index(choose_device(config.device))
+    attention = config.attention_backend or honour_attention_backend()
     kernels = get_backend(device)
     if device.type == "cpu" and (reason := why_missing()) is not None:
         logger.warning("%s; until then the slower reference kernels run", reason)
@@ -165,7 +173,12 @@ def _build(
         num_stages=parallel.pipeline_parallel_size,
         expert_parallel=parallel.enable_expert_parallel,
         num_replicas=1 if copies is None else copies.cores_shared_by,
+        step=_largest_step(config, hf_config, dtype) if is_accelerator(device) else None,
+        attention=attention,
     )
+    if attention is not None:
+        _check_attention(attention, config, build_spec(hf_config, asked_len), dtype, device)
+        kernels = with_attention(kernels, attention, device)
     place = settings.place(rank)
     team: Crew | Launched | None = None
     if parallel.num_ranks > 1:
@@ -181,7 +194,10 @@ def _build(
         undo.callback(team.close)
     group = None if team is None else team.ends.group
     model = load_shard(settings, place, group, device, (weight_format, quantizer))
-    described = describe(model, device)
+    graphless = why_eager(config, model, kernels, device)
+    if settings.step is not None and graphless is None:
+        settings.step["has_graphs"] = True
+    described = describe(model, device, settings)
     shards = [described] if team is None else team.exchange_shards(described)
     if how is not None:
         _warn_of_no_effect(how, model)
@@ -209,14 +225,29 @@ def _build(
     plan = make_plan() if copies is None else copies.agree(make_plan)
     if isinstance(team, Launched):
         plan = KVCachePlan(**team.of_rank_0("cache", dataclasses.asdict(plan)))
-    own = ModelRunner(
-        model,
-        kernels,
-        num_blocks=plan.num_blocks,
-        block_size=config.cache.block_size,
-        kv_cache_dtype=kv_cache_dtype,
-        device=device,
-    )
+    with named_out_of_memory(
+        f"a KV cache of {plan.num_blocks} blocks",
+        device,
+        f"lower gpu_memory_utilization={config.cache.gpu_memory_utilization}, max_num_seqs="
+        f"{config.scheduler.max_num_seqs} or max_model_len={plan.max_model_len}, or ask for less "
+        "by kv_cache_memory_bytes",
+    ):
+        own = ModelRunner(
+            model,
+            kernels,
+            num_blocks=plan.num_blocks,
+            block_size=config.cache.block_size,
+            kv_cache_dtype=kv_cache_dtype,
+            device=device,
+        )
+        if graphless is None:
+            own.use_graphs(
+                TorchGraphs(device),
+                max_num_seqs=config.scheduler.max_num_seqs,
+                max_model_len=plan.max_model_len,
+            )
+    if graphless is not None and is_accelerator(device):
+        logger.info("no graphs: %s", graphless)
     runner: Runner = own
     if isinstance(team, Launched):
         runner = team.make_runner(own)
@@ -288,6 +319,47 @@ def _build(
         ) from error
 
 
+def _check_attention(
+    name: str, config: EngineConfig, spec: DecoderSpec, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Refuse attention that cannot be had here, or not for a model and its KV cache."""
+    needs = AttentionNeeds(
+        dtype=dtype,
+        cache_dtype=choose_kv_cache_dtype(config.cache.kv_cache_dtype, dtype),
+        block_size=config.cache.block_size,
+        layers=frozenset(
+            LayerNeeds(
+                num_heads=each.num_heads,
+                num_kv_heads=each.num_kv_heads,
+                head_dim=each.head_dim,
+                sliding_window=each.sliding_window,
+                softcap=each.softcap,
+                has_alibi=each.alibi_slopes is not None,
+            )
+            for each in (layer.attention for layer in spec.layers)
+        ),
+    )
+    if (reason := why_not(name, device, needs)) is not None:
+        raise ConfigError(f"attention_backend={name!r}: {reason}")
+
+
+def _largest_step(
+    config: EngineConfig, hf_config: dict[str, Any], dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return the fields of the `StepSize` that there must be room for."""
+    scheduler, asked = config.scheduler, config.model.max_model_len
+    max_len = asked or build_spec(hf_config, asked).max_position
+    num_tokens = scheduler.token_budget(max_len or 0)
+    cache_dtype = choose_kv_cache_dtype(config.cache.kv_cache_dtype, dtype)
+    return {
+        "num_tokens": num_tokens,
+        "num_seqs": min(scheduler.max_num_seqs, num_tokens),
+        "max_len": max_len or num_tokens,
+        "block_size": config.cache.block_size,
+        "kv_cache_dtype": str(cache_dtype).removeprefix("torch."),
+    }
+
+
 def _where_found(config: ModelConfig, path: Path) -> dict[str, Any]:
     """Return what another machine finds a model by: its name, or this folder's path."""
     if config.model != hub.DEMO_MODEL and hub.existing_path(config.model) is not None:
@@ -342,25 +414,6 @@ def _make_store(
         except AdapterError as error:
             raise AdapterError(f"lora_modules: {each.lora_name!r}: {error}") from error
     return store
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device that a configuration names.
-
-    Raises
-    ------
-    ConfigError
-        When torch finds no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device={name!r}: torch finds {torch.cuda.device_count()} such devices here; "
-            "use device='cpu', or install a torch build for the device"
-        )
-    return device
 
 
 def choose_kv_cache_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
@@ -445,6 +498,7 @@ def _cache_memory(
         "bytes_per_block": max(needed),
         "free_bytes": min(each["free_bytes"] for each in ranks),
         "total_bytes": max(each["total_bytes"] for each in ranks),
+        "step_bytes": max(each["step_bytes"] for each in ranks),
     }
 
 

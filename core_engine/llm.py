@@ -79,9 +79,10 @@ class LLM:
             LoRA adapters: :class:`quire.config.LoRAConfig`.
         max_num_seqs, max_num_batched_tokens, enable_chunked_prefill, scheduling_policy
             How much runs at once: :class:`quire.config.SchedulerConfig`.
-        seed, device, batch_invariant
+        seed, device, batch_invariant, attention_backend, enforce_eager
             What unseeded requests draw from; where the model runs; whether the same bits for a
-            request in any company are a condition: :class:`quire.config.EngineConfig`.
+            request in any company are a condition; who computes attention; whether a GPU's steps
+            are to go without graphs: :class:`quire.config.EngineConfig`.
 
     Raises
     ------

@@ -50,6 +50,7 @@ VARIABLES = (
     "HF_HUB_OFFLINE",
     "VLLM_USE_MODELSCOPE",
     "CUDA_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES",
 )
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
@@ -141,17 +142,17 @@ def _torch() -> dict[str, Any]:
     import torch
 
     from quire.kernels import available_backends
+    from quire.kernels.attention.choice import usable_attention
     from quire.kernels.cpu.backend import why_missing
     from quire.kernels.cpu.library import load_library
+    from quire.utils.device import device_names, found_accelerator
 
     missing = why_missing()
-    devices = []
-    if torch.cuda.is_available():
-        devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "cuda build": torch.version.cuda or "none",
-        "gpus": devices,
+        "gpus": device_names(),
         "kernel backends": available_backends(),
+        "attention backends": usable_attention(torch.device(found_accelerator() or "cpu")),
         "native kernels": missing or f"for {load_library().quire_isa().decode()}",
     }
 

@@ -19,6 +19,9 @@ Check = Callable[[str, Any], Any]
 
 _LARGEST = 2**63 - 1
 
+ACCELERATORS = ("cuda", "xpu", "npu", "hpu", "mtia")
+"""Types of devices, as torch calls them, beside the CPU; ``cuda`` are AMD's GPUs, too."""
+
 _DTYPES = {
     "auto": "auto",
     "half": "float16",
@@ -139,10 +142,15 @@ def device(name: str, value: Any) -> str:
     """Take a device by name, or torch's own; return its name."""
     kept = _text_of(value)
     kind, colon, index = kept.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (
-        colon and not (kind == "cuda" and re.fullmatch("[0-9]{1,3}", index))
+    if kind not in ("auto", "cpu", *ACCELERATORS) or (
+        colon and not (kind in ACCELERATORS and re.fullmatch("[0-9]{1,3}", index))
     ):
-        raise refuse(name, value, "'auto', 'cpu', 'cuda' or 'cuda:<number>'")
+        raise refuse(
+            name,
+            value,
+            "'auto', 'cpu', or an accelerator as torch calls it, with or without a number: "
+            + ", ".join(f"'{each}', '{each}:<number>'" for each in ACCELERATORS),
+        )
     return kept
 
 

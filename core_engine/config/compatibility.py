@@ -8,8 +8,7 @@ from typing import Any
 from quire.config.checks import Check, anything, boolean, integer, not_offered, number, text
 
 NO_EFFECT: dict[str, Check] = {
-    # Nothing is compiled or captured as a graph, so there is nothing to switch off.
-    "enforce_eager": boolean,
+    # Nothing is compiled, and what graphs are recorded for follows from the other arguments.
     "compilation_config": anything,
     "max_seq_len_to_capture": integer(1),
     "disable_custom_all_reduce": boolean,

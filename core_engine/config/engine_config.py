@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quire.config import checks
+from quire.config.attention_backend import attention_backend
 from quire.config.checked import Checked, argument
 from quire.config.compatibility import NO_EFFECT, NOT_OFFERED, check_off
 from quire.config.lora_config import LoRAConfig
@@ -196,13 +197,20 @@ class EngineConfig(Checked):
     seed : int
         What requests without a seed of their own draw from.
     device : str
-        ``"auto"`` is a GPU where torch finds one, else the CPU; or ``"cpu"``, ``"cuda"``,
-        ``"cuda:1"``.
+        ``"auto"`` is an accelerator where torch finds one, else the CPU; or ``"cpu"``, or what
+        torch calls it: ``"cuda"`` (NVIDIA's and AMD's GPUs), ``"xpu"`` (Intel's), ``"cuda:1"``.
     batch_invariant : bool or None
         Whether a request's log-probabilities must have the same bits whatever else is in the
         batch, and however its prompt is cut, cached or taken up again. The native CPU kernels do
         so in float32 and bfloat16 at no cost, so None has it wherever they run; True refuses
         a model or a machine that they do not run on.
+    attention_backend : {"TRITON", "SDPA", "FLASH_ATTN", "FLASHINFER"} or None
+        Who computes attention; vLLM's names for these are taken as well. None: what
+        QUIRE_ATTENTION_BACKEND says, else the kernels of the device. ``"SDPA"`` is torch's own, and
+        the last two are packages that must be installed, and have never been run by us.
+    enforce_eager : bool
+        Whether every step runs operation by operation. Without it, a GPU's steps of one token per
+        sequence are recorded as graphs, where kernels and model allow it. No effect on a CPU.
     logits_processors : tuple of LogitsProcessor or type
         The engine's own, which serve all requests; see :class:`quire.LogitsProcessor`.
     """
@@ -216,6 +224,8 @@ class EngineConfig(Checked):
     seed: int = argument(0, checks.integer(0, 2**64 - 1))
     device: str = argument("auto", checks.device)
     batch_invariant: bool | None = argument(None, checks.boolean)
+    attention_backend: str | None = argument(None, attention_backend)
+    enforce_eager: bool = argument(False, checks.boolean)
     logits_processors: tuple[LogitsProcessor | type[LogitsProcessor], ...] = argument(
         (), checks.processors
     )
@@ -230,8 +240,9 @@ class EngineConfig(Checked):
         **kwargs
             The fields of :class:`ModelConfig`, :class:`CacheConfig`, :class:`SchedulerConfig`,
             :class:`StructuredOutputsConfig`, :class:`LoRAConfig`, :class:`ParallelConfig`,
-            ``seed``, ``device``, ``batch_invariant``, ``logits_processors``, and the names in
-            :mod:`quire.config.compatibility`. None is the default of any of them.
+            ``seed``, ``device``, ``batch_invariant``, ``attention_backend``, ``enforce_eager``,
+            ``logits_processors``, and the names in :mod:`quire.config.compatibility`. None is the
+            default of any of them.
 
         Raises
         ------
@@ -294,7 +305,14 @@ _PARTS: dict[str, type[Any]] = {
     "parallel": ParallelConfig,
 }
 
-_OWN = ("seed", "device", "batch_invariant", "logits_processors")
+_OWN = (
+    "seed",
+    "device",
+    "batch_invariant",
+    "attention_backend",
+    "enforce_eager",
+    "logits_processors",
+)
 """The flat arguments that are fields of the whole."""
 
 

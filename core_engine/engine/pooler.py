@@ -52,9 +52,9 @@ class Pooler:
             self._state = total if self._state is None else self._state + total
         elif self._kind == "last":
             if self._num_read == self._num_tokens:
-                self._state = hidden[-1].float()
+                self._state = hidden[-1].to(torch.float32, copy=True)
         elif start == 0:
-            self._state = hidden[0].float()
+            self._state = hidden[0].to(torch.float32, copy=True)
 
     def vector(self) -> list[float]:
         """Return the vector, once all of the prompt was read."""

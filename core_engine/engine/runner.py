@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from quire.engine.batch import ForwardBatch
+from quire.engine.graphs import DecodeGraphs
 from quire.errors import DeviceLostError
 from quire.kernels.kv_rows import row_width
+from quire.utils.device import make_current
 from quire.utils.freed_memory import return_freed_memory
 
 if TYPE_CHECKING:
+    from quire.engine.graphs import GraphDevice
     from quire.kernels.interface import Backend
     from quire.models.adapter import PreparedAdapter
     from quire.models.decoder import Decoder
@@ -67,6 +70,11 @@ class ModelRunner:
     kv_cache_dtype : torch.dtype
         What keys and values are kept in: a float type, or codes with scales, in int8 or
         float8_e4m3fn.
+
+    Attributes
+    ----------
+    graphs : DecodeGraphs or None
+        What steps of one token per sequence go by, where `use_graphs` was called.
     """
 
     def __init__(
@@ -81,6 +89,8 @@ class ModelRunner:
     ) -> None:
         self.model = model
         self.device = device
+        self.graphs: DecodeGraphs | None = None
+        self._make_graphs: Callable[[], None] = lambda: None
         self._kernels = kernels
         self._allocate = partial(
             _allocate, model, kernels, num_blocks, block_size, kv_cache_dtype, device
@@ -88,8 +98,9 @@ class ModelRunner:
         self._kv_caches = self._allocate()
 
     def sleep(self) -> None:
-        """Let the KV cache's memory go."""
+        """Let the KV cache's memory go, and graphs that were recorded with it."""
         self._kv_caches = []
+        self.graphs = None
         return_freed_memory()
 
     def wake_up(self) -> None:
@@ -102,6 +113,24 @@ class ModelRunner:
         """
         if not self._kv_caches:
             self._kv_caches = self._allocate()
+            self._make_graphs()
+
+    def use_graphs(self, device: GraphDevice, *, max_num_seqs: int, max_model_len: int) -> None:
+        """Have steps of one token per sequence go by graphs; see `DecodeGraphs`."""
+
+        def make() -> None:
+            self.graphs = DecodeGraphs(
+                self.model,
+                self._kernels,
+                self._kv_caches,
+                device=self.device,
+                graph_device=device,
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
+            )
+
+        self._make_graphs = make
+        make()
 
     def set_adapter(self, slot: int, adapter: PreparedAdapter | None) -> None:
         """Put an adapter into one of the model's slots, or nothing; between two steps."""
@@ -115,7 +144,17 @@ class ModelRunner:
         batch : ForwardBatch
         hidden : Tensor[num_tokens, hidden_size], optional
             What the stage before made, where the model has several.
+
+        Returns
+        -------
+        Tensor[num_tokens, hidden_size]
+            Perhaps written over by the next step.
         """
+        make_current(self.device)
+        if hidden is None and self.graphs is not None and self.graphs.takes(batch):
+            computed = self.graphs.forward(batch)
+            if computed is not None:
+                return computed
         return self.model.forward(batch, self._kv_caches, hidden)
 
     def exchanged(self) -> Exchanged | None:

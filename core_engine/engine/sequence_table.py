@@ -11,6 +11,7 @@ import torch
 from quire.engine.batch import ForwardBatch
 from quire.engine.scheduler import StepPlan
 from quire.engine.sequence import Sequence
+from quire.utils.device import upload
 
 
 class SequenceTable:
@@ -176,4 +177,4 @@ class SequenceTable:
         assert num_adapted == self._num_adapted, f"{num_adapted} rows with an adapter"
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device)
+        return upload(array, self.device)

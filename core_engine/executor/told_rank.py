@@ -13,7 +13,6 @@ from quire.executor.messages import MessageError
 from quire.executor.rank_runner import RankRunner
 from quire.executor.shard import ShardSettings, describe, load_shard
 from quire.executor.wire import adapter_from_message, batch_from_message
-from quire.kernels import get_backend
 
 if TYPE_CHECKING:
     from quire.models.adapter import PreparedAdapter
@@ -48,11 +47,12 @@ class ToldRank:
         reply: Callable[[Mapping[str, Any]], None],
     ) -> None:
         self._place, self._device, self._ends = place, device, ends
+        self._settings = settings
         self._reply = reply
         self._runner: RankRunner | None = None
         self._adapters: dict[int, PreparedAdapter] = {}
         self._model = load_shard(settings, place, ends.group, device)
-        reply({"what": "ready", **describe(self._model, device)})
+        reply({"what": "ready", **describe(self._model, device, settings)})
 
     def do(self, message: Mapping[str, Any]) -> bool:
         """Do what a message says, and return whether there is more to come."""
@@ -69,7 +69,7 @@ class ToldRank:
     def _allocate(self, num_blocks: int, block_size: int, kv_cache_dtype: str) -> None:
         runner = ModelRunner(
             self._model,
-            get_backend(self._device),
+            self._settings.kernels(self._device),
             num_blocks=num_blocks,
             block_size=block_size,
             kv_cache_dtype=getattr(torch, kv_cache_dtype),

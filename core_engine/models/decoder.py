@@ -338,6 +338,13 @@ class Decoder:
         layers = [self._own_spec.layers[index].attention for index in self._own_layers]
         return [(each.num_kv_heads, each.head_dim) for each in layers]
 
+    def reserve_positions(self, max_length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Make the rotary tables reach so far at once, and return them.
+
+        They stay where they are until a step needs more. Otherwise they grow as sequences do.
+        """
+        return [each.reserve(max_length) for each in self._tables]
+
     def weight_bytes(self) -> int:
         """Bytes of all weights here, as they are kept; a tied embedding counts once."""
         return self.weights.num_bytes()

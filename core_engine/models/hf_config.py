@@ -235,7 +235,7 @@ def resolve_dtype(
                 f"dtype in config.json is {stored!r}; choose one by dtype=, e.g. 'bfloat16'"
             )
         chosen = _DTYPES[stored]
-        if chosen == "float32" and device.type == "cuda":
+        if chosen == "float32" and device.type != "cpu":
             chosen = "float16"
         elif chosen == "float32" and device.type == "cpu" and cpu_has_bfloat16():
             chosen = "bfloat16"

@@ -42,7 +42,8 @@ def make_process_group(
     rank, size
         Of this process within the group.
     device
-        Of the tensors: NCCL for CUDA devices, gloo for the CPU.
+        Of the tensors: gloo for the CPU, NCCL for what torch calls CUDA (RCCL on AMD's), XCCL for
+        Intel's GPUs.
     seconds
         How long an operation may take.
     address
@@ -60,8 +61,9 @@ def make_process_group(
         of_gloo._timeout = patience
         of_gloo._devices = [gloo.create_device(hostname=address)]
         return gloo(own, rank, size, of_gloo)
-    if device.type == "cuda":
-        kind = distributed_c10d.ProcessGroupNCCL
+    name_of_kind = {"cuda": "ProcessGroupNCCL", "xpu": "ProcessGroupXCCL"}.get(device.type)
+    kind: Any = getattr(distributed_c10d, name_of_kind, None) if name_of_kind else None
+    if kind is not None:
         options = kind.Options()
         options._timeout = patience
         return kind(own, rank, size, options)

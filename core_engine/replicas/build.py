@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from quire.assembly import build_engine, choose_device
+from quire.assembly import build_engine
 from quire.engine.engine import Engine
 from quire.errors import NotSupportedError
 from quire.replicas.copies import Copies
 from quire.replicas.replicated_engine import ReplicatedEngine
 from quire.utils import log
+from quire.utils.device import choose_device
 from quire.utils.threads import StepThreads, apply_thread_count
 
 if TYPE_CHECKING:

@@ -170,21 +170,25 @@ def _environs(config: EngineConfig, device: torch.device, num_threads: int) -> l
     count, each = parallel.data_parallel_size, parallel.num_ranks
     if device.type == "cpu":
         return [{"OMP_NUM_THREADS": str(num_threads)}] * count
-    import torch
+    from quire.utils.device import VISIBLE, count_devices
 
     if device.index is not None:
         raise ConfigError(
             f"device={config.device!r} is one device, and data_parallel_size={count} needs "
             f"{count * each}: use device={device.type!r}"
         )
-    found = torch.get_device_module(device).device_count()
+    found = count_devices(device.type)
     if found < count * each:
         raise ConfigError(
             f"data_parallel_size={count} times {each} ranks need {count * each} devices, and "
             f"torch finds {found} of type {device.type!r} here"
         )
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    variable = VISIBLE.get(device.type)
+    if variable is None:
+        raise ConfigError(
+            f"device={device.type!r}: it is not known by which variable a process is shown some "
+            f"of its devices, so data_parallel_size={count} cannot be; known: {', '.join(VISIBLE)}"
+        )
+    given = os.environ.get(variable)
     names = given.split(",") if given else [str(i) for i in range(found)]
-    return [
-        {"CUDA_VISIBLE_DEVICES": ",".join(names[i * each : (i + 1) * each])} for i in range(count)
-    ]
+    return [{variable: ",".join(names[i * each : (i + 1) * each])} for i in range(count)]

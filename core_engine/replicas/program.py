@@ -230,9 +230,10 @@ def _receive(channel: Channel, what: str) -> Message:
 def serve(number: int, channel: Channel) -> None:
     """Build an engine by the first message, and run it by those that follow."""
     message = _receive(channel, "start")
-    from quire.assembly import build_engine, choose_device
+    from quire.assembly import build_engine
     from quire.replicas.arguments import config_from_message
     from quire.utils.cores import keep_to_own_cores
+    from quire.utils.device import choose_device
 
     config = config_from_message(message["arguments"])
     if choose_device(config.device).type == "cpu":

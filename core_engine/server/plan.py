@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from quire.config import EngineConfig, argument_names, checks
+from quire.config.attention_backend import honour_attention_backend
 from quire.errors import ConfigError, QuireError
 from quire.sampling_params import SamplingParams
 from quire.server.adapter_names import check_adapter_names
-from quire.server.attention_backend import honour_attention_backend
 from quire.server.server_flags import IGNORED
 from quire.server.settings import Listening, ServerSettings
 from quire.utils.checks import shown
@@ -78,7 +78,7 @@ def make_plan(given: Mapping[str, Any], environ: Mapping[str, str] = os.environ)
         raise ConfigError("lora_modules is about adapters: give enable_lora, too")
     config = EngineConfig.create(**engine_args)
     _check_defaults(config.model.override_generation_config or {})
-    honour_attention_backend(environ)
+    honour_attention_backend(environ, of_vllm=True)
 
     settings = _settings(values, engine_args["model"], template, environ)
     _check_adapters(config, settings)

@@ -277,7 +277,7 @@ def _takes(config: EngineConfig, scale: Scale) -> dict[str, Any]:
 
 def _wants_gpu(device: str) -> bool:
     if device != "auto":
-        return device.startswith("cuda")
+        return not device.startswith("cpu")
     import ray
 
     return bool(ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1)

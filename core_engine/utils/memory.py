@@ -104,13 +104,14 @@ def plan_kv_cache(
     model_max_len: int | None,
     free_bytes: int | None = None,
     total_bytes: int | None = None,
+    step_bytes: int = 0,
 ) -> KVCachePlan:
     """Decide how many blocks of KV cache there are, and the longest request they let in.
 
     As many as was asked for by ``num_gpu_blocks_override``, else by ``kv_cache_memory_bytes``.
     When neither was: on a CPU the least of ``max_num_seqs`` requests of full length, 4 GiB, and
-    40% of the free memory; on a GPU what ``gpu_memory_utilization`` leaves beside the weights,
-    and no more than ``max_num_seqs`` requests of full length can use.
+    40% of the free memory; on an accelerator what ``gpu_memory_utilization`` leaves beside the
+    weights and the largest step, and no more than ``max_num_seqs`` requests of full length can use.
 
     Parameters
     ----------
@@ -122,7 +123,9 @@ def plan_kv_cache(
     free_bytes : int, optional
         Bytes free on the device, weights loaded; by default the host's :func:`available_memory`.
     total_bytes : int, optional
-        All bytes of a GPU; None for a CPU.
+        All bytes of an accelerator; None for a CPU.
+    step_bytes : int, optional
+        What the largest step takes beside weights and cache.
 
     Raises
     ------
@@ -139,7 +142,7 @@ def plan_kv_cache(
         )
     wanted = asked or model_max_len
     free = available_memory() if free_bytes is None else free_bytes
-    num_blocks = _count_blocks(config, bytes_per_block, wanted, free, total_bytes)
+    num_blocks = _count_blocks(config, bytes_per_block, wanted, free, total_bytes, step_bytes)
 
     block_size = config.cache.block_size
     capacity = (num_blocks - 1) * block_size
@@ -173,6 +176,7 @@ def _count_blocks(
     max_model_len: int | None,
     free: int,
     total: int | None,
+    step: int,
 ) -> int:
     """Return the number of blocks, the null block included: at least 2."""
     cache = config.cache
@@ -186,17 +190,31 @@ def _count_blocks(
         if total is None:
             budget = min(CPU_CACHE_LIMIT, int(CPU_CACHE_SHARE * free))
         else:
-            budget = int(free - (1 - cache.gpu_memory_utilization) * total)
+            budget = int(free - (1 - cache.gpu_memory_utilization) * total) - step
         num_blocks = max(budget, 0) // bytes_per_block
         if max_model_len is not None:
             per_request = math.ceil(max_model_len / cache.block_size)
             num_blocks = min(num_blocks, config.scheduler.max_num_seqs * per_request + 1)
         asked = ""
     needed = num_blocks * bytes_per_block
-    if asked and needed > free:
+    if asked and needed > free - step:
+        beside = ""
+        if step:
+            beside = f", of which a step {_largest_step(config)} takes {format_bytes(step)}"
         raise OutOfMemoryError(
             f"{asked}: a KV cache of {format_bytes(needed)} was asked for, and only "
-            f"{format_bytes(free)} of memory are free; ask for less"
+            f"{format_bytes(free)} of memory are free{beside}; ask for less"
+        )
+    if num_blocks < 2 and total is not None and not asked:
+        allowed = total * cache.gpu_memory_utilization
+        raise OutOfMemoryError(
+            f"no room for the KV cache: two blocks of {cache.block_size} tokens take "
+            f"{format_bytes(2 * bytes_per_block)}; gpu_memory_utilization="
+            f"{cache.gpu_memory_utilization} lets {format_bytes(allowed)}"
+            f" of {format_bytes(total)} be taken, weights and whatever else is there take "
+            f"{format_bytes(total - free)}, and a step {_largest_step(config)} takes "
+            f"{format_bytes(step)}: raise the first; lower max_num_batched_tokens, max_num_seqs or "
+            "max_model_len; or take quantization= or a higher tensor_parallel_size"
         )
     if num_blocks < 2:
         raise OutOfMemoryError(
@@ -206,6 +224,14 @@ def _count_blocks(
             + "; free memory, raise kv_cache_memory_bytes or lower block_size"
         )
     return num_blocks
+
+
+def _largest_step(config: EngineConfig) -> str:
+    scheduler = config.scheduler
+    return (
+        f"of max_num_batched_tokens={scheduler.max_num_batched_tokens} and "
+        f"max_num_seqs={scheduler.max_num_seqs}"
+    )
 
 
 def start_line(

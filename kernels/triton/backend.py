@@ -12,12 +12,16 @@ from quire.kernels.lora import Expand, LoraRows, Shrink
 from quire.kernels.quantized import QuantizedWeight
 from quire.kernels.reference.backend import ReferenceBackend
 
+_DEVICES = ("cuda", "xpu")
+"""Types of devices that Triton compiles for: NVIDIA's and AMD's GPUs, and Intel's."""
+
 
 @cache
 def why_missing() -> str | None:
     """Return why Triton's kernels cannot run here; None if they can."""
     # Triton is asked last: its import takes longer than all else.
-    if not torch.cuda.is_available():
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if found is None or found.type not in _DEVICES:
         return "torch finds no GPU"
     try:
         import triton  # noqa: F401
@@ -41,7 +45,7 @@ class TritonBackend(ReferenceBackend):
     @staticmethod
     def supports(device: torch.device) -> bool:
         """Whether `device` is a GPU and Triton can be imported."""
-        return device.type == "cuda" and why_missing() is None
+        return device.type in _DEVICES and why_missing() is None
 
     @staticmethod
     def rms_norm(

@@ -43,6 +43,8 @@ FIELDS = [spec.name for part in PARTS for spec in dataclasses.fields(part)] + [
     "seed",
     "device",
     "batch_invariant",
+    "attention_backend",
+    "enforce_eager",
     "logits_processors",
 ]
 
@@ -102,7 +104,8 @@ VALID = {
         ['{"name": "a", "path": "b"}'],
     ],
     "seed": [0, 2**64 - 1],
-    "device": ["auto", "cpu", "cuda", "cuda:1", torch.device("cpu")],
+    "device": ["auto", "cpu", "cuda", "cuda:1", "xpu", "xpu:3", "npu:0", torch.device("cpu")],
+    "attention_backend": ["TRITON", "sdpa", "FLASH_ATTN", "TORCH_SDPA", "flashinfer"],
     "logits_processors": [[], (), [Nothing], (Nothing(), Nothing)],
 }
 BOOLEANS = [
@@ -112,6 +115,7 @@ BOOLEANS = [
     "enable_prefix_caching",
     "enable_chunked_prefill",
     "batch_invariant",
+    "enforce_eager",
     "enable_lora",
 ]
 INVALID = {
@@ -167,7 +171,8 @@ INVALID = {
         {"": "a"},
     ],
     "seed": [-1, 2**64, 0.5, "0"],
-    "device": ["tpu", "cuda:", "cuda:x", "cpu:0", 0],
+    "device": ["tpu", "cuda:", "cuda:x", "cpu:0", "xpu:", "auto:1", "mps", 0],
+    "attention_backend": ["", "FLASH", 3, True],
     "logits_processors": ["module:Class", ["module:Class"], [3], [len], [int], Nothing],
     "model": ["", "  ", 5, b"bytes"],
     **{name: ["yes", 1, 0] for name in BOOLEANS},
@@ -245,6 +250,7 @@ def test_what_is_not_offered_says_so_and_its_off_values_pass(name):
         {"speculative_config": {"method": "ngram"}},
         {"cpu_offload_gb": 4},
         {"kv_cache_dtype": "fp8_e5m2"},
+        {"attention_backend": "XFORMERS"},
         {"tokenizer_mode": "mistral"},
         {"hf_overrides": lambda config: config},
     ],
