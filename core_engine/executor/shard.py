@@ -36,6 +36,7 @@ class ShardSettings:
         ``"cpu"`` or ``"cuda"``; of several such devices each rank of a machine takes its own.
     quantization : str or None
     quantization_config : dict or None
+    load_format : str
     max_model_len : int or None
     max_adapters : int
     num_threads : int
@@ -60,6 +61,7 @@ class ShardSettings:
     num_stages: int
     expert_parallel: bool
     num_replicas: int = 1
+    load_format: str = "auto"
 
     def to_message(self) -> dict[str, Any]:
         """Return the fields by their names."""
@@ -134,6 +136,7 @@ def load_shard(
         max_adapters=settings.max_adapters,
         weight_format=weight_format,
         quantizer=quantizer,
+        load_format=settings.load_format,
         place=place,
         group=group,
     )
