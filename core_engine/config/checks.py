@@ -173,8 +173,8 @@ def load_format(name: str, value: Any) -> str:
     """Take where weights come from: the model's files, or nowhere."""
     if isinstance(value, str) and value in _LOAD_FORMATS:
         return value
-    if isinstance(value, str):  # vLLM knows more of them, and packages of its own add some
-        raise not_offered(name, value, "auto")
+    if isinstance(value, str) and value:
+        raise not_offered(name, value, "auto")  # vLLM knows more of them
     raise refuse(name, value, "one of " + ", ".join(map(repr, _LOAD_FORMATS)))
 
 
