@@ -61,3 +61,24 @@ with LLM("quire/demo", dtype="float32") as llm:
     print(text.outputs[0].text, len(ids.outputs[0].token_ids))
 """)
     assert "Paris" in answer
+
+
+def test_a_gpu_is_measured_with_few_packages():
+    """No command line, no server: `make gpu-check` runs where no more is installed."""
+    told = run(
+        """
+from quire.bench.gpu.part import run_part
+import quire.bench.gpu.run
+import quire.bench.gpu.table
+import quire.bench.gpu.transformers_sides
+for name in ("ceilings", "kernels", "latency"):
+    run_part(
+        name, device="cpu", tiny=True, seconds=0.1, copied=1e9, multiplied=1e9,
+        tell=lambda figure: print(figure.part, len(figure.values), figure.note),
+    )
+""",
+        "triton",
+        "transformers",
+    )
+    assert "latency" in told
+    assert "failed" not in told

@@ -74,7 +74,8 @@ class EngineSide:
         """The decoder."""
         runner = self.llm.llm_engine._runner
         assert runner is not None
-        return runner.model
+        model: Decoder = runner.model
+        return model
 
     @property
     def weight_bytes(self) -> int:

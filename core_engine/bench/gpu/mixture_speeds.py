@@ -50,34 +50,38 @@ def adapters(setting: Setting, clock: Clock, kernels: Backend, sizes: Sizes) -> 
 
 
 def experts(setting: Setting, clock: Clock, kernels: Backend, sizes: Sizes) -> None:
-    """Measure a layer of eight experts, of which each row has two, by the backend's own way."""
+    """Measure a layer of eight experts, of which each row has two."""
     device, dtype, width, inner = setting.device, setting.dtype, sizes.hidden, sizes.inner
 
     def noise(*shape: int) -> torch.Tensor:
         return (0.02 * torch.randn(shape, device=device)).to(dtype)
 
-    gate_up = [noise(2 * inner, width) for _ in range(_EXPERTS)]
-    down = [noise(width, inner) for _ in range(_EXPERTS)]
+    gate_up, down = noise(_EXPERTS, 2 * inner, width), noise(_EXPERTS, width, inner)
+    stacked = getattr(kernels, "mix_stacked_experts", None)
     functions = [
-        lambda x, i=i: kernels.linear(  # type: ignore[misc]
+        lambda x, i=i: kernels.linear(
             kernels.act_and_mul(kernels.linear(x, gate_up[i]), "silu"), down[i]
         )
         for i in range(_EXPERTS)
     ]
+    note = "one by one: waits for the device" if stacked is None else "all at once"
     for count in (1, 32, sizes.rows):
         x = noise(count, width)
         logits = torch.randn(count, _EXPERTS, device=device)
 
         def mixed(x: torch.Tensor = x, logits: torch.Tensor = logits) -> None:
             weights, chosen = kernels.route(logits, _PER_TOKEN, normalized=True)
-            kernels.mix_experts(x, weights, chosen, functions)
+            if stacked is not None:
+                stacked(x, weights, chosen, gate_up, down, "silu")
+            else:
+                kernels.mix_experts(x, weights, chosen, functions)
 
         times = clock.times(mixed, setting.seconds / 30)
-        name = f"experts one by one, {count} rows, {_PER_TOKEN} of {_EXPERTS}"
-        used = logits.topk(_PER_TOKEN).indices.unique().numel()
+        name = f"experts, {count} rows, {_PER_TOKEN} of {_EXPERTS}"
+        used = len(set(logits.topk(_PER_TOKEN).indices.flatten().tolist()))
         if count < 64:
             read = used * 3 * inner * width * dtype.itemsize
-            setting.report_bytes(name, times, read, note="waits for the device")
+            setting.report_bytes(name, times, read, note=note)
         else:
             flops = count * _PER_TOKEN * 6 * inner * width
-            setting.report_flops(name, times, flops, note="waits for the device")
+            setting.report_flops(name, times, flops, note=note)

@@ -57,7 +57,7 @@ def quantized_products(setting: Setting, clock: Clock, kernels: Backend, sizes: 
             note = f"{plain_time / statistics.median(each):.2f}x the speed of bfloat16"
             if kind == "bfloat16":
                 note = ""
-            num_bytes = coded[kind].num_bytes if kind in coded else plain.nbytes  # type: ignore[index]
+            num_bytes = coded[kind].num_bytes if kind in coded else plain.nbytes
             if rows < 64:
                 num_bytes += rows * (inputs + outputs) * 2
                 setting.report_bytes(name, each, num_bytes, note=note)

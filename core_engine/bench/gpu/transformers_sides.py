@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import time
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,17 +25,17 @@ class Reference:
 
     def __init__(self, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+        transformers: Any = import_module("transformers")  # its own types do not agree
 
         known = {name: value for name, value in config.items() if not name.endswith("dtype")}
-        built = AutoConfig.for_model(known.pop("model_type"), **known)
+        built = transformers.AutoConfig.for_model(known.pop("model_type"), **known)
         with torch.device(device):
-            # Any: transformers' own types do not agree with each other here.
-            self.model: Any = AutoModelForCausalLM.from_config(built, dtype=dtype)
+            self.model: Any = transformers.AutoModelForCausalLM.from_config(built, dtype=dtype)
         self.model.eval()
         self.device = device
         # No token ends a text: as many are generated as are asked for.
-        self._settings = GenerationConfig(
+        self._settings = transformers.GenerationConfig(
             do_sample=False, pad_token_id=0, bos_token_id=1, eos_token_id=None
         )
 
