@@ -11,9 +11,11 @@ from typer.testing import CliRunner
 
 from quire.bench import cli
 from quire.bench.gpu import run as runs
+from quire.bench.gpu import start
 from quire.bench.gpu.clock import Clock
 from quire.bench.gpu.figure import Figure
 from quire.bench.gpu.part import PARTS, run_part
+from quire.bench.gpu.setting import Setting
 from quire.bench.gpu.table import BEGIN, END, figures_table, section, write_section
 
 LINE = {"part": "latency", "name": "decode", "unit": "ms"}
@@ -36,8 +38,9 @@ def test_the_ceilings_are_measured():
     assert product.unit == "TFLOP/s"
 
 
-def test_every_kernel_is_measured():
-    """None fails, none is cut."""
+def test_every_kernel_is_measured(monkeypatch):
+    """None fails; how busy the machine is does not matter."""
+    monkeypatch.setattr(Setting, "left", 1.0)
     figures = measure("kernels")
     assert len(figures) > 30
     for name, figure in figures.items():
@@ -58,7 +61,9 @@ def test_a_model_is_measured_beside_what_can_be(part, goal):
     assert figure.reached is (figure.ratio >= goal)
 
 
-def test_the_start_is_measured_from_the_start_of_the_process():
+def test_the_start_is_measured_from_the_start_of_the_process(monkeypatch):
+    monkeypatch.setattr(start, "_LEAST", 1)
+    monkeypatch.setattr(start, "_MOST", 1)
     [figure] = measure("start").values()
     assert figure.limit
     assert figure.goal == 3.0
@@ -131,7 +136,7 @@ def test_parts_that_take_too_long_are_ended(monkeypatch):
 def test_the_command_measures_and_writes(tmp_path):
     """Figures to standard output and into a file; the ceilings are always there."""
     file = tmp_path / "gpu.json"
-    arguments = ["gpu", "--cpu", "--parts", "latency", "--time", "0.2", "--json", str(file)]
+    arguments = ["gpu", "--cpu", "--parts", "latency", "--time", "6", "--json", str(file)]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0, result.output
     assert "| part" in result.output

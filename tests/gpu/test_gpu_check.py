@@ -53,7 +53,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("how", sorted(BROKEN))
+@pytest.mark.parametrize("how", ["fatal", "wrong", pytest.param("failing", marks=pytest.mark.slow)])
 def test_a_wrong_kernel_is_told_by_its_name_and_the_rest_go_on(repo_root, tmp_path, how):
     """Also where it takes its process along, as a kernel does that reads where it must not."""
     body, told = BROKEN[how]

@@ -168,23 +168,19 @@ def mixed(draw: Draw, backend: Any) -> None:
 
 
 def far(draw: Draw, backend: Any) -> None:
-    """Blocks whose places do not fit 32 bits; where there is memory for that."""
-    first = 1
+    """Blocks whose places do not fit 32 bits, where there is memory for that."""
+    first = 4
     if draw.big and draw.device.type != "cpu":
         free, _ = torch.get_device_module(draw.device).mem_get_info(draw.device)
-        # 2 heads of 256 in blocks of 32, in float32: whatever is drawn lies beyond the border.
-        first = (1 << 31) // (32 * 8 * 32) + 1000
-        if free < 80 << 30:
-            return
-        draw = Draw(draw.seed, draw.device, torch.float16, big=True)
-        _far(draw, backend, first)
-        return
-    counts = [1, 3]
-    _attend(draw, backend, counts, [9, 20], "far", first_block=first + 3)
+        if free > 24 << 30:
+            first = (1 << 31) // (32 * 8 * 32) + 1000
+    if draw.dtype is torch.float32:
+        draw = Draw(draw.seed, draw.device, torch.float16, big=draw.big)  # of half the size
+    _far(draw, backend, first)
 
 
 def _far(draw: Draw, backend: Any, first: int) -> None:
-    counts, lengths = [1, 40, 1], [700, 90, 33]
+    counts, lengths = ([1, 40, 1], [700, 90, 33]) if draw.big else ([1, 3], [40, 20])
     pages = Pages(
         draw, backend, counts, lengths, kept=draw.dtype, kv_heads=8, head_dim=32, block_size=32,
         first_block=first,
