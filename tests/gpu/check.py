@@ -25,7 +25,7 @@ from pathlib import Path
 
 from mirror import ROOT, use_checkout
 
-COMPARING = 120.0
+COMPARING = 150.0
 """Seconds for all comparisons."""
 _SEED = 20_000
 _MOST = 24
@@ -48,33 +48,67 @@ class Compared:
     lines: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
+    def add(self, line: str, *, wrong: bool = False) -> None:
+        """Take a line, and print it."""
+        self.lines.append(line)
+        if wrong:
+            self.wrong.append(line)
+        print(line, flush=True)
+
 
 def compare(
     names: list[str], *, device: str, interpret: bool, most: int, seconds: float
 ) -> Compared:
-    """Compare all operations with the reference, in as many processes as it takes."""
+    """Compare all operations with the reference, in as many processes as it takes.
+
+    Kernels are compiled for every form of their arguments, which takes processors' time: several
+    processes do that at once where there are processors.
+    """
+    from kernel_cases import WEIGHTS
+
     result = Compared()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    lanes = 1 if interpret else max(1, min(4, cores // 4))
+    shares: list[list[str]] = [[] for _ in range(lanes)]
+    for name in sorted(names, key=lambda each: -WEIGHTS.get(each, 1.0)):
+        least = min(shares, key=lambda share: sum(WEIGHTS.get(each, 1.0) for each in share))
+        least.append(name)
     deadline = time.monotonic() + seconds
-    left = list(names)
-    while left:
-        remaining = deadline - time.monotonic()
-        if remaining <= 0:
-            result.lines += [f"{name}: cut, there was no time" for name in left]
-            break
-        left = _compare_some(left, result, device, interpret, most, deadline)
+    threads = max(1, cores // lanes)
+
+    def work(left: list[str]) -> None:
+        left.sort(key=names.index)
+        while left:
+            if time.monotonic() > deadline:
+                for name in left:
+                    result.add(f"{name}: cut, there was no time")
+                return
+            left = _compare_some(left, result, device, interpret, most, deadline, threads)
+
+    workers = [threading.Thread(target=work, args=(share,)) for share in shares if share]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
     return result
 
 
 def _compare_some(
-    names: list[str], result: Compared, device: str, interpret: bool, most: int, deadline: float
+    names: list[str],
+    result: Compared,
+    device: str,
+    interpret: bool,
+    most: int,
+    deadline: float,
+    threads: int,
 ) -> list[str]:
     """Compare until the process ends, for whatever reason; return what is left to compare."""
-    each = max(0.5, 0.8 * (deadline - time.monotonic()) / len(names))
+    seconds = max(1.0, deadline - time.monotonic())
     command = [
         sys.executable, str(ROOT / "tests" / "gpu" / "compare.py"), *names, "--device", device,
-        "--most", str(most), "--seconds", str(each), "--seed", str(_SEED),
+        "--most", str(most), "--seconds", str(seconds), "--seed", str(_SEED),
     ]  # fmt: skip
-    environment = dict(os.environ)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     if interpret:
         command.append("--interpret")
         environment["TRITON_INTERPRET"] = "1"
@@ -101,17 +135,15 @@ def _compare_some(
             break
         if line is None:
             status = process.wait()
-            if left and status != 0:
+            if left and status != 0:  # else it stopped after a case that was wrong
                 problem = f"its process ended with {status}"
-            elif left and begun == left[0] and status == 0:
-                problem = None  # it stopped after a case that was wrong
             break
         if not line.startswith("{"):
             continue
         told = json.loads(line)
         if "begin" in told:
             begun = told["begin"]
-            limit = time.monotonic() + each + _STARTING  # compiling is slow, and counts
+            limit = time.monotonic() + told["seconds"] + _STARTING  # compiling is slow, and counts
             continue
         left.remove(told["end"])
         _note(result, told)
@@ -122,28 +154,23 @@ def _compare_some(
     if problem is not None and left:
         name = begun if begun in left else left[0]
         left.remove(name)
-        line = f"{name}: WRONG: {problem}"
-        result.wrong.append(line)
-        result.lines.append(line)
-        print(line, flush=True)
+        result.add(f"{name}: WRONG: {problem}", wrong=True)
     return left
 
 
 def _note(result: Compared, told: dict[str, object]) -> None:
     if told.get("absent"):
-        result.lines.append(f"{told['end']}: not offered")
-        print(result.lines[-1], flush=True)
+        result.add(f"{told['end']}: not offered")
         return
     how = f"{told['backend']} kernels" if told["own"] else "plain torch"
     if told["problem"] is not None:
         line = f"{told['end']} ({how}): WRONG after {told['cases']} cases: {told['problem']}"
-        result.wrong.append(line)
-    else:
-        line = f"{told['end']} ({how}): right in {told['cases']} cases"
-        if told["cases"] != told["asked"]:
-            line += f" of {told['asked']}, cut by its time"
-    result.lines.append(line)
-    print(f"{line}, {told['seconds']:.1f} s", flush=True)
+        result.add(line, wrong=True)
+        return
+    line = f"{told['end']} ({how}): right in {told['cases']} cases"
+    if told["cases"] != told["asked"]:
+        line += f" of {told['asked']}, cut by its time"
+    result.add(line)
 
 
 def main() -> int:
@@ -193,9 +220,7 @@ def main() -> int:
             seconds=COMPARING * asked.time,
         )
         spent = time.monotonic() - started
-        print(
-            f"{len(names) - len(compared.wrong)} of {len(names)} right, {spent:.0f} s", flush=True
-        )
+        print(f"{len(compared.wrong)} of {len(names)} wrong, {spent:.0f} s", flush=True)
 
     results = Results(name, versions)
     parts = list(PARTS) if asked.parts is None else [p for p in asked.parts.split(",") if p]
@@ -211,7 +236,7 @@ def main() -> int:
     for line in (*compared.wrong, *results.problems):
         print(line)
     if found is not None and asked.only is None:
-        write_section(asked.readme, section(results, compared.lines))
+        write_section(asked.readme, section(results, sorted(compared.lines)))
         print(f"written into {asked.readme}")
     print(f"{time.monotonic() - started:.0f} s in all")
     return 1 if compared.wrong or results.problems else 0

@@ -40,20 +40,24 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--interpret", action="store_true")
     parser.add_argument("--most", type=int, required=True, help="of each case, for each type")
-    parser.add_argument("--seconds", type=float, required=True, help="for each case")
+    parser.add_argument("--seconds", type=float, required=True, help="for all of them")
     parser.add_argument("--seed", type=int, required=True)
     asked = parser.parse_args()
 
-    from kernel_cases import CASES, operation
+    from kernel_cases import CASES, WEIGHTS, operation
     from kernel_draw import Draw
 
     device = torch.device(asked.device)
     backend = backend_for(asked.device, interpret=asked.interpret)
     # The interpreter computes in numpy, which has no bfloat16.
     dtypes = [torch.float32, torch.float16] + ([] if asked.interpret else [torch.bfloat16])
-    for name in asked.cases:
-        print(json.dumps({"begin": name}), flush=True)
+    deadline = time.monotonic() + asked.seconds
+    for number, name in enumerate(asked.cases):
         started = time.monotonic()
+        weights = [WEIGHTS.get(each, 1.0) for each in asked.cases[number:]]
+        # What a case leaves over is for those behind it.
+        seconds = max(0.0, deadline - started) * weights[0] / sum(weights)
+        print(json.dumps({"begin": name, "seconds": seconds}), flush=True)
         done, problem = 0, None
         if not hasattr(backend, operation(name)):
             print(json.dumps({"end": name, "absent": True}), flush=True)
@@ -61,11 +65,12 @@ def main() -> None:
         try:
             with torch.inference_mode():
                 for index in range(asked.most * len(dtypes)):
-                    if index >= len(dtypes) and time.monotonic() - started > asked.seconds:
+                    if index >= len(dtypes) and time.monotonic() - started > seconds:
                         break
                     dtype = dtypes[index % len(dtypes)]
                     seed = asked.seed + index
-                    draw = Draw(seed, device, dtype, big=not asked.interpret and index % 4 == 3)
+                    is_big = not asked.interpret and index >= 3 and index % 2 == 1
+                    draw = Draw(seed, device, dtype, big=is_big)
                     CASES[name](draw, backend)
                     done += 1
         except Exception as error:

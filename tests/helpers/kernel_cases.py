@@ -23,6 +23,10 @@ CASES: dict[str, Case] = {**ROWS, **QUANTIZED, **ATTENTION, **SAMPLING, **MIXTUR
 """By the name of the operation, as backends have it, but for what is in parentheses."""
 
 
+WEIGHTS = {**dict.fromkeys(ATTENTION, 4.0), "quantized_linear": 3.0, "sample_tokens": 3.0}
+"""Of cases that have many forms, each compiled by itself: the share of time beside others' 1."""
+
+
 def operation(name: str) -> str:
     """Return the operation of a case."""
     return name.partition(" (")[0]

@@ -19,12 +19,12 @@ from quire.bench.gpu.figure import Figure
 from quire.bench.gpu.part import PARTS
 
 SECONDS = {
-    "ceilings": 20.0,
-    "kernels": 90.0,
-    "latency": 50.0,
-    "throughput": 70.0,
-    "start": 30.0,
-    "mixed": 70.0,
+    "ceilings": 15.0,
+    "kernels": 80.0,
+    "latency": 40.0,
+    "throughput": 65.0,
+    "start": 25.0,
+    "mixed": 65.0,
 }
 """What each part may take, its process and all."""
 _OWN = 0.8
