@@ -21,7 +21,7 @@ def measure(setting: Setting) -> None:
         config, setting.device, max_model_len=longest, max_num_seqs=4, enable_prefix_caching=False
     ) as side:
         [prompt] = side.prompts(1, prompt_len)
-        side.generate([prompt], [output_len])  # compiles, captures
+        side.generate([prompt], [16])  # compiles, captures
         steps, firsts = list[float](), list[float]()
         while len(steps) < _LEAST or (len(steps) < _MOST and setting.left > 0):
             done = side.generate([prompt], [output_len])
