@@ -23,7 +23,7 @@ SECONDS = {
     "kernels": 80.0,
     "latency": 40.0,
     "throughput": 65.0,
-    "start": 25.0,
+    "start": 35.0,
     "mixed": 65.0,
 }
 """What each part may take, its process and all."""

@@ -39,7 +39,7 @@ def measure(setting: Setting) -> None:
             continue
         totals.append(total)
         phases.append(parts)
-        if setting.left < 0:
+        if setting.left < total:  # another would not fit
             break
     import_, load, first = (sorted(each)[len(each) // 2] for each in zip(*phases, strict=True))
     setting.report(
