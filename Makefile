@@ -31,6 +31,8 @@ help:
 	@echo "make sanitize    the native kernels' tests under AddressSanitizer and UBSan"
 	@echo "make native-check          the native kernels in C++ alone, on every instruction set here"
 	@echo "make native-check-arm64    the same for arm64, in qemu; both take ARGS='--quick avx2'"
+	@echo "make gpu-check   the GPU kernels against the reference, and benchmarks, on the GPU that is"
+	@echo "                 here: eight minutes, with PYTHON's own packages; ARGS=--cpu without one"
 	@echo "make wheel       build dist/quire-*.whl"
 	@echo "make clean       remove everything that git ignores and make can make again"
 	@echo "PYTHON=/path/to/python3.x chooses the interpreter (3.10 to 3.13)"
@@ -154,6 +156,11 @@ native-check-arm64: $(VENV)/.dev
 	$(BIN)/python tests/kernels/native/build.py --static --compiler aarch64-linux-gnu-g++ \
 		$(CHECK)/check-arm64
 	qemu-aarch64 $(CHECK)/check-arm64 --quick $(ARGS)
+
+# By PYTHON itself, whose torch is the one for the GPU, and not by the environment above.
+.PHONY: gpu-check
+gpu-check:
+	"$(PYTHON)" tests/gpu/check.py $(ARGS)
 
 .PHONY: wheel
 wheel: $(VENV)/.dev

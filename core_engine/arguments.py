@@ -31,6 +31,7 @@ class EngineArguments(TypedDict, total=False):
     dtype: str | torch.dtype | None
     quantization: str | None
     quantization_config: Mapping[str, Any] | None
+    load_format: str | None
     revision: str | None
     tokenizer_revision: str | None
     max_model_len: int | None
@@ -108,7 +109,6 @@ class EngineArguments(TypedDict, total=False):
     allowed_media_domains: Any
     limit_mm_per_prompt: Any
     mm_processor_kwargs: Any
-    load_format: str | None
     model_loader_extra_config: Any
     ignore_patterns: Any
     config_format: str | None

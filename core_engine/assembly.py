@@ -144,6 +144,8 @@ def _build(
         registry.config_of(path, hf_config),
     )
     how = weight_format or quantizer
+    if config.model.load_format == "dummy":
+        _check_dummy(weight_format, quantizer)
     if how is not None and not callable(getattr(kernels, "quantized_linear", None)):
         raise ConfigError(
             f"quantization {how.name!r}: the {kernels.name} kernels on {device} cannot multiply "
@@ -164,6 +166,7 @@ def _build(
         device_type=device.type,
         quantization=config.model.quantization,
         quantization_config=config.model.quantization_config,
+        load_format=config.model.load_format,
         max_model_len=asked_len,
         max_adapters=config.lora.max_loras if config.lora.enable_lora else 0,
         num_threads=max(1, num_threads // parallel.num_ranks)
@@ -460,6 +463,20 @@ def _calibrate(
     calibrate(
         cast("CalibratedQuantizer", quantizer), path, hf_config, encode, config.model.max_model_len
     )
+
+
+def _check_dummy(weight_format: WeightFormat | None, quantizer: Quantizer | None) -> None:
+    if weight_format is not None:
+        raise ConfigError(
+            f"load_format='dummy' draws plain weights, and the model is in the codes of "
+            f"{weight_format.name!r}: take a plain model and a quantization that is made while it "
+            "is loaded, such as quantization='int8'"
+        )
+    if getattr(quantizer, "prompts", ()):
+        raise ConfigError(
+            "load_format='dummy' has no weights that quantization_config['calibration'] could "
+            "look at: leave one of them out"
+        )
 
 
 def _warn_of_no_effect(how: WeightFormat | Quantizer, model: Decoder) -> None:

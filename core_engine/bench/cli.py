@@ -15,6 +15,7 @@ from quire.bench import report
 from quire.bench.chart import Bar, draw
 from quire.bench.contest import BenchError, Measurement
 from quire.bench.dataset import read_pairs, sample_pairs
+from quire.bench.gpu.command import gpu
 from quire.bench.lora import lora
 from quire.bench.options import (
     Chart,
@@ -361,3 +362,4 @@ app.command()(lora)
 app.command()(quantization)
 app.command()(quality)
 app.command()(parallel)
+app.command()(gpu)

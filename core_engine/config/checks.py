@@ -174,6 +174,18 @@ def mapping(name: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
+_LOAD_FORMATS = ("auto", "hf", "dummy")
+
+
+def load_format(name: str, value: Any) -> str:
+    """Take where weights come from: the model's files, or nowhere."""
+    if isinstance(value, str) and value in _LOAD_FORMATS:
+        return value
+    if isinstance(value, str) and value:
+        raise not_offered(name, value, "auto")  # vLLM knows more of them
+    raise refuse(name, value, "one of " + ", ".join(map(repr, _LOAD_FORMATS)))
+
+
 def quantization(name: str, value: Any) -> str:
     """Take the name of a quantization, or one of its other names."""
     kept = text(name, value)

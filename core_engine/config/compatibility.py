@@ -58,7 +58,6 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "allowed_media_domains": (None, []),
     "limit_mm_per_prompt": (None, {}),
     "mm_processor_kwargs": (None, {}),
-    "load_format": ("auto", "hf"),
     "model_loader_extra_config": (None, {}),
     "ignore_patterns": (None, []),
     "config_format": ("auto", "hf"),

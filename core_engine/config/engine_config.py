@@ -47,6 +47,9 @@ class ModelConfig(Checked):
     quantization_config : dict or None
         Options of quantizing while loading, such as ``{"group_size": 64, "lm_head": None}``; see
         ``core_engine/quantization/README.md``.
+    load_format : {"auto", "hf", "dummy"}
+        ``"dummy"`` draws random weights on the device, of the sizes that config.json says, and
+        reads none: to measure speed. The others read what the model has.
     revision, tokenizer_revision : str or None
         Branch, tag or commit on the hub; the tokenizer's is the model's unless said.
     max_model_len : int or None
@@ -79,6 +82,7 @@ class ModelConfig(Checked):
     quantization_config: dict[str, Any] | None = field(
         default=None, metadata={"check": checks.mapping}
     )
+    load_format: str = argument("auto", checks.load_format)
     revision: str | None = argument(None, checks.text)
     tokenizer_revision: str | None = argument(None, checks.text)
     max_model_len: int | None = argument(None, checks.model_len)

@@ -1,7 +1,8 @@
 """What goes between the processes of an engine: plain values and tensors, in MessagePack.
 
 Nothing in a message is ever executed: tensors travel as their type's name, their shape and their
-bytes, and everything else is what MessagePack itself knows.
+bytes, and everything else is what MessagePack itself knows. It is imported where there is a
+message: one process needs none.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import msgpack
-
 if TYPE_CHECKING:
+    import msgpack
     import torch
 
 Message = dict[str, Any]
@@ -44,6 +44,8 @@ def pack(message: Mapping[str, Any]) -> bytes:
     TypeError
         There is something else in it.
     """
+    import msgpack
+
     packed: bytes = msgpack.packb(
         message, default=_pack_tensor, use_bin_type=True, unicode_errors="surrogatepass"
     )
@@ -58,6 +60,8 @@ def unpack(data: bytes) -> Message:
     MessageError
         They are none.
     """
+    import msgpack
+
     try:
         message = msgpack.unpackb(
             data, ext_hook=_unpack_extension, raw=False, strict_map_key=False,
@@ -74,6 +78,7 @@ def unpack(data: bytes) -> Message:
 
 
 def _pack_tensor(value: object) -> msgpack.ExtType:
+    import msgpack
     import torch
 
     if not isinstance(value, torch.Tensor):
@@ -85,6 +90,7 @@ def _pack_tensor(value: object) -> msgpack.ExtType:
 
 
 def _unpack_extension(code: int, data: bytes) -> torch.Tensor:
+    import msgpack
     import torch
 
     if code != _TENSOR:

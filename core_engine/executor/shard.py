@@ -42,6 +42,7 @@ class ShardSettings:
         machine takes its own.
     quantization : str or None
     quantization_config : dict or None
+    load_format : str
     max_model_len : int or None
     max_adapters : int
     num_threads : int
@@ -72,6 +73,7 @@ class ShardSettings:
     num_replicas: int = 1
     step: dict[str, Any] | None = None
     attention: str | None = None
+    load_format: str = "auto"
 
     def to_message(self) -> dict[str, Any]:
         """Return the fields by their names."""
@@ -160,6 +162,7 @@ def load_shard(
             max_adapters=settings.max_adapters,
             weight_format=weight_format,
             quantizer=quantizer,
+            load_format=settings.load_format,
             place=place,
             group=group,
         )

@@ -47,6 +47,8 @@ class ModelSource(Protocol):
     def download_dir(self) -> str | None: ...  # noqa: D102
     @property
     def hf_token(self) -> str | bool | None: ...  # noqa: D102
+    @property
+    def load_format(self) -> str: ...  # noqa: D102
 
 
 def resolve_model(config: ModelSource) -> Path:
@@ -56,6 +58,7 @@ def resolve_model(config: ModelSource) -> Path:
         revision=config.revision,
         download_dir=config.download_dir,
         token=config.hf_token,
+        allow_patterns=BESIDE_WEIGHTS if config.load_format == "dummy" else None,
     )
 
 

@@ -18,6 +18,7 @@ from quire.kernels.reference.quantized import dequantize
 from quire.models.checkpoint import weight_files
 from quire.models.decoder import Decoder
 from quire.models.family import Family, To
+from quire.models.random_weights import RandomSources
 from quire.models.registry import build_spec, family_of
 from quire.models.sources import Source, Sources
 from quire.parallel.place import WHOLE, Place
@@ -50,6 +51,7 @@ def load_model(
     max_adapters: int = 0,
     weight_format: WeightFormat | None = None,
     quantizer: Quantizer | None = None,
+    load_format: str = "auto",
     place: Place = WHOLE,
     group: Group | None = None,
 ) -> Decoder:
@@ -74,6 +76,8 @@ def load_model(
         How the checkpoint keeps its projections; None: they are plain.
     quantizer
         What makes codes of plain projections while they are read; None: they stay as they are.
+    load_format
+        ``"dummy"``: plain weights are drawn, and the folder needs none; else they are read.
     place, group
         As for `quire.models.decoder.Decoder`.
 
@@ -90,7 +94,6 @@ def load_model(
     """
     spec = build_spec(config, max_model_len)
     _, family = family_of(config)
-    files = weight_files(folder)
     decoder = Decoder(
         spec,
         device=device,
@@ -100,7 +103,13 @@ def load_model(
         place=place,
         group=group,
     )
-    with Sources(files, family.stacked) as sources:
+    sources: Sources | RandomSources
+    if load_format == "dummy":
+        logger.warning("load_format='dummy': the weights of %s are random numbers", folder)
+        sources = RandomSources(decoder.weights, family, folder)
+    else:
+        sources = Sources(weight_files(folder), family.stacked)
+    with sources:
         _Loading(decoder, family, folder, sources, weight_format, quantizer).run()
     decoder.bind()
     return decoder
@@ -127,7 +136,7 @@ class _Loading:
         decoder: Decoder,
         family: Family,
         folder: Path,
-        sources: Sources,
+        sources: Sources | RandomSources,
         weight_format: WeightFormat | None,
         quantizer: Quantizer | None,
     ) -> None:

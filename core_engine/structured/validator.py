@@ -7,12 +7,12 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-import llguidance
-
 from quire.errors import InvalidRequestError
 from quire.structured.subschemas import subschemas
 
 if TYPE_CHECKING:
+    import llguidance
+
     from quire.structured.vocabulary import Vocabulary
 
 _MOST_WORK = 200_000
@@ -182,10 +182,14 @@ class _Bytes:
 
 @functools.lru_cache(1)
 def _byte_tokenizer() -> llguidance.LLTokenizer:
+    import llguidance
+
     return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Bytes()), eos_token=256)
 
 
 def _matcher(pattern: str) -> llguidance.LLMatcher:
+    import llguidance
+
     schema = json.dumps({"type": "string", "pattern": pattern})
     grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides={"lenient": False})
     return llguidance.LLMatcher(_byte_tokenizer(), grammar, log_level=0)

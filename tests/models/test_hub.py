@@ -267,6 +267,7 @@ def test_model_and_tokenizer_may_come_from_two_places(cache: Path, tmp_path: Pat
         tokenizer_revision="main",
         download_dir=str(cache),
         hf_token=None,
+        load_format="auto",
     )
     assert hub.resolve_model(config) == hub.resolve_tokenizer(config) == tmp_path / "model"
     config.tokenizer = "org/name"
