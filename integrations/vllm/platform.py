@@ -13,7 +13,7 @@ class Platform:
     @cached_property
     def device_type(self) -> str:
         """``"cpu"``, ``"cuda"`` (ROCm too) or ``"xpu"``."""
-        from quire.assembly import choose_device
+        from quire.utils.device import choose_device
 
         return choose_device("auto").type
 
