@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from quire.engine.batch import ForwardBatch
+from quire.engine.host_cache import HostCache, make_host_cache
 from quire.errors import DeviceLostError
 from quire.kernels.kv_rows import row_width
 
@@ -25,6 +26,8 @@ class Runner(Protocol):
 
     device: torch.device
     model: Decoder
+    can_go_ahead: bool
+    """Whether a step may be launched before the tokens of the last one are known."""
 
     def set_adapter(self, slot: int, adapter: PreparedAdapter | None) -> None:
         """See `ModelRunner.set_adapter`."""
@@ -48,6 +51,9 @@ class Runner(Protocol):
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """See `ModelRunner.likeliest`."""
 
+    def make_host_cache(self, num_bytes: float) -> HostCache | None:
+        """See `ModelRunner.make_host_cache`."""
+
     def exchanged(self) -> Exchanged | None:
         """See `ModelRunner.exchanged`."""
 
@@ -68,6 +74,8 @@ class ModelRunner:
         What keys and values are kept in: a float type, or codes with scales, in int8 or
         float8_e4m3fn.
     """
+
+    can_go_ahead = True
 
     def __init__(
         self,
@@ -103,6 +111,10 @@ class ModelRunner:
             What the stage before made, where the model has several.
         """
         return self.model.forward(batch, self._kv_caches, hidden)
+
+    def make_host_cache(self, num_bytes: float) -> HostCache | None:
+        """Return host memory for blocks of the KV cache; None where there is none to be had."""
+        return make_host_cache([each for pair in self._kv_caches for each in pair], num_bytes)
 
     def exchanged(self) -> Exchanged | None:
         """Return what exchanges with other ranks took so far; None: there are none, or no count."""

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from quire.engine.block_pool import NULL_BLOCK, BlockPool, root_key
-from quire.engine.scheduler import Scheduler, StepPlan
+from quire.engine.scheduler import Scheduler
+from quire.engine.step_plan import StepPlan
 from quire.engine.sequence import Sequence, SequenceStatus
 
 PREFIXES = [[1] * 9, [1] * 8 + [2], [3, 4] * 6, [5]]
