@@ -57,18 +57,6 @@ class SamplerOutput:
     failures: dict[int, BaseException] = field(default_factory=dict)
 
 
-class PendingTokens:
-    """STAND-IN."""
-
-    def __init__(self, output):
-        self.output = output
-        self.token_ids = torch.from_numpy(output.token_ids.copy())
-
-    def collect(self):
-        """STAND-IN."""
-        return self.output
-
-
 class Sampler:
     """Choose the next token of every row of a batch.
 
@@ -244,16 +232,6 @@ class Sampler:
             failures[place] = _model_error(float(highest[place]))
             token_ids[place] = 0
         return SamplerOutput(token_ids, None, failures)
-
-    def can_launch(self, rows):
-        """STAND-IN."""
-        return not (self._needs[rows] & (_BEAMS | _MASK | _PROCESSORS)).any() and not any(
-            self._rows[r].processors for r in rows
-        )
-
-    def launch(self, logits, rows):
-        """STAND-IN."""
-        return PendingTokens(self.sample(logits, rows))
 
     @torch.no_grad()
     def sample(
