@@ -22,8 +22,6 @@ from __future__ import annotations
 
 from typing import Any, Protocol, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from quire.kernels.experts_interface import ExpertOperations
@@ -365,7 +363,7 @@ class Backend(ExpertOperations, LoraOperations, QuantizedOperations, Protocol):
     # same, bit for bit, whatever rows stand beside it. Of equal logits, that of the lower token
     # id counts as the higher.
 
-    def argmax(self, logits: torch.Tensor) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    def argmax(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Find each row's most likely token.
 
         Parameters
@@ -374,8 +372,8 @@ class Backend(ExpertOperations, LoraOperations, QuantizedOperations, Protocol):
 
         Returns
         -------
-        token_ids : ndarray[num_rows], int64
-        highest : ndarray[num_rows], float32
+        token_ids : Tensor[num_rows], int64
+        highest : Tensor[num_rows], float32
             Their logits; NaN where any of the row's is.
         """
 
@@ -474,12 +472,12 @@ class Backend(ExpertOperations, LoraOperations, QuantizedOperations, Protocol):
     def sample_tokens(
         self,
         logits: torch.Tensor,
-        temperature: npt.NDArray[np.float64],
-        top_k: npt.NDArray[np.int64],
-        top_p: npt.NDArray[np.float64],
-        min_p: npt.NDArray[np.float64],
-        uniform: npt.NDArray[np.float64],
-    ) -> npt.NDArray[np.int64]:
+        temperature: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
+        uniform: torch.Tensor,
+    ) -> torch.Tensor:
         """Draw one token per row, by the inverse of the cumulative distribution.
 
         Logits are divided by the temperature. Of the distribution that results, `top_k` keeps
@@ -487,24 +485,24 @@ class Backend(ExpertOperations, LoraOperations, QuantizedOperations, Protocol):
         times the likeliest; `top_p` (Holtzman et al., arXiv:1904.09751) then keeps the fewest
         of the most likely whose probability, among what is left, reaches it. The likeliest
         token is always kept. The draw is from what is kept, in the order of token ids where
-        nothing can be dropped, in descending order of likelihood otherwise. The limits are
-        arrays on the host, where they decide which way is taken.
+        nothing can be dropped, in descending order of likelihood otherwise. A row whose highest
+        logit is not finite gets some token of the vocabulary.
 
         Parameters
         ----------
         logits : Tensor[num_rows, vocab_size], float32
-        temperature : ndarray[num_rows], float64
+        temperature : Tensor[num_rows], float64
             Close to 0, the likeliest token is all that is left.
-        top_k : ndarray[num_rows], int64
+        top_k : Tensor[num_rows], int64
             0 or less is all.
-        top_p : ndarray[num_rows], float64
+        top_p : Tensor[num_rows], float64
             1 is all.
-        min_p : ndarray[num_rows], float64
+        min_p : Tensor[num_rows], float64
             0 is all.
-        uniform : ndarray[num_rows], float64
+        uniform : Tensor[num_rows], float64
             In [0, 1): where in the cumulative distribution the token is taken from.
 
         Returns
         -------
-        ndarray[num_rows], int64
+        Tensor[num_rows], int64
         """

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from quire.engine.batch import ForwardBatch
@@ -48,7 +46,7 @@ class Runner(Protocol):
         hidden: torch.Tensor,
         indices: torch.Tensor,
         adapter_slots: torch.Tensor | None = None,
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `ModelRunner.likeliest`."""
 
     def make_host_cache(self, num_bytes: float) -> HostCache | None:
@@ -145,7 +143,7 @@ class ModelRunner:
         hidden: torch.Tensor,
         indices: torch.Tensor,
         adapter_slots: torch.Tensor | None = None,
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the likeliest tokens after the given ones, and their logits.
 
         Where it can, without all the other logits ever being in memory. As
@@ -155,7 +153,8 @@ class ModelRunner:
         native = self.model.native
         if native is None:
             ids, highest = self._kernels.argmax(self.logits(hidden, indices, adapter_slots))
-            return ids + self.model.vocab_rows.start, highest
+            first = self.model.vocab_rows.start
+            return ids + first if first else ids, highest
         if adapter_slots is None:
             return native.likeliest(hidden, indices)
         return native.likeliest(hidden, indices, adapter_slots)

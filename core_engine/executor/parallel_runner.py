@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, finalize
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from quire.engine.batch import ForwardBatch
@@ -95,7 +93,7 @@ class ParallelRunner:
         hidden: torch.Tensor,
         indices: torch.Tensor,
         adapter_slots: torch.Tensor | None = None,
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `ModelRunner.likeliest`."""
         indices = of_step(hidden, indices)
         with self._together("likeliest", indices=indices.cpu(), adapter_slots=adapter_slots):

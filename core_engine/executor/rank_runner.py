@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from quire.engine.batch import ForwardBatch
@@ -122,7 +120,7 @@ class RankRunner:
         hidden: torch.Tensor | None,
         indices: torch.Tensor,
         adapter_slots: torch.Tensor | None = None,
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None:
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Find the likeliest tokens after some tokens of the last step; see `logits`."""
         indices = of_step(hidden, indices)
         found = None
@@ -130,15 +128,14 @@ class RankRunner:
             assert self._hidden is not None
             ids, highest = self.own.likeliest(self._hidden, indices, adapter_slots)
             # Both of them exactly: ids are below 2^24.
-            found = torch.from_numpy(np.stack([ids.astype(np.float32), highest]))
+            found = torch.stack([ids.float(), highest])
             if self.ends.group is not None:
                 every = self.ends.group.gather(found)
                 found = None if every is None else _highest_of(every)
         found = self._bring_home(found, (2, len(indices)), torch.float32)
         if found is None:
             return None
-        ids, highest = found.numpy()
-        return ids.astype(np.int64), highest
+        return found[0].long(), found[1]
 
     def _bring_home(
         self, result: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype

@@ -319,7 +319,7 @@ class NativeForward:
         hidden: torch.Tensor,
         indices: torch.Tensor,
         adapter_slots: torch.Tensor | None = None,
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the likeliest token after some rows of what :meth:`forward` returned.
 
         Parameters
@@ -331,9 +331,9 @@ class NativeForward:
 
         Returns
         -------
-        token_ids : ndarray[num_rows], int64
+        token_ids : Tensor[num_rows], int64
             Of those in `vocab_rows`.
-        highest : ndarray[num_rows], float32
+        highest : Tensor[num_rows], float32
             Their logits; NaN where any of the row's is.
         """
         num_rows = indices.shape[0]
@@ -342,11 +342,11 @@ class NativeForward:
         if parts[0][1] is None:
             return self._likeliest(parts[0][0], hidden, indices, slots)
         assert slots is not None
-        token_ids = np.empty(num_rows, dtype=np.int64)
-        highest = np.empty(num_rows, dtype=np.float32)
+        token_ids = torch.empty(num_rows, dtype=torch.int64, device="cpu")
+        highest = torch.empty(num_rows, dtype=torch.float32, device="cpu")
         for model, rows in parts:
             some = torch.from_numpy(rows)
-            token_ids[rows], highest[rows] = self._likeliest(
+            token_ids[some], highest[some] = self._likeliest(
                 model, hidden, indices[some], slots[some]
             )
         return token_ids, highest
@@ -357,10 +357,10 @@ class NativeForward:
         hidden: torch.Tensor,
         indices: torch.Tensor,
         slots: torch.Tensor | None,
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         num_rows = indices.shape[0]
-        token_ids = np.empty(num_rows, dtype=np.int64)
-        highest = np.empty(num_rows, dtype=np.float32)
+        token_ids = torch.empty(num_rows, dtype=torch.int64, device="cpu")
+        highest = torch.empty(num_rows, dtype=torch.float32, device="cpu")
         check(
             self._library.quire_likeliest(
                 self._context,
@@ -369,8 +369,8 @@ class NativeForward:
                 indices.data_ptr(),
                 num_rows,
                 None if slots is None else slots.data_ptr(),
-                token_ids.ctypes.data,
-                highest.ctypes.data,
+                token_ids.data_ptr(),
+                highest.data_ptr(),
                 torch.get_num_threads(),
             )
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ import torch
 
 from quire.errors import QuireError
 from quire.sampling.row import Row
+from quire.utils.transfers import upload
 
 if TYPE_CHECKING:
     from quire.kernels import Backend
@@ -46,19 +47,17 @@ class _Entries:
             if values is not None:
                 self._values.append(values)
 
-    def index(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def index(self) -> list[npt.NDArray[np.int64]]:
         """Return rows and columns, `[num_entries]` each."""
-        rows = self.spread(np.array(self._places, dtype=np.int64), device)
-        return rows, torch.from_numpy(np.concatenate(self._token_ids)).to(device)
+        return [self.spread(np.array(self._places)), np.concatenate(self._token_ids)]
 
-    def values(self, device: torch.device) -> torch.Tensor:
+    def values(self) -> npt.NDArray[np.float32]:
         """Return the values that were added, `[num_entries]`."""
-        return torch.from_numpy(np.concatenate(self._values)).to(device)
+        return np.concatenate(self._values)
 
-    def spread(self, per_row: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
+    def spread(self, per_row: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return one value per entry from one per row."""
-        lengths = [len(ids) for ids in self._token_ids]
-        return torch.from_numpy(np.repeat(per_row, lengths)).to(device)
+        return np.repeat(per_row, [len(ids) for ids in self._token_ids])
 
 
 def edit_logits(
@@ -101,14 +100,15 @@ def edit_logits(
         if row.counts is not None:
             penalized.append((place, row))
     if allowed:
-        index = allowed.index(device)
-        kept = logits[index]
-        logits[torch.tensor(allowed.places, device=device)] = -torch.inf
-        logits[index] = kept
+        *index, places_ = upload([*allowed.index(), np.array(allowed.places)], device)
+        kept = logits[tuple(index)]
+        logits[places_] = -torch.inf
+        logits[tuple(index)] = kept
     if forbidden:
-        logits[forbidden.index(device)] = -torch.inf
+        logits[tuple(upload(forbidden.index(), device))] = -torch.inf
     if biases:
-        logits[biases.index(device)] += biases.values(device)
+        *index, values = upload([*biases.index(), biases.values()], device)
+        logits[tuple(index)] += values
     failures = _process(logits, processed)
     failures |= process(failures)
     if penalized:
@@ -147,10 +147,9 @@ def _penalize(logits: torch.Tensor, penalized: Sequence[tuple[int, Row]], kernel
     range_ = np.finfo(np.float32)
     penalties[:, 2] = penalties[:, 2].clip(range_.tiny, range_.max)
     per_row = penalties.astype(np.float32)
-    device = logits.device
-    kernels.apply_penalties(
-        logits,
-        *entries.index(device),
-        entries.values(device),
-        *(entries.spread(per_row[:, column], device) for column in range(3)),
-    )
+    columns: list[npt.NDArray[Any]] = [
+        *entries.index(),
+        entries.values(),
+        *(entries.spread(per_row[:, column]) for column in range(3)),
+    ]
+    kernels.apply_penalties(logits, *upload(columns, logits.device))

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from quire.errors import InvalidRequestError, QuireError
 from quire.sampling.batch_processors import BatchProcessors
 from quire.sampling.edits import edit_logits
 from quire.sampling.logprobs import LogprobsTensors
+from quire.sampling.pending import (
+    PendingTokens,
+    SamplerOutput,
+    model_error,
+    nothing_allowed,
+    outcome,
+)
 from quire.sampling.random import uniforms
 from quire.sampling.row import Row, num_beam_candidates
 from quire.sampling_params import SamplingParams
+from quire.utils.transfers import upload
 
 if TYPE_CHECKING:
     from quire.kernels import Backend
     from quire.structured.masks import Masks
 
-__all__ = ["LogprobsTensors", "Sampler", "SamplerOutput"]
+__all__ = ["LogprobsTensors", "PendingTokens", "Sampler", "SamplerOutput"]
 
 
 # What a row needs besides the likeliest token of its logits, as bits of one number.
@@ -34,27 +40,11 @@ _LOGPROBS = 8
 _MASK = 16
 _PROCESSORS = 32
 
+# What has the host look at logits before a token is chosen.
+_WAITING = _BEAMS | _MASK | _PROCESSORS
 
-@dataclass(slots=True)
-class SamplerOutput:
-    """What a step's rows were given.
-
-    Attributes
-    ----------
-    token_ids : ndarray[num_rows], int64
-        0 for a row that failed.
-    logprobs : LogprobsTensors or None
-        None when no row asked. k is the largest number asked for; a row that asked for fewer
-        uses its first columns. A row that does beam search finds its best continuations here,
-        with the log-probabilities that the search is to add up.
-    failures : dict of int to BaseException
-        Why the request of a row, by its place in the batch, cannot go on. Other rows are as
-        they would have been without it.
-    """
-
-    token_ids: npt.NDArray[np.int64]
-    logprobs: LogprobsTensors | None = None
-    failures: dict[int, BaseException] = field(default_factory=dict)
+_LEAST_REPETITION = 1e-6
+"""A smaller penalty may make logits infinite, which has to be seen to."""
 
 
 class Sampler:
@@ -106,6 +96,7 @@ class Sampler:
         self._processors = BatchProcessors() if processors is None else processors
         self._rows: list[Row | None] = [None] * max_num_seqs
         self._needs = np.zeros(max_num_seqs, dtype=np.int64)
+        self._waits = np.zeros(max_num_seqs, dtype=np.bool_)
         self._temperature = np.ones(max_num_seqs, dtype=np.float64)
         self._top_k = np.zeros(max_num_seqs, dtype=np.int64)
         self._top_p = np.ones(max_num_seqs, dtype=np.float64)
@@ -187,6 +178,11 @@ class Sampler:
             asked = self._vocab_size if asked == -1 else min(asked, self._vocab_size)
         self._rows[row] = state
         self._needs[row] = need
+        self._waits[row] = (
+            bool(need & _WAITING)
+            or state.processors is not None
+            or params.repetition_penalty < _LEAST_REPETITION
+        )
         self._temperature[row] = params.temperature
         self._top_k[row] = max(params.top_k, 0)
         self._top_p[row] = params.top_p
@@ -198,6 +194,7 @@ class Sampler:
         """Take a row back from its sequence; a free row stays free."""
         self._rows[row] = None
         self._needs[row] = 0
+        self._waits[row] = False
         if self._processors:
             self._processors.remove(row)
 
@@ -215,23 +212,61 @@ class Sampler:
         """Whether any of the rows needs more than the likeliest token of its logits."""
         return bool(self._needs[rows].any())
 
-    def take_likeliest(
-        self, token_ids: npt.NDArray[np.int64], highest: npt.NDArray[np.float32]
-    ) -> SamplerOutput:
+    def can_launch(self, rows: npt.NDArray[np.int64]) -> bool:
+        """Whether the rows' tokens can be chosen without the host seeing any of it.
+
+        Not where a grammar, a beam search or a processor of logits has a say: see :meth:`launch`.
+        """
+        return not self._waits[rows].any()
+
+    def take_likeliest(self, token_ids: torch.Tensor, highest: torch.Tensor) -> SamplerOutput:
         """Choose for rows that need no more than the likeliest token.
 
         Parameters
         ----------
-        token_ids : ndarray[num_rows], int64
+        token_ids : Tensor[num_rows], int64
             The likeliest tokens.
-        highest : ndarray[num_rows], float32
+        highest : Tensor[num_rows], float32
             Their logits; NaN where any of the row's is.
         """
-        failures: dict[int, BaseException] = {}
-        for place in np.flatnonzero(~np.isfinite(highest)).tolist():
-            failures[place] = _model_error(float(highest[place]))
-            token_ids[place] = 0
-        return SamplerOutput(token_ids, None, failures)
+        return outcome(token_ids.cpu().numpy(), highest.cpu().numpy())
+
+    @torch.no_grad()
+    def launch(self, logits: torch.Tensor, rows: npt.NDArray[np.int64]) -> PendingTokens:
+        """Have one token per row chosen, without waiting for the device.
+
+        What comes of it is what :meth:`sample` returns. The sequences' tokens are read now.
+
+        Parameters
+        ----------
+        logits : Tensor[num_rows, vocab_size]
+            Of each row's last token; not to be used again.
+        rows : ndarray[num_rows], int64
+            Whose they are, each at most once; such as :meth:`can_launch` allows.
+        """
+        if not self.can_launch(rows):
+            raise ValueError("some of the rows can only be sampled while the host waits")
+        needs = self._needs[rows]
+        union = int(np.bitwise_or.reduce(needs)) if len(rows) else 0
+        raw = edited = logits.float()
+        token_ids, highest = self._kernels.argmax(raw)
+        chosen_from = None
+        if union & _EDIT:
+            if union & _LOGPROBS:
+                edited = raw.clone()
+            self._edit(edited, rows, needs, None)
+            token_ids, chosen_from = self._kernels.argmax(edited)
+        if union & _DRAW:
+            drawn = (needs & _DRAW) != 0
+            if drawn.all() or self._device.type != "cpu":
+                token_ids = self._draw(edited, rows, drawn)
+            else:
+                places = torch.from_numpy(np.flatnonzero(drawn))
+                token_ids[places] = self._draw(edited[places], rows[drawn])
+        logprobs = None
+        if union & _LOGPROBS:
+            logprobs = self._logprobs(raw, edited, rows, needs, token_ids)
+        return PendingTokens(token_ids, highest, chosen_from, logprobs)
 
     @torch.no_grad()
     def sample(
@@ -252,6 +287,8 @@ class Sampler:
         -------
         SamplerOutput
         """
+        if self._device.type != "cpu" and masks is None and self.can_launch(rows):
+            return self.launch(logits, rows).collect()
         needs = self._needs[rows]
         union = int(np.bitwise_or.reduce(needs)) if len(rows) else 0
         raw = logits.float()
@@ -263,7 +300,7 @@ class Sampler:
         token_ids = self._choose(raw, edited, rows, needs, failures)
         logprobs = None
         if union & _LOGPROBS:
-            chosen = torch.from_numpy(token_ids).to(raw.device)
+            (chosen,) = upload([token_ids], raw.device)
             logprobs = self._logprobs(raw, edited, rows, needs, chosen)
         if failures:
             token_ids[list(failures)] = 0
@@ -296,7 +333,7 @@ class Sampler:
         if len(beams):
             logits[beams] = self._kernels.log_softmax(logits[beams])
         if masks is not None:
-            masked = torch.from_numpy(masks.places).to(self._device)
+            (masked,) = upload([masks.places], self._device)
             self._kernels.apply_bitmask(logits, masked, masks.bitmask)
         places = np.flatnonzero(needs & _EDIT).tolist()
         states = [state for place in places if (state := self._rows[rows[place]]) is not None]
@@ -322,32 +359,41 @@ class Sampler:
         failures: dict[int, BaseException],
     ) -> npt.NDArray[np.int64]:
         """Return the chosen token of each row, adding rows that allow no choice to failures."""
-        token_ids, highest = self._kernels.argmax(logits)
-        if not np.isfinite(highest).all():
+        found, highest = self._kernels.argmax(logits)
+        limits = highest.cpu().numpy()
+        if not np.isfinite(limits).all():
             beams = set(np.flatnonzero(needs & _BEAMS).tolist())
             masked = set(np.flatnonzero(needs & _MASK).tolist()) if raw is logits else set()
-            logits = _usable(raw, logits, highest, beams, masked, failures)
-            token_ids, _ = self._kernels.argmax(logits)
+            logits = _usable(raw, logits, limits, beams, masked, failures)
+            found, _ = self._kernels.argmax(logits)
         drawn = (needs & _DRAW) != 0
+        token_ids: npt.NDArray[np.int64]
         if drawn.all():
-            return self._draw(logits, rows)
+            token_ids = self._draw(logits, rows).cpu().numpy()
+            return token_ids
+        token_ids = found.cpu().numpy()
         if drawn.any():
             places = self._where(needs, _DRAW)
-            token_ids[drawn] = self._draw(logits[places], rows[drawn])
+            token_ids[drawn] = self._draw(logits[places], rows[drawn]).cpu().numpy()
         return token_ids
 
-    def _draw(self, logits: torch.Tensor, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def _draw(
+        self,
+        logits: torch.Tensor,
+        rows: npt.NDArray[np.int64],
+        drawn: npt.NDArray[np.bool_] | None = None,
+    ) -> torch.Tensor:
+        """Draw a token for each row; for those not in ``drawn``, take the likeliest."""
         states = [self._rows[row] for row in rows.tolist()]
         lengths = [len(state.output_token_ids) for state in states if state is not None]
         uniform = uniforms(self._seeds[rows], np.array(lengths, dtype=np.int64))
-        return self._kernels.sample_tokens(
-            logits,
-            self._temperature[rows],
-            self._top_k[rows],
-            self._top_p[rows],
-            self._min_p[rows],
-            uniform,
+        temperature, top_k = self._temperature[rows], self._top_k[rows]
+        if drawn is not None:
+            top_k[~drawn] = 1
+        limits = upload(
+            [temperature, top_k, self._top_p[rows], self._min_p[rows], uniform], self._device
         )
+        return self._kernels.sample_tokens(logits, *limits)
 
     def _logprobs(
         self,
@@ -369,7 +415,7 @@ class Sampler:
             torch.zeros(len(rows), dtype=torch.int64, device=raw.device),
         )
         if asks.any():
-            places = torch.from_numpy(np.flatnonzero(asks)).to(raw.device)
+            (places,) = upload([np.flatnonzero(asks)], raw.device)
             width = int(counts[asks].max())
             found = self._kernels.gather_logprobs(raw[places], token_ids[places], width)
             result.token_ids[places, : width + 1] = found[0]
@@ -385,12 +431,7 @@ class Sampler:
         return result
 
     def _where(self, needs: npt.NDArray[np.int64], need: int) -> torch.Tensor:
-        return torch.from_numpy(np.flatnonzero(needs & need)).to(self._device)
-
-
-def _model_error(highest: float) -> QuireError:
-    kind = "NaN" if math.isnan(highest) else "infinite"
-    return QuireError(f"the model produced {kind} logits")
+        return upload([np.flatnonzero(needs & need)], self._device)[0]
 
 
 def _usable(
@@ -413,15 +454,12 @@ def _usable(
         if place in failures:
             pass
         elif not math.isfinite(top) and not (top == -math.inf and place in masked):
-            failures[place] = _model_error(top)
+            failures[place] = model_error(top)
         elif highest[place] == torch.inf:
             forced = logits[place] == torch.inf
             logits[place] = torch.where(forced, 0.0, -torch.inf)
             continue
         elif place not in beams:
-            failures[place] = InvalidRequestError(
-                "no token is allowed: structured_outputs, allowed_token_ids, bad_words, "
-                "min_tokens, logit_bias and logits_processors together leave none"
-            )
+            failures[place] = nothing_allowed()
         logits[place] = 0.0
     return logits

@@ -7,15 +7,11 @@ import threading
 import weakref
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from quire.kernels.cpu import structs
 from quire.kernels.cpu.library import load_library
 from quire.kernels.reference import sampling as reference
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 
 class _Context:
@@ -47,14 +43,14 @@ class NativeSampling:
         if status:
             raise RuntimeError("the native kernels cannot start a thread to choose tokens on")
 
-    def argmax(self, logits: torch.Tensor) -> tuple[Ints, npt.NDArray[np.float32]]:
+    def argmax(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `quire.kernels.interface.Backend.argmax`."""
         if not _suits(logits):
             return reference.argmax(logits)
         ids = np.empty(len(logits), dtype=np.int64)
         highest = np.empty(len(logits), dtype=np.float32)
         self._call("quire_argmax", _rows(logits), ids.ctypes.data, highest.ctypes.data)
-        return ids, highest
+        return torch.from_numpy(ids), torch.from_numpy(highest)
 
     def apply_penalties(
         self,
@@ -128,22 +124,21 @@ class NativeSampling:
     def sample_tokens(
         self,
         logits: torch.Tensor,
-        temperature: Floats,
-        top_k: Ints,
-        top_p: Floats,
-        min_p: Floats,
-        uniform: Floats,
-    ) -> Ints:
+        temperature: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
+        uniform: torch.Tensor,
+    ) -> torch.Tensor:
         """See `quire.kernels.interface.Backend.sample_tokens`."""
         if not _suits(logits):
             return reference.sample_tokens(logits, temperature, top_k, top_p, min_p, uniform)
         ids = np.empty(len(logits), dtype=np.int64)
-        temperature = np.maximum(temperature, reference.LEAST_TEMPERATURE)
-        held = [temperature, top_k, top_p, min_p, uniform]
-        held = [np.ascontiguousarray(each) for each in held]
-        how = structs.Draw(*(each.ctypes.data for each in held))
+        heat = np.maximum(temperature.numpy(), reference.LEAST_TEMPERATURE)
+        held = [each.contiguous() for each in (top_k, top_p, min_p, uniform)]
+        how = structs.Draw(heat.ctypes.data, *(each.data_ptr() for each in held))
         self._call("quire_draw", _rows(logits), ctypes.byref(how), ids.ctypes.data)
-        return ids
+        return torch.from_numpy(ids)
 
 
 def _suits(logits: torch.Tensor) -> bool:

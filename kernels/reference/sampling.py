@@ -37,14 +37,14 @@ LEAST_TEMPERATURE = 1e-30
 """Below it float32 can no longer tell a temperature from 0; unequal logits are worlds apart."""
 
 
-def argmax(logits: torch.Tensor) -> tuple[Ints, npt.NDArray[np.float32]]:
+def argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See `quire.kernels.interface.Backend.argmax`."""
     if logits.device.type == "cpu" and logits.dtype is torch.float32:
         rows: npt.NDArray[np.float32] = logits.numpy()
         ids = rows.argmax(axis=1)  # vectorised, unlike torch's
-        return ids, rows[np.arange(len(rows)), ids]
+        return torch.from_numpy(ids), torch.from_numpy(rows[np.arange(len(rows)), ids])
     highest, places = logits.max(dim=1)
-    return _host(places), _host(highest.float())
+    return places, highest.float()
 
 
 def log_softmax(logits: torch.Tensor) -> torch.Tensor:
@@ -106,18 +106,26 @@ def gather_logprobs(
 
 def sample_tokens(
     logits: torch.Tensor,
-    temperature: Floats,
-    top_k: Ints,
-    top_p: Floats,
-    min_p: Floats,
-    uniform: Floats,
-) -> Ints:
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    uniform: torch.Tensor,
+) -> torch.Tensor:
     """See `quire.kernels.interface.Backend.sample_tokens`."""
     vocab_size = logits.shape[1]
-    temperature = np.maximum(temperature, LEAST_TEMPERATURE)
-    top_k = np.where((top_k > 0) & (top_k < vocab_size), top_k, vocab_size)
-    limits = _Limits(temperature, top_k, top_p, min_p, uniform)
-    limited = (top_k < vocab_size) | (top_p < 1.0) | (min_p > 0.0)
+    if len(logits):
+        usable = _host(logits.amax(dim=1).isfinite())
+        if not usable.all():
+            logits = logits.clone()
+            logits[torch.from_numpy(np.flatnonzero(~usable)).to(logits.device)] = 0.0
+    limits = _Limits(*(_host(each) for each in (temperature, top_k, top_p, min_p, uniform)))
+    all_kept = (limits.top_k <= 0) | (limits.top_k > vocab_size)
+    limits = limits._replace(
+        temperature=np.maximum(limits.temperature, LEAST_TEMPERATURE),
+        top_k=np.where(all_kept, vocab_size, limits.top_k),
+    )
+    limited = (limits.top_k < vocab_size) | (limits.top_p < 1.0) | (limits.min_p > 0.0)
     if not limited.any():
         ids = _draw_from_all(logits, limits)
     elif limited.all():
@@ -126,7 +134,7 @@ def sample_tokens(
         ids = np.empty(len(logits), dtype=np.int64)
         for rows, draw in ((~limited, _draw_from_all), (limited, _draw_from_top)):
             ids[rows] = draw(_take(logits, rows), limits.take(rows))
-    return ids
+    return torch.from_numpy(ids).to(logits.device)
 
 
 class _Limits(NamedTuple):

@@ -76,8 +76,8 @@ def check_likeliest(
     assert decoder.native is not None
     ids, highest = decoder.native.likeliest(hidden, torch.arange(len(hidden)), slots)
     best, where = own.max(dim=1)
-    assert torch.equal(torch.from_numpy(highest), best)
-    assert torch.equal(torch.from_numpy(ids), where + decoder.vocab_rows.start)
+    assert torch.equal(highest, best)
+    assert torch.equal(ids, where + decoder.vocab_rows.start)
 
 
 def run_models(

@@ -263,10 +263,10 @@ def test_the_likeliest_token_is_that_of_the_logits(
     ids, highest = native.likeliest(hidden, indices)
     logits = native.logits(hidden[indices])
     expected = logits.max(dim=1)
-    assert torch.equal(torch.from_numpy(highest).isnan(), indices == 7)
+    assert torch.equal(highest.isnan(), indices == 7)
     rows = (indices != 7).nonzero()[:, 0]
-    assert torch.equal(torch.from_numpy(highest)[rows], expected.values[rows])
-    assert torch.equal(torch.from_numpy(ids)[rows], logits[rows].argmax(dim=1))
+    assert torch.equal(highest[rows], expected.values[rows])
+    assert torch.equal(ids[rows], logits[rows].argmax(dim=1))
 
 
 def run(program: str, **settings: str) -> subprocess.CompletedProcess[str]:

@@ -55,11 +55,11 @@ def draw(kernels: Backend, logits: torch.Tensor, uniform: Floats, **limits: Any)
     count = len(uniform)
     return kernels.sample_tokens(
         logits.expand(count, -1).contiguous(),
-        np.full(count, values["temperature"], dtype=np.float64),
-        np.full(count, values["top_k"], dtype=np.int64),
-        np.full(count, values["top_p"], dtype=np.float64),
-        np.full(count, values["min_p"], dtype=np.float64),
-        uniform,
+        torch.full((count,), values["temperature"], dtype=torch.float64),
+        torch.full((count,), values["top_k"], dtype=torch.int64),
+        torch.full((count,), values["top_p"], dtype=torch.float64),
+        torch.full((count,), values["min_p"], dtype=torch.float64),
+        torch.from_numpy(uniform),
     ).tolist()
 
 
@@ -204,15 +204,15 @@ def test_a_row_is_drawn_alike_alone_and_in_a_batch(
     if seed % 2:
         logits = logits.bfloat16().float()
     columns = [
-        np.array([pick[name] for pick in picks], dtype=dtype)
+        torch.tensor([pick[name] for pick in picks], dtype=dtype)
         for name, dtype in (
-            ("temperature", np.float64),
-            ("top_k", np.int64),
-            ("top_p", np.float64),
-            ("min_p", np.float64),
+            ("temperature", torch.float64),
+            ("top_k", torch.int64),
+            ("top_p", torch.float64),
+            ("min_p", torch.float64),
         )
     ]
-    columns.append(np.random.default_rng(seed).random(count))
+    columns.append(torch.from_numpy(np.random.default_rng(seed).random(count)))
     together = kernels.sample_tokens(logits, *columns)
     for row in range(count):
         one = slice(row, row + 1)
@@ -287,7 +287,7 @@ def test_argmax_tells_of_rows_that_are_no_numbers(kernels: Backend) -> None:
             logits = torch.randn(3, size)
             logits[1, place] = torch.nan
             ids, highest = kernels.argmax(logits)
-            assert np.isnan(highest).tolist() == [False, True, False]
+            assert highest.isnan().tolist() == [False, True, False]
             assert highest[::2].tolist() == logits[::2].max(dim=1).values.tolist()
             assert ids[::2].tolist() == logits[::2].max(dim=1).indices.tolist()
 
@@ -301,11 +301,10 @@ def test_a_draw_from_what_cannot_be_drawn_from_ends(
     logits = torch.zeros(2, size)
     logits[0, -1] = logits[1, -1] = 50.0
     logits[0] = value
-    if kernels.name == "reference":
-        pytest.skip("such rows never reach it")
     for top_k, top_p, min_p in ((0, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.5, 0.0), (0, 1.0, 0.1)):
+        none = torch.zeros(2, dtype=torch.float64)
         drawn = kernels.sample_tokens(
-            logits, np.ones(2), np.full(2, top_k), np.full(2, top_p), np.full(2, min_p), np.zeros(2)
+            logits, none + 1, torch.full((2,), top_k), none + top_p, none + min_p, none
         )
         assert 0 <= drawn[0] < size
         if (top_k, top_p, min_p) != (0, 1.0, 0.0):
