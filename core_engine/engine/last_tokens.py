@@ -22,8 +22,9 @@ class LastTokens:
     """
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
+        self._num_rows = num_rows
         self._device = device
-        self._token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self._token_ids: torch.Tensor | None = None
 
     def keep(self, rows: npt.NDArray[np.int64], token_ids: torch.Tensor) -> None:
         """Note a token for each of some rows, which are all different.
@@ -33,6 +34,8 @@ class LastTokens:
         rows : ndarray[num_rows], int64
         token_ids : Tensor[num_rows], int64
         """
+        if self._token_ids is None:
+            self._token_ids = token_ids.new_zeros(self._num_rows)
         (places,) = upload([rows], self._device)
         self._token_ids.index_copy_(0, places, token_ids)
 
@@ -45,5 +48,10 @@ class LastTokens:
         pending_rows : Tensor[num_tokens], int64
             The row whose last token it is; -1 where the id is known.
         """
+        assert self._token_ids is not None
         last = self._token_ids.index_select(0, pending_rows.clamp(min=0))
         return torch.where(pending_rows < 0, input_ids, last)
+
+    def close(self) -> None:
+        """Let the memory go."""
+        self._token_ids = None

@@ -134,6 +134,10 @@ class SequenceTable:
         """Record that the first draft of each of the rows has become its token."""
         self._num_computed[rows] += 1
 
+    def close(self) -> None:
+        """Let go of what lies on the device."""
+        self._last_tokens.close()
+
     def build(self, plan: StepPlan) -> CutBatch:
         """Cut a step's batch.
 

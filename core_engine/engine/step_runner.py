@@ -82,8 +82,9 @@ class StepRunner:
     # No local name for the runner: a processor's exception keeps these frames with their locals.
 
     def close(self) -> None:
-        """Let the model go."""
+        """Let the model go, and what lies on its device."""
         self._runner = None
+        self._running.table.close()
 
     def launch(self, plan: StepPlan) -> Step:
         """Have the model compute a step whose sequences have their rows.
