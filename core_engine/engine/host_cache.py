@@ -37,13 +37,11 @@ class HostCache:
     """
 
     def __init__(self, caches: Sequence[torch.Tensor], num_bytes: float) -> None:
-        # Blocks are moved as bytes: not every operation takes every type.
-        self._caches = [cache.view(torch.uint8) for cache in caches]
+        self._caches = [_as_words(cache) for cache in caches]
         self._device = caches[0].device
-        shapes = [cache.shape[1:] for cache in self._caches]
-        rooms = [shape.numel() for shape in shapes]
-        room = num_bytes - _ALIGNED * len(rooms)
-        self.num_blocks = max(0, int(room // sum(rooms)))
+        rooms = [cache[0].nbytes for cache in self._caches]
+        left = num_bytes - _ALIGNED * len(rooms)
+        self.num_blocks = max(0, int(left // sum(rooms)))
         """How many there is room for."""
         starts = [0]
         for each in rooms:
@@ -52,8 +50,10 @@ class HostCache:
         pinned = self._device.type != "cpu" and self.num_blocks > 0
         memory = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pinned)
         self._copies = [
-            memory[start : start + size * self.num_blocks].view(self.num_blocks, *shape)
-            for start, size, shape in zip(starts, rooms, shapes, strict=False)
+            memory[start : start + room * self.num_blocks]
+            .view(cache.dtype)
+            .view(self.num_blocks, *cache.shape[1:])
+            for start, room, cache in zip(starts, rooms, self._caches, strict=False)
         ]
 
     def save(self, pairs: Pairs) -> None:
@@ -69,7 +69,7 @@ class HostCache:
         places, runs = self._places(pairs)
         for cache, copy in zip(self._caches, self._copies, strict=True):
             found = torch.empty(
-                (len(pairs), *cache.shape[1:]), dtype=torch.uint8, device=self._device
+                (len(pairs), *cache.shape[1:]), dtype=cache.dtype, device=self._device
             )
             for first, last, host in runs:
                 found[first:last].copy_(copy[host : host + last - first], non_blocking=True)
@@ -86,6 +86,19 @@ class HostCache:
                 runs.append((first, end, pairs[first][1]))
                 first = end
         return places, runs
+
+
+def _as_words(cache: torch.Tensor) -> torch.Tensor:
+    """Return the same memory as integers, of the largest kind that its rows are made of.
+
+    Not every operation takes every type of a cache, and single bytes are slow to move.
+    """
+    parts = cache.view(torch.uint8)
+    sizes = [parts.shape[-1], parts.storage_offset(), *parts.stride()[:-1]]
+    for words in (torch.int64, torch.int32):
+        if all(size % words.itemsize == 0 for size in sizes):
+            return parts.view(words)
+    return parts
 
 
 def make_host_cache(caches: Sequence[torch.Tensor], num_bytes: float) -> HostCache | None:

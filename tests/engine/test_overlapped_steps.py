@@ -84,17 +84,20 @@ def check_all_is_free(engine):
     assert engine._in_flight is None
 
 
+def reason(completion):
+    return completion.finish_reason, completion.stop_reason
+
+
 def content(output):
     """Return what a request is told, without what is a matter of time."""
     if isinstance(output, RequestFailedError):
         return str(output)
     if get_backend("cpu").name != "cpu":  # others round by what is computed together
-        return [(c.index, c.token_ids, c.finish_reason, c.stop_reason) for c in output.outputs]
+        return [(c.index, c.token_ids, reason(c)) for c in output.outputs]
     return (
         output.prompt_logprobs,
         [
-            (c.index, c.text, c.token_ids, c.logprobs, c.cumulative_logprob)
-            + (c.finish_reason, c.stop_reason)
+            (c.index, c.text, c.token_ids, c.logprobs, c.cumulative_logprob, reason(c))
             for c in output.outputs
         ],
     )
