@@ -47,3 +47,69 @@ class TritonBackend(ReferenceBackend):
         from quire.kernels.triton.quantized import quantized_linear
 
         return quantized_linear(x, weight, bias)
+
+    @staticmethod
+    def argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `quire.kernels.interface.Backend.argmax`."""
+        from quire.kernels.triton.sampling import argmax
+
+        return argmax(logits)
+
+    @staticmethod
+    def log_softmax(logits: torch.Tensor) -> torch.Tensor:
+        """See `quire.kernels.interface.Backend.log_softmax`."""
+        from quire.kernels.triton.sampling import log_softmax
+
+        return log_softmax(logits)
+
+    @staticmethod
+    def apply_penalties(
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        token_ids: torch.Tensor,
+        counts: torch.Tensor,
+        presence: torch.Tensor,
+        frequency: torch.Tensor,
+        repetition: torch.Tensor,
+    ) -> None:
+        """See `quire.kernels.interface.Backend.apply_penalties`."""
+        from quire.kernels.triton.sampling import apply_penalties
+
+        apply_penalties(logits, rows, token_ids, counts, presence, frequency, repetition)
+
+    @staticmethod
+    def apply_bitmask(logits: torch.Tensor, rows: torch.Tensor, bitmask: torch.Tensor) -> None:
+        """See `quire.kernels.interface.Backend.apply_bitmask`."""
+        from quire.kernels.triton.sampling import apply_bitmask
+
+        apply_bitmask(logits, rows, bitmask)
+
+    @staticmethod
+    def top_logits(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `quire.kernels.interface.Backend.top_logits`."""
+        from quire.kernels.triton.sampling import top_logits
+
+        return top_logits(logits, k)
+
+    @staticmethod
+    def gather_logprobs(
+        logits: torch.Tensor, token_ids: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `quire.kernels.interface.Backend.gather_logprobs`."""
+        from quire.kernels.triton.sampling import gather_logprobs
+
+        return gather_logprobs(logits, token_ids, k)
+
+    @staticmethod
+    def sample_tokens(
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
+        uniform: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `quire.kernels.interface.Backend.sample_tokens`."""
+        from quire.kernels.triton.sampling import sample_tokens
+
+        return sample_tokens(logits, temperature, top_k, top_p, min_p, uniform)

@@ -280,6 +280,15 @@ def test_argmax_takes_the_first_of_equals(kernels: Backend) -> None:
     assert kernels.argmax(logits.bfloat16())[0].tolist() == [1, 0, 2]
 
 
+@given(logits=rows(), number=st.floats(0, 1, exclude_max=True))
+def test_one_of_the_likeliest_at_no_temperature_is_the_first_of_them(
+    kernels: Backend, logits: torch.Tensor, number: float
+) -> None:
+    """So that rows that draw and rows that do not can be told to a device at once."""
+    drawn = draw(kernels, logits, np.array([number]), temperature=0.0, top_k=1)
+    assert drawn == kernels.argmax(logits[None])[0].tolist()
+
+
 def test_argmax_tells_of_rows_that_are_no_numbers(kernels: Backend) -> None:
     """Wherever in the row the NaN stands; other rows keep their own highest logit."""
     for size in (1, 5, 130, 300):
