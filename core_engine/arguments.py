@@ -47,11 +47,13 @@ class EngineArguments(TypedDict, total=False):
     kv_cache_dtype: str | torch.dtype | None
     enable_prefix_caching: bool | None
     gpu_memory_utilization: float | None
+    swap_space: float | None
     max_num_seqs: int | None
     max_num_batched_tokens: int | None
     enable_chunked_prefill: bool | None
     scheduling_policy: Literal["fcfs", "priority"] | None
     max_waiting_requests: int | None
+    async_scheduling: bool | None
     structured_outputs_backend: Literal["llguidance", "outlines_core", "xgrammar"] | None
     structured_outputs_deadline: float | None
     structured_outputs_forced_tokens: bool | None
@@ -78,7 +80,6 @@ class EngineArguments(TypedDict, total=False):
     max_seq_len_to_capture: int | None
     disable_custom_all_reduce: bool | None
     disable_cascade_attn: bool | None
-    swap_space: float | None
     prefix_caching_hash_algo: str | None
     disable_log_stats: bool | None
     max_logprobs: int | None
@@ -121,7 +122,6 @@ class EngineArguments(TypedDict, total=False):
     max_long_partial_prefills: int | None
     long_prefill_token_threshold: int | None
     preemption_mode: str | None
-    async_scheduling: bool | None
     scheduler_cls: Any
     kv_transfer_config: Any
     kv_events_config: Any

@@ -73,11 +73,12 @@ class LLM:
         max_model_len
             Most tokens of one request.
         kv_cache_memory_bytes, num_gpu_blocks_override, block_size, kv_cache_dtype,
-        enable_prefix_caching, gpu_memory_utilization
+        enable_prefix_caching, gpu_memory_utilization, swap_space
             The KV cache: :class:`quire.config.CacheConfig`.
         enable_lora, max_loras, max_lora_rank, max_cpu_loras, lora_modules
             LoRA adapters: :class:`quire.config.LoRAConfig`.
-        max_num_seqs, max_num_batched_tokens, enable_chunked_prefill, scheduling_policy
+        max_num_seqs, max_num_batched_tokens, enable_chunked_prefill, scheduling_policy,
+        async_scheduling
             How much runs at once: :class:`quire.config.SchedulerConfig`.
         seed, device, batch_invariant, attention_backend, enforce_eager
             What unseeded requests draw from; where the model runs; whether the same bits for a

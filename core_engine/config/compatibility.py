@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from quire.config.checks import Check, anything, boolean, integer, not_offered, number, text
+from quire.config.checks import Check, anything, boolean, integer, not_offered, text
 
 NO_EFFECT: dict[str, Check] = {
     # Nothing is compiled, and what graphs are recorded for follows from the other arguments.
@@ -16,8 +15,6 @@ NO_EFFECT: dict[str, Check] = {
     "disable_async_output_proc": boolean,
     "use_v2_block_manager": boolean,
     "max_context_len_to_capture": integer(1),
-    # Preempted requests are recomputed, never swapped to another memory (GiB).
-    "swap_space": number(0, math.inf),
     # Prefix hits are verified by token ids, whatever the hash.
     "prefix_caching_hash_algo": text,
     # Counters are always kept; LLM.get_metrics() reads them.
@@ -72,7 +69,6 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "preemption_mode": (None, "recompute"),
     "scheduler_delay_factor": (0.0, 0),
     "num_scheduler_steps": (1,),
-    "async_scheduling": (False,),
     "scheduler_cls": (None,),
     "kv_transfer_config": (None,),
     "kv_events_config": (None,),

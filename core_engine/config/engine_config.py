@@ -117,6 +117,10 @@ class CacheConfig(Checked):
         Keep the blocks of finished requests, for later requests that begin with the same tokens.
     gpu_memory_utilization : float
         Share of a GPU's memory that weights and KV cache may take. No effect on a CPU.
+    swap_space : float or None
+        GiB of host memory, taken at the first use, to which blocks of preempted requests are
+        copied, and from which they come back; what does not fit there is computed anew. None: 4
+        for an accelerator, 0 for a CPU. No effect for a model on several ranks.
     """
 
     block_size: int = argument(16, checks.integer(1, 1024))
@@ -125,6 +129,7 @@ class CacheConfig(Checked):
     kv_cache_dtype: str = argument("auto", checks.kv_cache_dtype)
     enable_prefix_caching: bool = argument(True, checks.boolean)
     gpu_memory_utilization: float = argument(0.9, checks.number(0, 1, above_low=True))
+    swap_space: float | None = argument(None, checks.number(0, 2**20))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +150,11 @@ class SchedulerConfig(Checked):
     max_waiting_requests : int or None
         Requests of :class:`quire.AsyncLLM`, and so of a server, that may wait for others to end;
         one more fails with EngineBusyError. None sets no bound.
+    async_scheduling : bool or None
+        Launch each step while the tokens of the one before are on their way to the host, so that
+        an accelerator need not wait for it. Answers are the same. Steps for requests with a
+        grammar, a beam search or logits processors do not overlap, nor those of a model on
+        several ranks. None: on an accelerator, not on a CPU.
     """
 
     max_num_seqs: int = argument(256, checks.integer(1, 65536))
@@ -153,6 +163,7 @@ class SchedulerConfig(Checked):
     enable_chunked_prefill: bool = argument(True, checks.boolean)
     scheduling_policy: str = argument("fcfs", checks.choice("fcfs", "priority"))
     max_waiting_requests: int | None = argument(None, checks.integer(0))
+    async_scheduling: bool | None = argument(None, checks.boolean)
 
     def token_budget(self, max_model_len: int) -> int:
         """Return the most tokens of one step for a model of this length.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Row
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
@@ -144,7 +145,7 @@ class RequestConstraints:
         sequence.draft_token_ids = forced[: max(0, count)]
 
     def start_masks(
-        self, sequences: Row[Sequence], num_drafts: Row[int], requests: dict[str, LiveRequest]
+        self, sequences: Row[Sequence], num_drafts: Row[int], requests: Mapping[str, LiveRequest]
     ) -> Future[Masks] | None:
         """Begin to fill the masks of the sequences that are to be given a token, if any has one.
 

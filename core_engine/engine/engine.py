@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,20 +17,21 @@ from quire.engine.block_pool import BlockPool, root_key
 from quire.engine.cache_map import KVCacheMap, map_blocks
 from quire.engine.constraints import RequestConstraints
 from quire.engine.generation import Generation, StepNews
+from quire.engine.host_blocks import HostBlocks
 from quire.engine.interface import StepOutput
 from quire.engine.live_request import LiveRequest, count_adapters
 from quire.engine.metrics import EngineMetrics
 from quire.engine.processor import ModelLimits, Processor
-from quire.engine.prompt_reader import read_prompts
 from quire.engine.queue_bound import QueueBound
-from quire.engine.runner import ModelRunner, Runner, is_device_lost
+from quire.engine.run_options import bytes_to_swap, overlaps_steps
+from quire.engine.runner import ModelRunner, Runner
 from quire.engine.running import RunningSequences
-from quire.engine.scheduler import Scheduler, StepPlan
+from quire.engine.scheduler import Scheduler
 from quire.engine.sequence import Sequence, SequenceStatus
 from quire.engine.sequence_table import SequenceTable
+from quire.engine.step_runner import StepRunner, raise_if_lost
 from quire.engine.token_logprobs import TokenLogprobsMaker
 from quire.errors import (
-    DeviceLostError,
     EngineClosedError,
     InvalidRequestError,
     RequestFailedError,
@@ -40,6 +42,8 @@ from quire.sampling.sampler import Sampler
 if TYPE_CHECKING:
     from quire.config import EngineConfig
     from quire.engine.request import Request
+    from quire.engine.step import Step
+    from quire.engine.step_plan import StepPlan
     from quire.lora.store import AdapterStore
     from quire.tokenizer.tokenizer import Tokenizer
 
@@ -91,6 +95,8 @@ class Engine:
         self._by_priority = config.scheduler.scheduling_policy == "priority"
         self._num_blocks = num_blocks
         self._device = runner.device
+        self._overlaps = overlaps_steps(config.scheduler.async_scheduling, runner)
+        self._num_swap_bytes = bytes_to_swap(config.cache.swap_space, runner)
         self._constraints = RequestConstraints(
             config, tokenizer, vocab_size=limits.vocab_size, device=runner.device
         )
@@ -114,6 +120,7 @@ class Engine:
             chunked_prefill=config.scheduler.enable_chunked_prefill,
             preempt_by_priority=self._by_priority,
             adapter_slots=self._slots,
+            host_blocks=self._make_host_blocks(),
         )
         self._table = SequenceTable(
             config.scheduler.max_num_seqs,
@@ -129,6 +136,7 @@ class Engine:
         )
         self._requests: dict[str, LiveRequest] = {}
         self._num_unscheduled = 0
+        self._in_flight: Step | None = None
         self._generation = Generation(
             self._sampler,
             self._running,
@@ -137,6 +145,27 @@ class Engine:
             self._requests,
             self.metrics_data,
         )
+        assert self._runner is not None
+        self._steps = StepRunner(
+            self._runner,
+            self._running,
+            self._sampler,
+            self._generation,
+            self._constraints,
+            self._logprobs,
+            self._slots,
+            self._requests,
+            self.metrics_data,
+            overlaps=self._overlaps,
+        )
+
+    def _make_host_blocks(self) -> HostBlocks | None:
+        """Return the host's memory for preempted sequences, if there is to be any."""
+        assert self._runner is not None
+        if not self._num_swap_bytes:
+            return None
+        make = partial(self._runner.make_host_cache, self._num_swap_bytes)
+        return HostBlocks(make, self.config.cache.block_size)
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -153,7 +182,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._requests)
+        return bool(self._requests) or self._in_flight is not None
 
     @property
     def num_queued(self) -> int:
@@ -233,6 +262,7 @@ class Engine:
                 reads_prompt=index == 0 and live.reads_prompt,
                 skip_cached_prefix=index == 0 and live.reads_whole_prompt,
                 adapter=adapter,
+                max_tokens=params.max_tokens,
             )
             live.num_sequences += 1
             live.deferred.append(sequence)
@@ -282,12 +312,14 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """Compute one step and return the news of the requests it touched.
 
+        Or of those that the step before touched, where steps overlap: then that one's tokens are
+        chosen when this one begins, and known to the host when the model computes it already.
         A step that raises fails the requests in it, and no others.
         """
         outputs: list[StepOutput] = []
         for live, error in self._constraints.take_ready(wait_for_all=self._in_lockstep):
             outputs += self._enter(live, error)
-        if self.scheduler.has_work:
+        if self.scheduler.has_work or self._in_flight is not None:
             outputs += self._compute()
         elif not outputs and self._requests:
             self._constraints.wait()
@@ -313,82 +345,45 @@ class Engine:
         return [] if output is None else [output]
 
     def _compute(self) -> list[StepOutput]:
-        # No local name for the runner: a processor's exception keeps this frame with its locals.
-        assert self._runner is not None
+        """Launch a step, and collect the one in flight: in that order, wherever it is possible."""
         started = time.perf_counter()
+        earlier, self._in_flight = self._in_flight, None
+        steps, step = self._steps, None
+        outputs: list[StepOutput] = []
+        if earlier is None or self.scheduler.can_go_ahead():
+            step = self._launch()
+        if earlier is not None:
+            outputs += self._take(earlier, steps.collect)
+            if step is None and self.scheduler.has_work:
+                step = self._launch()
+        elif step is None:
+            raise RuntimeError(f"nothing can be scheduled: {self.scheduler.running}")
+        if step is not None and steps is self._steps:  # else all has ended, and begun anew
+            outputs += self._take(step, steps.go_on)
+            if step.pending is not None and steps is self._steps:
+                self._in_flight = step
+        self.metrics_data.step_seconds += time.perf_counter() - started
+        return outputs
+
+    def _launch(self) -> Step | None:
+        """Schedule a step and have the model compute it; None where nothing can be scheduled."""
         if self._slots is not None:
             self._slots.collect()
         plan = self.scheduler.schedule()
         self._admit(plan)
-        if not plan.sequences:
-            raise RuntimeError(f"nothing can be scheduled: {self.scheduler.running}")
-        masks = None
-        try:
-            batch, rows, caught_up = self._table.build(plan)
-            chosen_rows = rows[caught_up]
-            sequences, num_drafts = plan.sequences, plan.num_drafts
-            if len(caught_up) < len(sequences):
-                sequences = [sequences[i] for i in caught_up]
-                num_drafts = [num_drafts[i] for i in caught_up]
-            masks = self._constraints.start_masks(sequences, num_drafts, self._requests)
-            if self._slots is not None:
-                swaps = self._slots.apply(self._runner.set_adapter)
-                self.metrics_data.num_adapter_swaps += swaps
-            forward_started = time.perf_counter()
-            hidden = self._runner.forward(batch)
-            logits = likeliest = None
-            wanted, slots = batch.logits_indices, batch.adapter_slots
-            if slots is not None:
-                slots = slots[wanted.cpu()]
-            if self._sampler.needs_logits(chosen_rows):
-                logits = self._logits(hidden, wanted, slots)
-            elif len(chosen_rows):
-                likeliest = self._runner.likeliest(hidden, wanted, slots)
-            self.metrics_data.forward_seconds += time.perf_counter() - forward_started
-        except Exception as error:  # whatever a model raises, the engine goes on
-            if masks is not None:
-                masks.exception()  # until it is done, constraints are in use
-            if is_device_lost(error):
-                raise DeviceLostError(f"{type(error).__name__}: {error}") from error
-            return self._fail_step(plan, error)
-        news = StepNews({})
-        if plan.reads_prompts:
-            news.failed |= read_prompts(
-                plan, hidden, self._requests, self._logprobs, self._sampler, self._logits
-            )
-        self.scheduler.update(plan)
-        self._table.advance(rows, plan)
-        if len(chosen_rows):
-            try:
-                if likeliest is not None:
-                    sampled = self._sampler.take_likeliest(*likeliest)
-                    self._generation.append(sequences, chosen_rows, sampled, news)
-                else:
-                    assert logits is not None
-                    found = None if masks is None else masks.result()
-                    if plan.num_draft_tokens:
-                        self._generation.append_with_drafts(
-                            sequences, num_drafts, chosen_rows, logits, found, news
-                        )
-                    else:
-                        sampled = self._sampler.sample(logits, chosen_rows, found)
-                        self._generation.append(sequences, chosen_rows, sampled, news)
-            except Exception as error:
-                return self._fail_step(plan, error)
-        if masks is not None:
-            self._generation.propose(sequences, news)
-        outputs = self._tell(news)
-        self.metrics_data.num_steps += 1
-        self.metrics_data.num_computed_tokens += plan.num_tokens
-        self.metrics_data.num_forced_tokens += plan.num_draft_tokens
-        self.metrics_data.step_seconds += time.perf_counter() - started
-        return outputs
+        if plan.sequences:
+            return self._steps.launch(plan)
+        self.scheduler.forget_saved(plan)
+        return None
 
-    def _logits(
-        self, hidden: torch.Tensor, indices: torch.Tensor, slots: torch.Tensor | None
-    ) -> torch.Tensor:
-        assert self._runner is not None
-        return self._runner.logits(hidden, indices, slots)
+    def _take(self, step: Step, part: Callable[[Step], StepNews]) -> list[StepOutput]:
+        """Take the news of a part of a step; where it raises, fail the requests in it."""
+        try:
+            news = part(step)
+        except Exception as error:
+            raise_if_lost(error)
+            return self._fail_step(step, error)
+        return self._tell(news)
 
     def _admit(self, plan: StepPlan) -> None:
         self._running.admit(plan, self._requests)
@@ -446,8 +441,8 @@ class Engine:
         self.metrics_data.num_failed_requests += 1
         return request_failed(live.request.request_id, error)
 
-    def _fail_step(self, plan: StepPlan, error: Exception) -> list[StepOutput]:
-        ids = dict.fromkeys(s.request_id for s in plan.sequences if s.request_id in self._requests)
+    def _fail_step(self, step: Step, error: Exception) -> list[StepOutput]:
+        ids = dict.fromkeys(s.request_id for s in step.members if s.request_id in self._requests)
         outputs: list[StepOutput] = [self._fail(self._requests[id_], error) for id_ in ids]
         try:
             self.check_integrity()
@@ -467,12 +462,16 @@ class Engine:
         self.metrics_data.num_restarts += 1
         for live in list(self._requests.values()):
             self._constraints.forget(live)
+        self._begin_anew()
+        return outputs
+
+    def _begin_anew(self) -> None:
+        self._steps.close()
         self._sampler.clear()
         self._begin()
         if self._slots is not None and self._runner is not None:
             for slot in range(self.config.lora.max_loras):
                 self._runner.set_adapter(slot, None)
-        return outputs
 
     # -- the rest ------------------------------------------------------------------------------
 
@@ -486,7 +485,7 @@ class Engine:
         """Let the KV cache's memory go; no request may be in flight, or come before `wake_up`."""
         assert not self._requests
         assert isinstance(self._runner, ModelRunner)
-        self._begin()
+        self._begin_anew()
         self._is_asleep = True
         self._runner.sleep()
 
@@ -554,6 +553,10 @@ class Engine:
     def close(self) -> None:
         """Drop all requests and let weights and KV cache go."""
         runner, self._runner = self._runner, None
+        self._steps.close()
+        self._in_flight = None
+        if self.scheduler.host_blocks is not None:
+            self.scheduler.host_blocks.close()
         self.abort(list(self._requests))
         if runner is not None:
             runner.close()

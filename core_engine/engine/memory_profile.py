@@ -17,7 +17,8 @@ from quire.engine.batch import ForwardBatch
 from quire.engine.graphs import LARGEST, graph_sizes
 from quire.sampling.sampler import Sampler
 from quire.sampling_params import SamplingParams
-from quire.utils.device import module_of, synchronize, upload
+from quire.utils.device import module_of, synchronize
+from quire.utils.transfers import upload
 
 if TYPE_CHECKING:
     from quire.kernels.interface import Backend
@@ -190,13 +191,15 @@ def _batch(parts: Sequence[tuple[int, int]], size: StepSize, device: torch.devic
         slots.append(blocks[own // block_size - first] * block_size + own % block_size)
         next_block += len(blocks)
     counts = [count for count, _ in parts]
+    arrays = [np.concatenate(positions), tables, np.concatenate(slots)]
+    at, in_blocks, into = upload(arrays, device)
     return ForwardBatch(
         input_ids=torch.zeros(sum(counts), dtype=torch.int64, device=device),
-        positions=upload(np.concatenate(positions), device),
+        positions=at,
         query_start_loc=torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32),
         seq_lens=torch.tensor([end for _, end in parts], dtype=torch.int32),
-        block_tables=upload(tables, device),
-        slot_mapping=upload(np.concatenate(slots), device),
+        block_tables=in_blocks,
+        slot_mapping=into,
         logits_indices=torch.zeros(0, dtype=torch.int64, device=device),
     )
 
@@ -215,7 +218,8 @@ def _choose(
     vocab_size = model.spec.vocab_size
     logits = None
     if model.place.is_last_stage:
-        logits = model.compute_logits(hidden[upload(rows % len(hidden), device)])
+        (wanted,) = upload([rows % len(hidden)], device)
+        logits = model.compute_logits(hidden[wanted])
     if logits is None or logits.shape[1] < vocab_size:
         # Some rank has all of them, made of what each has: it may be this one.
         logits = torch.zeros(num_rows, vocab_size, dtype=torch.float32, device=device)

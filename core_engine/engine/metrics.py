@@ -23,6 +23,8 @@ class EngineMetrics:
     num_canonical_tokens : int
         Tokens of forced text that the model was not asked for.
     num_preemptions : int
+    num_swapped_out, num_swapped_in : int
+        Blocks of preempted sequences that were copied to the host's memory, and back.
     num_adapter_swaps : int
         Times that an adapter was put into one of the model's slots.
     num_restarts : int
@@ -42,6 +44,8 @@ class EngineMetrics:
     num_accepted_forced_tokens: int = 0
     num_canonical_tokens: int = 0
     num_preemptions: int = 0
+    num_swapped_out: int = 0
+    num_swapped_in: int = 0
     num_adapter_swaps: int = 0
     num_restarts: int = 0
     num_steps: int = 0

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from quire.engine.sequence import SequenceStatus
+
 if TYPE_CHECKING:
     from quire.engine.live_request import LiveRequest
-    from quire.engine.scheduler import StepPlan
+    from quire.engine.step_plan import StepPlan
     from quire.engine.token_logprobs import TokenLogprobsMaker
     from quire.sampling.sampler import Sampler
 
@@ -40,7 +42,7 @@ def read_prompts(
     failed: dict[str, BaseException] = {}
     start = 0
     for sequence, count in zip(plan.sequences, plan.num_new_tokens, strict=True):
-        if sequence.reads_prompt:
+        if sequence.reads_prompt and sequence.status is not SequenceStatus.FINISHED:
             live = requests[sequence.request_id]
             own = hidden[start : start + count]
             slot = sequence.adapter_slot

@@ -10,6 +10,7 @@ import torch
 
 from quire.engine.batch import ForwardBatch
 from quire.engine.graphs import DecodeGraphs
+from quire.engine.host_cache import HostCache, make_host_cache
 from quire.errors import DeviceLostError
 from quire.kernels.kv_rows import row_width
 from quire.utils.device import make_current
@@ -28,6 +29,8 @@ class Runner(Protocol):
 
     device: torch.device
     model: Decoder
+    can_go_ahead: bool
+    """Whether a step may be launched before the tokens of the last one are known."""
 
     def set_adapter(self, slot: int, adapter: PreparedAdapter | None) -> None:
         """See `ModelRunner.set_adapter`."""
@@ -50,6 +53,9 @@ class Runner(Protocol):
         adapter_slots: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `ModelRunner.likeliest`."""
+
+    def make_host_cache(self, num_bytes: float) -> HostCache | None:
+        """See `ModelRunner.make_host_cache`."""
 
     def exchanged(self) -> Exchanged | None:
         """See `ModelRunner.exchanged`."""
@@ -76,6 +82,8 @@ class ModelRunner:
     graphs : DecodeGraphs or None
         What steps of one token per sequence go by, where `use_graphs` was called.
     """
+
+    can_go_ahead = True
 
     def __init__(
         self,
@@ -156,6 +164,10 @@ class ModelRunner:
             if computed is not None:
                 return computed
         return self.model.forward(batch, self._kv_caches, hidden)
+
+    def make_host_cache(self, num_bytes: float) -> HostCache | None:
+        """Return host memory for blocks of the KV cache; None where there is none to be had."""
+        return make_host_cache([each for pair in self._kv_caches for each in pair], num_bytes)
 
     def exchanged(self) -> Exchanged | None:
         """Return what exchanges with other ranks took so far; None: there are none, or no count."""

@@ -12,9 +12,12 @@ from quire.engine.sequence import Sequence, SequenceStatus
 from quire.sampling.random import derive_seed
 
 if TYPE_CHECKING:
+    import torch
+
     from quire.engine.live_request import LiveRequest
-    from quire.engine.scheduler import Scheduler, StepPlan
+    from quire.engine.scheduler import Scheduler
     from quire.engine.sequence_table import SequenceTable
+    from quire.engine.step_plan import StepPlan
     from quire.sampling.sampler import Sampler
 
 
@@ -64,6 +67,25 @@ class RunningSequences:
             bad_words_ids=live.request.bad_words_ids,
             masked=sequence.constraint is not None,
         )
+
+    def update(self, plan: StepPlan, rows: npt.NDArray[np.int64]) -> None:
+        """Record that a step has run; of sequences that have ended meanwhile, nothing is."""
+        self.scheduler.update(plan)
+        self.table.advance(rows, plan)  # nobody has the rows of those
+
+    def expect(
+        self, sequences: list[Sequence], rows: npt.NDArray[np.int64], token_ids: torch.Tensor
+    ) -> None:
+        """Record that sequences are given tokens that only the device knows until `settle`."""
+        self.table.expect(rows, token_ids)
+        for sequence in sequences:
+            sequence.num_pending_tokens = 1
+
+    def settle(self, sequences: list[Sequence], rows: npt.NDArray[np.int64]) -> None:
+        """Forget the tokens that only the device knows: what they are is put down now."""
+        self.table.settle(rows)
+        for sequence in sequences:
+            sequence.num_pending_tokens = 0
 
     def accept_draft(self, sequences: list[Sequence], rows: npt.NDArray[np.int64]) -> None:
         """Record that sequences were given the next of their drafts, which is computed already."""

@@ -5,63 +5,13 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from quire.engine.adapter_queue import AdapterQueue
 from quire.engine.adapter_slots import AdapterSlots
 from quire.engine.block_pool import BlockPool, block_keys
+from quire.engine.host_blocks import HostBlocks
 from quire.engine.sequence import Sequence, SequenceStatus
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """What one step computes.
-
-    Attributes
-    ----------
-    sequences : list of Sequence
-        Those with at least one token to compute.
-    num_new_tokens : list of int
-        How many tokens each of them computes.
-    admitted : list of Sequence
-        Those among them that did not run before this step.
-    preempted : list of Sequence
-        Those that lost their blocks in favour of others; released before ``admitted`` enter.
-    grown : list of Sequence
-        Those among ``sequences`` that hold blocks they did not hold before.
-    num_drafts : list of int
-        How many of the tokens that each of them computes are drafts.
-    num_tokens : int
-        Tokens computed in this step, drafts included; ``num_draft_tokens`` of them are.
-    reads_prompts : bool
-        Whether hidden states of the prompt are wanted of any of the sequences.
-    """
-
-    sequences: list[Sequence] = field(default_factory=list)
-    num_new_tokens: list[int] = field(default_factory=list)
-    admitted: list[Sequence] = field(default_factory=list)
-    preempted: list[Sequence] = field(default_factory=list)
-    grown: list[Sequence] = field(default_factory=list)
-    num_drafts: list[int] = field(default_factory=list)
-    num_tokens: int = 0
-    num_draft_tokens: int = 0
-    reads_prompts: bool = False
-
-    def add(self, sequence: Sequence, num_new_tokens: int) -> None:
-        """Let a sequence compute its next tokens."""
-        self.sequences.append(sequence)
-        self.num_new_tokens.append(num_new_tokens)
-        self.num_drafts.append(0)
-        self.num_tokens += num_new_tokens
-        if sequence.reads_prompt:
-            self.reads_prompts = True
-
-    def add_drafts(self, place: int, count: int) -> None:
-        """Let the sequence at a place compute some drafts besides."""
-        self.num_drafts[place] = count
-        self.num_new_tokens[place] += count
-        self.num_tokens += count
-        self.num_draft_tokens += count
+from quire.engine.step_plan import StepPlan
 
 
 class Scheduler:
@@ -71,8 +21,9 @@ class Scheduler:
     budget of tokens: running ones first, in order, then waiting ones. Drafts, tokens that a
     sequence may well be given next, take part in a step as far as tokens and blocks are left for
     them. When the blocks run out, the last sequence in order gives its blocks back and waits to
-    compute them anew. The first in order is never preempted by another, and any sequence that was
-    admitted fits the pool alone, so the engine always makes progress.
+    compute them anew, or to have them copied back where there are host blocks for it. The first in
+    order is never preempted by another, and any sequence that was admitted fits the pool alone, so
+    the engine always makes progress.
 
     Parameters
     ----------
@@ -88,6 +39,8 @@ class Scheduler:
         of their ``order``).
     adapter_slots : AdapterSlots, optional
         For sequences with adapters; see :class:`~quire.engine.adapter_queue.AdapterQueue`.
+    host_blocks : HostBlocks, optional
+        For what preempted sequences have computed.
     """
 
     def __init__(
@@ -99,6 +52,7 @@ class Scheduler:
         chunked_prefill: bool = True,
         preempt_by_priority: bool = False,
         adapter_slots: AdapterSlots | None = None,
+        host_blocks: HostBlocks | None = None,
     ) -> None:
         self.pool = pool
         self.max_num_seqs = max_num_seqs
@@ -106,6 +60,7 @@ class Scheduler:
         self.chunked_prefill = chunked_prefill
         self.preempt_by_priority = preempt_by_priority
         self.adapter_slots = adapter_slots
+        self.host_blocks = host_blocks
         self._adapters = None
         if adapter_slots is not None:
             self._adapters = AdapterQueue(adapter_slots, most_passed=max_num_seqs)
@@ -147,6 +102,8 @@ class Scheduler:
         sequence.status = SequenceStatus.FINISHED
         sequence.adapter = None  # it may stay in the queue for a while
         self._release_blocks(sequence)
+        if sequence.host_block_ids:
+            self._forget_saved(sequence)
 
     # -- the step ------------------------------------------------------------------------------
 
@@ -166,17 +123,49 @@ class Scheduler:
             self._add_drafts(plan, num_running, budget)
         return plan
 
+    def can_go_ahead(self) -> bool:
+        """Whether the next step takes no blocks, and no slot, from sequences that run.
+
+        Then it can be scheduled while the tokens of the last one are known to the device alone.
+        """
+        running = self.running
+        if self.preempt_by_priority and running:
+            waiting = [self._peek()]
+            if self._adapters is not None:
+                waiting.append(self._adapters.first())
+            last = running[-1].order[0]
+            if any(each is not None and each.order[0] < last for each in waiting):
+                return False
+        size, budget, free = self.pool.block_size, self.max_num_batched_tokens, self.pool.num_free
+        if free > len(running) + budget // size:  # more than any step can want
+            return True
+        for sequence in running:
+            count = min(self._num_wanted(sequence), budget)
+            if count > 0:
+                computed = sequence.num_computed_tokens
+                free -= max(0, self._ceil_blocks(computed + count) - len(sequence.block_ids))
+                budget -= count
+        return free >= 0
+
+    def _num_wanted(self, sequence: Sequence) -> int:
+        """Return how many tokens a running sequence has to compute."""
+        if sequence.status is SequenceStatus.PARKED:
+            return 0
+        if sequence.num_pending_tokens and sequence.is_ending:
+            return 0
+        return sequence.num_tokens - sequence.num_computed_tokens
+
     def _schedule_running(self, plan: StepPlan) -> int:
         budget = self.max_num_batched_tokens
-        size, running, parked = self.pool.block_size, self.running, SequenceStatus.PARKED
+        size, running = self.pool.block_size, self.running
         i = 0
         while i < len(running) and budget > 0:
             sequence = running[i]
-            computed = sequence.num_computed_tokens
-            count = min(sequence.num_tokens - computed, budget)
-            if sequence.status is parked or count <= 0:
+            count = min(self._num_wanted(sequence), budget)
+            if count <= 0:
                 i += 1
                 continue
+            computed = sequence.num_computed_tokens
             wanted = -(-(computed + count) // size) - len(sequence.block_ids)
             if wanted > 0:
                 while wanted > self.pool.num_free:
@@ -226,10 +215,10 @@ class Scheduler:
                 self._adapters.set_aside(heapq.heappop(self._waiting))
                 continue
             hits = self._match(sequence)
-            if self._is_promised(sequence, len(hits)):
+            computed = self._num_found(sequence, hits)
+            if self._is_promised(sequence, computed):
                 deferred.append(heapq.heappop(self._waiting))
                 continue
-            computed = len(hits) * self.pool.block_size
             count = sequence.num_tokens - computed
             if count > budget:
                 if not self.chunked_prefill:
@@ -243,7 +232,7 @@ class Scheduler:
                     break
                 self._preempt(parked[-1], plan)
                 continue
-            self._admit(sequence, hits, wanted)
+            self._admit(sequence, hits, wanted, plan)
             plan.add(sequence, count)
             plan.admitted.append(sequence)
             plan.grown.append(sequence)
@@ -252,33 +241,37 @@ class Scheduler:
             heapq.heappush(self._waiting, sequence)
         return budget
 
-    def _admit(self, sequence: Sequence, hits: list[int], wanted: int) -> None:
+    def _admit(self, sequence: Sequence, hits: list[int], wanted: int, plan: StepPlan) -> None:
         heapq.heappop(self._waiting)
         self.num_waiting -= 1
         if self._adapters is not None:
             self._adapters.enter(sequence)
         self.pool.share(hits)
         sequence.block_ids = [*hits, *self.pool.allocate(wanted)]
-        sequence.num_computed_tokens = len(hits) * self.pool.block_size
+        sequence.num_computed_tokens = self._num_found(sequence, hits)
+        if sequence.host_block_ids:
+            self._restore(sequence, len(hits), plan)
         if sequence.num_cached_tokens < 0:
             sequence.num_cached_tokens = sequence.num_computed_tokens
         sequence.status = SequenceStatus.RUNNING
         insort(self.running, sequence)
         if sequence.publish:
-            for key in sequence.block_keys[len(hits) :]:
+            first = sequence.num_computed_tokens // self.pool.block_size
+            for key in sequence.block_keys[first:]:
                 self._promised.setdefault(key, sequence)
 
     def update(self, plan: StepPlan) -> None:
         """Record that a step has run: its tokens are computed, its full blocks can be found.
 
-        Drafts are not among them before :meth:`advance` says so.
+        Drafts are not among them before :meth:`advance` says so. Sequences that have ended since
+        it was scheduled are passed over.
         """
-        if plan.num_draft_tokens:
-            for place, sequence in enumerate(plan.sequences):
+        for sequence, first, last in plan.restored:
+            if sequence.publish and sequence.status is not SequenceStatus.FINISHED:
+                self._publish(sequence, first, last)
+        for place, sequence in enumerate(plan.sequences):
+            if sequence.status is not SequenceStatus.FINISHED:
                 self.advance(sequence, plan.num_new_tokens[place] - plan.num_drafts[place])
-        else:
-            for sequence, count in zip(plan.sequences, plan.num_new_tokens, strict=True):
-                self.advance(sequence, count)
 
     def advance(self, sequence: Sequence, count: int) -> None:
         """Record that some more of a sequence's tokens are computed."""
@@ -320,7 +313,23 @@ class Scheduler:
         free = self.pool.num_free - self.pool.num_free_among(hits)
         return len(self.running) < self.max_num_seqs and wanted <= free
 
-    def _is_promised(self, sequence: Sequence, num_hits: int) -> bool:
+    def _restore(self, sequence: Sequence, num_hits: int, plan: StepPlan) -> None:
+        """Have what the prefix cache lacks copied back from the host.
+
+        Who is preempted by this plan was so before: nothing more is copied to these host blocks.
+        """
+        assert self.host_blocks is not None
+        plan.swap_in += self.host_blocks.restore(sequence, num_hits)
+        num_full = sequence.num_computed_tokens // self.pool.block_size
+        if num_full > num_hits:
+            plan.restored.append((sequence, num_hits, num_full))
+
+    def _num_found(self, sequence: Sequence, hits: list[int]) -> int:
+        """Return how many tokens need not be computed, by the prefix cache or by host blocks."""
+        saved = min(sequence.num_saved_tokens, sequence.num_tokens - 1)
+        return max(len(hits) * self.pool.block_size, saved)
+
+    def _is_promised(self, sequence: Sequence, num_found: int) -> bool:
         """Whether a running sequence is about to compute the next block of a waiting one.
 
         Prompts with a common beginning that come together would else compute it several times.
@@ -328,16 +337,26 @@ class Scheduler:
         """
         if not sequence.publish or sequence.skip_cached_prefix:
             return False
-        last = (sequence.num_tokens - 1) // self.pool.block_size
-        if num_hits >= last:
+        size = self.pool.block_size
+        if num_found // size >= (sequence.num_tokens - 1) // size:
             return False
-        running = self._promised.get(sequence.block_keys[num_hits])
+        running = self._promised.get(sequence.block_keys[num_found // size])
         return running is not None and running < sequence
 
     def _withdraw_promises(self, sequence: Sequence) -> None:
         for key in sequence.block_keys[sequence.num_computed_tokens // self.pool.block_size :]:
             if self._promised.get(key) is sequence:
                 del self._promised[key]
+
+    def _forget_saved(self, sequence: Sequence) -> None:
+        assert self.host_blocks is not None
+        self.host_blocks.forget(sequence)
+
+    def forget_saved(self, plan: StepPlan) -> None:
+        """Record that what a plan was to copy to the host may not have come there."""
+        for sequence in plan.preempted:
+            if sequence.host_block_ids:
+                self._forget_saved(sequence)
 
     def _ceil_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.pool.block_size)
@@ -350,6 +369,8 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence, plan: StepPlan) -> None:
         self._stop(sequence)
+        if self.host_blocks is not None:
+            plan.swap_out += self.host_blocks.save(sequence)
         sequence.num_computed_tokens = 0
         self._release_blocks(sequence)
         if sequence.status is SequenceStatus.RUNNING:
@@ -371,9 +392,9 @@ class Scheduler:
         if first is None:
             return
         hits = self._match(first)
-        if self._is_promised(first, len(hits)):
+        computed = self._num_found(first, hits)
+        if self._is_promised(first, computed):
             return  # it would not enter yet
-        computed = len(hits) * self.pool.block_size
         count = min(first.num_tokens - computed, self.max_num_batched_tokens)
         wanted = self._ceil_blocks(computed + count) - len(hits)
         while (
@@ -414,6 +435,9 @@ class Scheduler:
         """
         alive = list(alive)
         self.pool.check_integrity([s.block_ids for s in alive])
+        if self.host_blocks is not None:
+            self.host_blocks.check_integrity(alive)
+        assert not any(s.host_block_ids for s in self.running if s.block_ids), "kept twice"
         assert self.running == sorted(self.running), "running is not in order"
         assert len(self.running) <= self.max_num_seqs
         waiting = [s for s in alive if s.status is SequenceStatus.WAITING]

@@ -57,6 +57,12 @@ class Sequence:
         The model's slot in which the adapter lies while it runs, else -1.
     num_passed : int
         Sequences with adapters that went before it while it was the first to wait for a slot.
+    max_tokens : int or None
+        Output tokens after which it ends for certain.
+    num_pending_tokens : int
+        1 while a step in flight gives it a token that only the device knows yet, else 0.
+    host_block_ids : list of int
+        The blocks of host memory that keep its first ``num_saved_tokens`` since it was preempted.
     """
 
     __slots__ = (
@@ -66,11 +72,15 @@ class Sequence:
         "block_keys",
         "constraint",
         "draft_token_ids",
+        "host_block_ids",
         "index",
+        "max_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_passed",
+        "num_pending_tokens",
         "num_prompt_tokens",
+        "num_saved_tokens",
         "order",
         "output_token_ids",
         "prompt_token_ids",
@@ -95,6 +105,7 @@ class Sequence:
         reads_prompt: bool = False,
         skip_cached_prefix: bool = False,
         adapter: PreparedAdapter | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -116,12 +127,23 @@ class Sequence:
         self.adapter = adapter
         self.adapter_slot = -1
         self.num_passed = 0
+        self.max_tokens = max_tokens
+        self.num_pending_tokens = 0
+        self.host_block_ids: list[int] = []
+        self.num_saved_tokens = 0
         self.status = SequenceStatus.WAITING
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and output tokens."""
-        return self.num_prompt_tokens + len(self.output_token_ids)
+        """Prompt and output tokens, one that only the device knows included."""
+        return self.num_prompt_tokens + len(self.output_token_ids) + self.num_pending_tokens
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether it ends for certain with the token that only the device knows."""
+        if not self.num_pending_tokens or self.max_tokens is None:
+            return False
+        return len(self.output_token_ids) + 1 >= self.max_tokens
 
     @property
     def has_begun(self) -> bool:
@@ -147,6 +169,7 @@ class Sequence:
             root_key=self.root_key,
             publish=self.publish,
             adapter=self.adapter,
+            max_tokens=self.max_tokens,
         )
         child.num_cached_tokens = self.num_cached_tokens  # the request has begun with its parent
         child.output_token_ids = [*self.output_token_ids, token_id]

@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from quire.engine.batch import ForwardBatch
-from quire.engine.scheduler import StepPlan
+from quire.engine.last_tokens import LastTokens
 from quire.engine.sequence import Sequence
-from quire.utils.device import upload
+from quire.engine.step_plan import StepPlan
+from quire.utils.transfers import upload
+
+
+@dataclass(slots=True)
+class CutBatch:
+    """A step's batch, and what the host knows of it.
+
+    Attributes
+    ----------
+    batch : ForwardBatch
+    rows : ndarray[num_seqs], int64
+        Of the plan's sequences.
+    caught_up : ndarray[num_caught_up], int64
+        Which of the sequences are given a token.
+    logits_indices : ndarray[num_logits], int64
+        The batch's.
+    """
+
+    batch: ForwardBatch
+    rows: npt.NDArray[np.int64]
+    caught_up: npt.NDArray[np.int64]
+    logits_indices: npt.NDArray[np.int64]
 
 
 class SequenceTable:
@@ -45,6 +68,8 @@ class SequenceTable:
         self._num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
         self._adapter_slots = np.full(max_num_seqs, -1, dtype=np.int32)
         self._num_adapted = 0  # rows with an adapter
+        self._is_pending = np.zeros(max_num_seqs, dtype=np.bool_)
+        self._last_tokens = LastTokens(max_num_seqs, device)
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
 
     def assign(self, sequence: Sequence) -> None:
@@ -65,6 +90,7 @@ class SequenceTable:
         if row >= 0:
             self._block_tables[row, : self._num_blocks[row]] = 0
             self._num_blocks[row] = 0
+            self._is_pending[row] = False
             self._free_rows.append(row)
             sequence.row = -1
             if self._adapter_slots[row] >= 0:
@@ -80,6 +106,24 @@ class SequenceTable:
         """Remove the token that was added last."""
         self._num_tokens[sequence.row] -= 1
 
+    def expect(self, rows: npt.NDArray[np.int64], token_ids: torch.Tensor) -> None:
+        """Count one more token for each of the rows, which only the device knows until `settle`.
+
+        Parameters
+        ----------
+        rows : ndarray[num_rows], int64
+        token_ids : Tensor[num_rows], int64
+            On the device.
+        """
+        self._last_tokens.keep(rows, token_ids)
+        self._num_tokens[rows] += 1
+        self._is_pending[rows] = True
+
+    def settle(self, rows: npt.NDArray[np.int64]) -> None:
+        """Forget the tokens that only the device knows: what they are is added now."""
+        self._num_tokens[rows] -= 1
+        self._is_pending[rows] = False
+
     def advance(self, rows: npt.NDArray[np.int64], plan: StepPlan) -> None:
         """Record that a step has run: its rows are computed that far, drafts left out."""
         self._num_computed[rows] += plan.num_new_tokens
@@ -90,19 +134,15 @@ class SequenceTable:
         """Record that the first draft of each of the rows has become its token."""
         self._num_computed[rows] += 1
 
-    def build(
-        self, plan: StepPlan
-    ) -> tuple[ForwardBatch, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def close(self) -> None:
+        """Let go of what lies on the device."""
+        self._last_tokens.close()
+
+    def build(self, plan: StepPlan) -> CutBatch:
         """Cut a step's batch.
 
-        Returns
-        -------
-        batch : ForwardBatch
-            With logits wanted after the last token of each sequence that has caught up, and
-            after each of its drafts.
-        rows : ndarray[num_seqs], int64
-        caught_up : ndarray[num_caught_up], int64
-            Which of the sequences those are.
+        Logits are wanted after the last token of each sequence that has caught up, and after each
+        of its drafts.
         """
         for sequence in plan.grown:
             row, known = sequence.row, self._num_blocks[sequence.row]
@@ -138,20 +178,39 @@ class SequenceTable:
         width = -(-int(seq_lens.max()) // self.block_size)
         query_start_loc = np.zeros(num_seqs + 1, dtype=np.int32)
         query_start_loc[1:] = ends
+        is_pending = self._is_pending[rows]
+        pending_rows = None
+        if is_pending.any():  # the last of their tokens, and of no other sequence's
+            pending_rows = np.full(len(positions), -1, dtype=np.int64)
+            pending_rows[ends[is_pending] - 1] = rows[is_pending]
+        uploaded = upload(
+            [
+                self._token_ids[token_rows, positions].astype(np.int64),
+                positions,
+                self._block_tables[rows, :width],
+                slots,
+                logits_indices,
+                *([] if pending_rows is None else [pending_rows]),
+            ],
+            self.device,
+        )
+        input_ids = uploaded[0]
+        if pending_rows is not None:
+            input_ids = self._last_tokens.fill(input_ids, uploaded[5])
         batch = ForwardBatch(
-            input_ids=self._tensor(self._token_ids[token_rows, positions].astype(np.int64)),
-            positions=self._tensor(positions),
+            input_ids=input_ids,
+            positions=uploaded[1],
             query_start_loc=torch.from_numpy(query_start_loc),
             seq_lens=torch.from_numpy(seq_lens.astype(np.int32)),
-            block_tables=self._tensor(self._block_tables[rows, :width]),
-            slot_mapping=self._tensor(slots),
-            logits_indices=self._tensor(logits_indices),
+            block_tables=uploaded[2],
+            slot_mapping=uploaded[3],
+            logits_indices=uploaded[4],
         )
         if self._num_adapted:
             adapter_slots = self._adapter_slots[token_rows]
             if adapter_slots.max() >= 0:
                 batch.adapter_slots = torch.from_numpy(adapter_slots)
-        return batch, rows, caught_up
+        return CutBatch(batch, rows, caught_up, logits_indices)
 
     def _write_drafts(self, plan: StepPlan) -> None:
         """Put drafts behind their sequences' tokens, where the next token overwrites them."""
@@ -171,10 +230,9 @@ class SequenceTable:
             assert computed == sequence.num_computed_tokens, f"{sequence}: {computed} in the table"
             known = self._num_tokens[sequence.row]
             assert known == sequence.num_tokens, f"{sequence}: {known} tokens in the table"
+            is_pending = self._is_pending[sequence.row]
+            assert is_pending == (sequence.num_pending_tokens > 0), f"{sequence}: who waits?"
             slot = self._adapter_slots[sequence.row]
             assert slot == sequence.adapter_slot, f"{sequence}: slot {slot} in the table"
         num_adapted = np.count_nonzero(self._adapter_slots >= 0)
         assert num_adapted == self._num_adapted, f"{num_adapted} rows with an adapter"
-
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return upload(array, self.device)

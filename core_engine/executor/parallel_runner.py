@@ -44,6 +44,8 @@ class ParallelRunner:
         Ends the other ranks.
     """
 
+    can_go_ahead = False
+
     def __init__(
         self,
         own: RankRunner,
@@ -111,6 +113,9 @@ class ParallelRunner:
             yield
         except BaseException as error:
             raise self._ranks.loss(error) from error
+
+    def make_host_cache(self, num_bytes: float) -> None:
+        """See `ModelRunner.make_host_cache`; there is none for several ranks."""
 
     def exchanged(self) -> Exchanged | None:
         """See `ModelRunner.exchanged`; of rank 0."""

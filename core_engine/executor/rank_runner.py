@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -36,6 +36,8 @@ class RankRunner:
     at_end : callable
         What `close` calls.
     """
+
+    can_go_ahead: ClassVar[bool] = False
 
     own: ModelRunner
     place: Place
@@ -166,6 +168,9 @@ class RankRunner:
     def set_adapter(self, slot: int, adapter: PreparedAdapter | None) -> None:
         """See `ModelRunner.set_adapter`."""
         self.own.set_adapter(slot, adapter)
+
+    def make_host_cache(self, num_bytes: float) -> None:
+        """See `ModelRunner.make_host_cache`; there is none for several ranks."""
 
     def exchanged(self) -> Exchanged | None:
         """See `ModelRunner.exchanged`."""

@@ -48,6 +48,8 @@ _COUNTERS = {
     "prefix_cache_queries": ("num_prompt_tokens", "Tokens looked for in the prefix cache."),
     "prefix_cache_hits": ("num_cached_tokens", "Tokens found there."),
     "num_preemptions": ("num_preemptions", "Sequences that had to give up their blocks."),
+    "num_swapped_out": ("num_swapped_out", "Blocks of theirs copied to the host's memory."),
+    "num_swapped_in": ("num_swapped_in", "Blocks copied back from there."),
     "engine_restarts": ("num_restarts", "Steps that broke down, with what was in flight."),
 }
 _GAUGES = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
 import torch
 
 from quire.errors import ConfigError
@@ -164,15 +163,3 @@ def has_graphs(device: torch.device) -> bool:
 def graph_class_name(device: torch.device) -> str:
     """Return what the module of a device calls its graphs: ``CUDAGraph``, ``XPUGraph``."""
     return f"{device.type.upper()}Graph"
-
-
-def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Return an array as a tensor on a device, without waiting for it.
-
-    To an accelerator it goes through pinned memory, which torch keeps until the copy is made: the
-    array may be changed at once. On a CPU the tensor is the array.
-    """
-    tensor = torch.from_numpy(array)
-    if not is_accelerator(device):
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)

@@ -86,8 +86,10 @@ VALID = {
     "num_gpu_blocks_override": [2, 1000],
     "kv_cache_dtype": ["auto", "fp8", "fp8_e4m3", "int8", "bfloat16", torch.float32, torch.int8],
     "gpu_memory_utilization": [0.1, 1],
+    "swap_space": [0, 0.5, 4],
     "max_num_seqs": [1, 65536],
     "max_waiting_requests": [0, 5],
+    "async_scheduling": [True, False],
     "max_num_batched_tokens": [1, 1 << 20],
     "scheduling_policy": ["fcfs", "priority"],
     "structured_outputs_backend": ["llguidance", "outlines_core", "xgrammar"],
@@ -145,8 +147,10 @@ INVALID = {
     "num_gpu_blocks_override": [0, 1],
     "kv_cache_dtype": ["int4", "float64", torch.float64, 8, True, ""],
     "gpu_memory_utilization": [0, -0.1, 1.01, float("nan"), "0.9", True],
+    "swap_space": [-1, float("nan"), float("inf"), "4", True],
     "max_num_seqs": [0, 65537, 2.0],
     "max_waiting_requests": [-1, 0.5, True],
+    "async_scheduling": [1, "yes"],
     "max_num_batched_tokens": [0, None.__class__],
     "scheduling_policy": ["lifo", 1],
     "structured_outputs_backend": ["outlines", 1],
@@ -267,7 +271,7 @@ def test_values_of_later_versions_are_refused(kwargs):
 @pytest.mark.parametrize("name", sorted(NO_EFFECT))
 def test_arguments_without_effect_are_still_checked(name):
     """They change nothing, and nonsense in them is an error all the same."""
-    good = {"swap_space": 4, "prefix_caching_hash_algo": "sha256", "code_revision": "main"}
+    good = {"prefix_caching_hash_algo": "sha256", "code_revision": "main"}
     value = good.get(name, 1 if "max_" in name else True)
     assert EngineConfig.create("m", **{name: value}) == EngineConfig.create("m")
     if name != "compilation_config":  # of any shape in vLLM
@@ -430,7 +434,6 @@ PROMISED = {
     "seed": 0,
     "gpu_memory_utilization": 0.9,
     "kv_cache_memory_bytes": None,
-    "swap_space": 4,
     "num_gpu_blocks_override": None,
     "max_model_len": None,
     "enable_prefix_caching": True,

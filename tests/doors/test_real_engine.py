@@ -25,9 +25,15 @@ PARAMS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def options(tiny_llama):
-    return {"model": tiny_llama, "dtype": "float32", "block_size": 4, "max_num_batched_tokens": 16}
+@pytest.fixture(scope="module", params=[False, True], ids=["", "overlapped"])
+def options(tiny_llama, request):
+    return {
+        "model": tiny_llama,
+        "dtype": "float32",
+        "block_size": 4,
+        "max_num_batched_tokens": 16,
+        "async_scheduling": request.param,
+    }
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ WORDS = ["hello", "the quick", "brown fox", "What is", "capital", "dog", "lazy",
 
 
 @pytest.mark.slow
-def test_doors_under_load_answer_as_one_caller_alone(tiny_llama):
+@pytest.mark.parametrize("ways", [{}, {"async_scheduling": True, "swap_space": 0.01}], ids=str)
+def test_doors_under_load_answer_as_one_caller_alone(tiny_llama, ways):
     """Threads, streams, tasks, aborts and failures at once, in a cache too small for all."""
     cases = [
         (word, SamplingParams(temperature=1.0, seed=i, max_tokens=3 + 5 * i, ignore_eos=True))
@@ -24,7 +25,8 @@ def test_doors_under_load_answer_as_one_caller_alone(tiny_llama):
     bad = SamplingParams(
         max_tokens=9, logits_processors=[lambda ids, row: row if len(ids) < 4 else 1 / 0]
     )
-    with LLM(tiny_llama, dtype="float32", block_size=4, num_gpu_blocks_override=80) as llm:
+    options = {"dtype": "float32", "block_size": 4, "num_gpu_blocks_override": 80, **ways}
+    with LLM(tiny_llama, **options) as llm:
         expected = [llm.generate(*case, use_tqdm=False)[0].outputs[0].text for case in cases]
         async_llm = AsyncLLM.from_llm(llm)
         wrong: list[object] = []

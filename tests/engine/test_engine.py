@@ -13,9 +13,9 @@ from quire.errors import InvalidRequestError
 PROMPT = [11, 42, 7, 99, 150, 31, 8, 64, 23, 5, 77]
 
 
-@pytest.fixture(scope="module")
-def llm(tiny_llama):
-    with LLM(tiny_llama, dtype="float32", block_size=4) as llm:
+@pytest.fixture(scope="module", params=[False, True], ids=["", "overlapped"])
+def llm(tiny_llama, request):
+    with LLM(tiny_llama, dtype="float32", block_size=4, async_scheduling=request.param) as llm:
         yield llm
 
 

@@ -25,6 +25,28 @@ WAYS = {
         "max_model_len": 80,
         "enable_prefix_caching": False,
     },
+    "overlapped": {"async_scheduling": True},
+    "overlapped, in chunks of 7": {"async_scheduling": True, "max_num_batched_tokens": 7},
+    "overlapped, scarce blocks": {
+        "async_scheduling": True,
+        "block_size": 4,
+        "num_gpu_blocks_override": 24,
+        "max_model_len": 80,
+    },
+    "scarce blocks, swapped": {
+        "swap_space": 0.01,
+        "block_size": 4,
+        "num_gpu_blocks_override": 24,
+        "max_model_len": 80,
+        "enable_prefix_caching": False,
+    },
+    "overlapped, scarce blocks, swapped": {
+        "async_scheduling": True,
+        "swap_space": 0.01,
+        "block_size": 4,
+        "num_gpu_blocks_override": 24,
+        "max_model_len": 80,
+    },
 }
 
 
@@ -80,6 +102,8 @@ def test_answers_do_not_depend_on_how_requests_are_run(tiny_llama, plain_answers
         assert answers(llm) == plain_answers
         if "scarce" in way:
             assert llm.get_metrics()["num_preemptions"] > 0, "nothing was preempted: no test"
+        if "swapped" in way:
+            assert llm.get_metrics()["num_swapped_in"] > 0, "nothing was swapped: no test"
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "mpt", "opt", "phi3-longrope"])
