@@ -47,17 +47,10 @@ template <int Parts>
 inline void add_table_parts(const uint32_t (*parts)[16 * kBlock], vf scales, const float* steps,
                             int64_t rows, float* sums) {
   const uint32_t *upper = parts[0], *lower = parts[1];
-  auto add = [&](int64_t i) {
-    vu sum = (load_as<vu>(upper + i * kBlock) << 8) + load_as<vu>(lower + i * kBlock);
-    if constexpr (Parts == 2) sum += load_as<vu>(lower + (16 + i) * kBlock);
-    float* to = sums + i * kBlock;
-    store(to, __builtin_convertvector((vi)sum, vf) * (scales * steps[i]) + load(to));
-  };
-  if (rows == 16) {
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) add(i);
-  } else {
-    for (int64_t i = 0; i < rows; ++i) add(i);
+  for (int64_t i = 0; i < rows; ++i, upper += kBlock, lower += kBlock, sums += kBlock) {
+    vu sum = (load_as<vu>(upper) << 8) + load_as<vu>(lower);
+    if constexpr (Parts == 2) sum += load_as<vu>(lower + 16 * kBlock);
+    store(sums, __builtin_convertvector((vi)sum, vf) * (scales * steps[i]) + load(sums));
   }
 }
 
