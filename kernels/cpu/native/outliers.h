@@ -24,6 +24,17 @@ inline const float* turn_inputs(Thread& thread, const Product& p, float* out) {
     for (int64_t row = 0; row < p.rows; row += kLanes) {
       const int64_t rows = std::min<int64_t>(kLanes, p.rows - row);
       const bool is_there = is_plain && end - begin == kColumns;
+      if (is_there && rows == kLanes) {  // as below, in registers
+        for (int64_t k = begin; k < end; k += kLanes) {
+          vf square[kLanes];
+#pragma GCC unroll 16
+          for (int r = 0; r < kLanes; ++r) square[r] = load(p.x + (row + r) * p.ldx + k);
+          transpose(square);
+#pragma GCC unroll 16
+          for (int i = 0; i < kLanes; ++i) store(out + (k + i) * wide + row, square[i]);
+        }
+        continue;
+      }
       float memory[kLanes][kColumns];
       if (!is_there) {
         std::memset(memory, 0, sizeof memory);
@@ -56,6 +67,27 @@ inline void prefetch_outliers(const Matrix& weight, int64_t first) {
   }
 }
 
+// What outliers of `outputs` outputs add to sums of `Groups` vectors of rows, [outputs][Groups]: a chain
+// of additions for each vector, side by side.
+template <int Groups>
+inline void add_outliers_to_columns(const Codes& codes, const int64_t* firsts, int64_t outputs,
+                                    const float* columns, int64_t wide,
+                                    vf (&squares)[Groups][kLanes]) {
+  for (int64_t o = 0; o < outputs; ++o) {
+    vf sums[Groups];
+#pragma GCC unroll 2
+    for (int g = 0; g < Groups; ++g) sums[g] = squares[g][o];
+    for (int64_t e = firsts[o]; e < firsts[o + 1]; ++e) {
+      const float* column = columns + codes.outlier_columns[e] * wide;
+      const float value = codes.outlier_values[e];
+#pragma GCC unroll 2
+      for (int g = 0; g < Groups; ++g) sums[g] = load(column + g * kLanes) * value + sums[g];
+    }
+#pragma GCC unroll 2
+    for (int g = 0; g < Groups; ++g) squares[g][o] = sums[g];
+  }
+}
+
 // sums[rows][16] of the block whose first output is `first`; `columns` begins with the first row.
 inline void add_outliers_by_rows(const Matrix& weight, int64_t first, const float* columns,
                                  int64_t wide, int64_t rows, float* sums) {
@@ -65,25 +97,36 @@ inline void add_outliers_by_rows(const Matrix& weight, int64_t first, const floa
   for (int64_t o = 0; o < count; o += kLanes) {
     const int64_t outputs = std::min<int64_t>(kLanes, count - o);
     if (firsts[o] == firsts[o + outputs]) continue;
-    for (int64_t row = 0; row < rows; row += kLanes) {
-      const int64_t some = std::min<int64_t>(kLanes, rows - row);
+    auto add = [&](int64_t row, auto groups) {
+      vf squares[groups()][kLanes];
       float* of_rows = sums + row * kBlock + o;
-      vf square[kLanes];
+      const int64_t some = std::min<int64_t>(groups() * kLanes, rows - row);
+      if (some == groups() * kLanes) {
+#pragma GCC unroll 2
+        for (int g = 0; g < groups(); ++g) {
 #pragma GCC unroll 16
-      for (int r = 0; r < kLanes; ++r) {
-        square[r] = r < some ? load(of_rows + r * kBlock) : all(0.0f);
-      }
-      transpose(square);
-      for (int64_t i = 0; i < outputs; ++i) {
-        vf sum = square[i];
-        for (int64_t e = firsts[o + i]; e < firsts[o + i + 1]; ++e) {
-          sum = load(columns + codes.outlier_columns[e] * wide + row) * codes.outlier_values[e] + sum;
+          for (int r = 0; r < kLanes; ++r) {
+            squares[g][r] = load(of_rows + (g * kLanes + r) * kBlock);
+          }
         }
-        square[i] = sum;
+      } else {
+        std::memset(squares, 0, sizeof squares);
+        for (int64_t r = 0; r < some; ++r) {
+          squares[r / kLanes][r % kLanes] = load(of_rows + r * kBlock);
+        }
       }
-      transpose(square);
-      for (int64_t r = 0; r < some; ++r) store(of_rows + r * kBlock, square[r]);
-    }
+#pragma GCC unroll 2
+      for (int g = 0; g < groups(); ++g) transpose(squares[g]);
+      add_outliers_to_columns<groups()>(codes, firsts + o, outputs, columns + row, wide, squares);
+#pragma GCC unroll 2
+      for (int g = 0; g < groups(); ++g) transpose(squares[g]);
+      for (int64_t r = 0; r < some; ++r) {
+        store(of_rows + r * kBlock, squares[r / kLanes][r % kLanes]);
+      }
+    };
+    int64_t row = 0;
+    for (; row + kLanes < rows; row += 2 * kLanes) add(row, std::integral_constant<int, 2>());
+    if (row < rows) add(row, std::integral_constant<int, 1>());
   }
 }
 
