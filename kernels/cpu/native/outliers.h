@@ -75,15 +75,12 @@ inline void add_outliers_to_columns(const Codes& codes, const int64_t* firsts, i
                                     vf (&squares)[Groups][kLanes]) {
   for (int64_t o = 0; o < outputs; ++o) {
     vf sums[Groups];
-#pragma GCC unroll 2
     for (int g = 0; g < Groups; ++g) sums[g] = squares[g][o];
     for (int64_t e = firsts[o]; e < firsts[o + 1]; ++e) {
       const float* column = columns + codes.outlier_columns[e] * wide;
       const float value = codes.outlier_values[e];
-#pragma GCC unroll 2
       for (int g = 0; g < Groups; ++g) sums[g] = load(column + g * kLanes) * value + sums[g];
     }
-#pragma GCC unroll 2
     for (int g = 0; g < Groups; ++g) squares[g][o] = sums[g];
   }
 }
@@ -102,7 +99,6 @@ inline void add_outliers_by_rows(const Matrix& weight, int64_t first, const floa
       float* of_rows = sums + row * kBlock + o;
       const int64_t some = std::min<int64_t>(groups() * kLanes, rows - row);
       if (some == groups() * kLanes) {
-#pragma GCC unroll 2
         for (int g = 0; g < groups(); ++g) {
 #pragma GCC unroll 16
           for (int r = 0; r < kLanes; ++r) {
@@ -115,10 +111,8 @@ inline void add_outliers_by_rows(const Matrix& weight, int64_t first, const floa
           squares[r / kLanes][r % kLanes] = load(of_rows + r * kBlock);
         }
       }
-#pragma GCC unroll 2
       for (int g = 0; g < groups(); ++g) transpose(squares[g]);
       add_outliers_to_columns<groups()>(codes, firsts + o, outputs, columns + row, wide, squares);
-#pragma GCC unroll 2
       for (int g = 0; g < groups(); ++g) transpose(squares[g]);
       for (int64_t r = 0; r < some; ++r) {
         store(of_rows + r * kBlock, squares[r / kLanes][r % kLanes]);
