@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from quire.utils.cgroup import cgroup_folders, read_text
@@ -79,8 +80,9 @@ def apply_thread_count() -> int:
 class StepThreads:
     """How many threads an engine's steps compute with, where that is a share of what there is.
 
-    Torch keeps such a number for each thread, and one for threads to come. So it is set on the
-    thread that steps, when it does so first, and given back there.
+    Torch keeps such a number for each thread, and one for threads to come, which whoever sets the
+    former sets, too. So it is set on the thread that steps, when it does so first, and given back
+    there; and threads to come are left as they were, whatever other engines do meanwhile.
 
     Parameters
     ----------
@@ -98,12 +100,27 @@ class StepThreads:
             import torch
 
             self._before = torch.get_num_threads()
-            torch.set_num_threads(self._count)
+            _set_here_alone(self._count)
 
     def give_back(self) -> None:
         """Compute with as many as before; on the same thread."""
         if self._before is not None:
-            import torch
-
-            torch.set_num_threads(self._before)
+            _set_here_alone(self._before)
             self._before = self._count = None
+
+
+def _set_here_alone(count: int) -> None:
+    """Have this thread compute with so many, and threads to come with as many as they would."""
+    import torch
+
+    found: list[int] = []
+    with _lock:
+        _on_new_thread(lambda: found.append(torch.get_num_threads()))
+        torch.set_num_threads(count)
+        _on_new_thread(lambda: torch.set_num_threads(found[0]))
+
+
+def _on_new_thread(run: Callable[[], None]) -> None:
+    thread = threading.Thread(target=run, name="quire-threads")
+    thread.start()
+    thread.join()

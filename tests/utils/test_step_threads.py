@@ -35,3 +35,42 @@ def test_a_share_is_given_back_on_the_thread_that_took_it():
     late.start()
     late.join()
     assert seen[-1] == before
+
+
+def test_engines_that_end_in_any_order_leave_later_threads_alone():
+    """What one of them has taken is not what the next one gives back."""
+    before = torch.get_num_threads()
+    seen = []
+
+    def note():
+        seen.append(torch.get_num_threads())
+
+    def run(step):
+        thread = threading.Thread(target=step)
+        thread.start()
+        thread.join()
+
+    turns = [threading.Event() for _ in range(4)]
+
+    def engine(count, begins, ends):
+        turns[begins].wait()
+        threads = StepThreads(count)
+        threads.use()
+        note()
+        turns[begins + 1].set()
+        turns[ends].wait()
+        threads.give_back()
+        note()
+
+    first = threading.Thread(target=engine, args=(before + 1, 0, 2))
+    second = threading.Thread(target=engine, args=(before + 2, 1, 3))
+    first.start()
+    second.start()
+    turns[0].set()
+    turns[2].wait()
+    first.join()
+    run(note)
+    turns[3].set()
+    second.join()
+    run(note)
+    assert seen == [before + 1, before + 2, before, before, before, before]
