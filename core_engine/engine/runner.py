@@ -13,7 +13,7 @@ from quire.engine.graphs import DecodeGraphs
 from quire.engine.host_cache import HostCache, make_host_cache
 from quire.errors import DeviceLostError
 from quire.kernels.kv_rows import row_width
-from quire.utils.device import make_current
+from quire.utils.device import give_back_cached, make_current
 from quire.utils.freed_memory import return_freed_memory
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ class ModelRunner:
         self._kv_caches = []
         self.graphs = None
         return_freed_memory()
+        give_back_cached(self.device)
 
     def wake_up(self) -> None:
         """Take memory for a KV cache again, where there is none.

@@ -134,6 +134,12 @@ def synchronize(device: torch.device) -> None:
         module_of(device).synchronize(device)
 
 
+def give_back_cached(device: torch.device) -> None:
+    """Give an accelerator's memory back that torch keeps for later, and no tensor has."""
+    if is_accelerator(device):
+        module_of(device).empty_cache()
+
+
 def new_stream(device: torch.device) -> Any:
     """Return a stream beside the current one; None on a CPU, which has none."""
     return module_of(device).Stream(device=device) if is_accelerator(device) else None

@@ -115,10 +115,19 @@ def read_table(name: str) -> dict[str, tuple[Entry, ...]]:
     folders = [_FOLDER]
     if own := os.environ.get(FOLDER_VARIABLE):
         folders.insert(0, Path(own))
+        if not folders[0].is_dir():
+            raise KernelError(
+                f"{FOLDER_VARIABLE}={own!r} is no folder: it must be one with files such as "
+                f"{file_name(name)}, or be left out"
+            )
     for folder in folders:
         path = folder / file_name(name)
         if path.is_file():
-            return parse_table(path.read_text(encoding="utf-8"), str(path))
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise KernelError(f"{path}: cannot be read: {error}") from None
+            return parse_table(text, str(path))
     return {}
 
 
@@ -140,7 +149,7 @@ def parse_table(text: str, path: str) -> dict[str, tuple[Entry, ...]]:
     """
     try:
         read = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise KernelError(f"{path}: is no JSON: {error}") from None
     _check(path, "file", read, isinstance(read, dict), "an object")
     for name in read:

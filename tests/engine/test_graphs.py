@@ -285,3 +285,24 @@ def test_a_device_records_and_goes_on_after_a_failure():
     other.replay()
     graph.replay()
     assert y.tolist() == [3.0] * 4
+
+
+class OfADevice:
+    """Its module in torch, as far as sleep needs it."""
+
+    def __init__(self, runner):
+        self.runner = runner
+        self.found = []
+
+    def empty_cache(self):
+        self.found.append((self.runner.graphs, list(self.runner._kv_caches)))
+
+
+def test_what_sleep_lets_go_is_given_back_by_torch_too(tiny_llama, monkeypatch):
+    """Else an accelerator's memory stays taken, and no other process finds it."""
+    runner = Pair(tiny_llama, max_num_seqs=2).graphed
+    module = OfADevice(runner)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    runner.device = torch.device("cuda", 0)
+    runner.sleep()
+    assert module.found == [(None, [])]

@@ -126,6 +126,20 @@ def test_what_is_not_right_in_a_file_is_named(kernels, message):
         parse_table(text, "x.json")
 
 
+def test_a_folder_or_file_that_cannot_be_read_is_named(tmp_path, monkeypatch, forget):
+    """Else a name that is wrong by a letter would have no effect, and nobody would know."""
+    monkeypatch.setenv(configs.FOLDER_VARIABLE, str(tmp_path / "cofnigs"))
+    wanted = r"QUIRE_KERNEL_CONFIGS='.*cofnigs' is no folder: it must be .* such as Some_GPU\.json"
+    with pytest.raises(KernelError, match=wanted):
+        read_table("Some GPU")
+    monkeypatch.setenv(configs.FOLDER_VARIABLE, str(tmp_path))
+    (tmp_path / "Some_GPU.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(KernelError, match=r"Some_GPU\.json: cannot be read: 'utf-8'"):
+        read_table("Some GPU")
+    with pytest.raises(KernelError, match=r"x\.json: is no JSON"):
+        parse_table("[" * 100_000, "x.json")
+
+
 def test_unknown_kernels_and_keys_are_refused():
     """By name, with what there is."""
     with pytest.raises(KernelError, match="kernel 'nrom' is not one that can be tuned: norm"):
