@@ -48,6 +48,7 @@ from quire.utils.threads import apply_thread_count
 
 if TYPE_CHECKING:
     from quire.config import EngineConfig, ModelConfig
+    from quire.config.lora_config import LoRAConfig
     from quire.models.adapter import Adapter, PreparedAdapter
     from quire.models.decoder import Decoder
     from quire.models.family import Family
@@ -360,6 +361,19 @@ def _largest_step(
         "max_len": max_len or num_tokens,
         "block_size": config.cache.block_size,
         "kv_cache_dtype": str(cache_dtype).removeprefix("torch."),
+        **_adapter_slots(config.lora, dtype),
+    }
+
+
+def _adapter_slots(lora: LoRAConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the fields of a `StepSize` that adapters have."""
+    if not lora.enable_lora:
+        return {}
+    is_own = lora.lora_dtype != "auto"
+    return {
+        "max_adapters": lora.max_loras,
+        "adapter_rank": lora.max_lora_rank,
+        "adapter_dtype": lora.lora_dtype if is_own else str(dtype).removeprefix("torch."),
     }
 
 

@@ -6,7 +6,7 @@ kernels that compute it, and a cache that leaves too little fails at the first b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,6 +23,7 @@ from quire.utils.transfers import upload
 if TYPE_CHECKING:
     from quire.kernels.interface import Backend
     from quire.models.decoder import Decoder
+    from quire.models.linear import Linear
 
 GRAPH_BYTES = 8 << 20
 """What a device's driver takes for one graph, about, beside the memory that it computes in."""
@@ -44,6 +45,9 @@ class StepSize:
     kv_cache_dtype : str
     has_graphs : bool
         Whether steps of one token per sequence are recorded, up to so many.
+    max_adapters, adapter_rank : int
+        Adapters that there are slots for, and the highest rank of one.
+    adapter_dtype : str
     """
 
     num_tokens: int
@@ -52,6 +56,9 @@ class StepSize:
     block_size: int
     kv_cache_dtype: str
     has_graphs: bool = False
+    max_adapters: int = 0
+    adapter_rank: int = 0
+    adapter_dtype: str = "float32"
 
     def graph_bytes(self) -> int:
         """Return what graphs of all sizes take beside what they compute in."""
@@ -60,6 +67,23 @@ class StepSize:
         sizes = graph_sizes(self.num_seqs)
         blocks = -(-self.max_len // self.block_size)
         return sum(GRAPH_BYTES + 4 * size * blocks for size in sizes)
+
+    def adapter_bytes(self, linears: Iterable[Linear]) -> int:
+        """Return what adapters in all slots take at most, which come there one day.
+
+        Parameters
+        ----------
+        linears : iterable of Linear
+            What they may change, of which a rank has its part.
+        """
+        numbers = 0
+        for linear in linears:
+            rows, columns = linear.own_rows, linear.own_columns
+            outputs = linear.out_features if rows is None else sum(map(len, rows))
+            inputs = linear.in_features if columns is None else len(columns)
+            numbers += len(linear.parts) * inputs + outputs
+        itemsize: int = getattr(torch, self.adapter_dtype).itemsize
+        return self.max_adapters * self.adapter_rank * numbers * itemsize
 
 
 class MemoryDevice(Protocol):
@@ -152,7 +176,7 @@ def measure_step(
     del caches, of_shape, batch, batches
     memory.give_back()
     # What graphs compute in is theirs alone, beside what other steps take.
-    return sum(peaks) + size.graph_bytes()
+    return sum(peaks) + size.graph_bytes() + size.adapter_bytes(model.own_linears().values())
 
 
 def largest_batch(size: StepSize, device: torch.device) -> ForwardBatch:

@@ -200,7 +200,7 @@ class Decoder:
                 each.unpack()
         self._adapters = None
         if self.max_adapters and library is None:
-            own = self._own_adaptable()
+            own = self.own_linears()
             self._adapters = AdapterOperations(self.max_adapters, own, weights, kernels)
             method = self._adapters.method(method)
         self._tables: list[RotaryTable] = []
@@ -367,7 +367,7 @@ class Decoder:
         """
         return self._adaptable
 
-    def _own_adaptable(self) -> Mapping[str, Linear]:
+    def own_linears(self) -> Mapping[str, Linear]:
         """Of `linears`, those that this rank has something of, and what that is."""
         if self.place.is_whole:
             return self._adaptable
@@ -456,7 +456,7 @@ class Decoder:
             raise ValueError("an adapter needs a slot; the decoder was made with max_adapters=0")
         check_adapter(adapter, self.linears(), self.spec.vocab_size, self._embedding_size)
         if not self.place.is_whole:
-            adapter = share_of_adapter(adapter, self._own_adaptable(), self.vocab_rows, self.place)
+            adapter = share_of_adapter(adapter, self.own_linears(), self.vocab_rows, self.place)
         if self.native is not None:
             packed = self.native.prepare(adapter)
             return PreparedAdapter(adapter.digest, packed.num_bytes, packed, self._mark)

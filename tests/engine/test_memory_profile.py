@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import quire.executor.shard
 import quire.utils.out_of_memory
+from quire.assembly import _largest_step
 from quire.config import EngineConfig
 from quire.engine.graphs import graph_sizes
 from quire.engine.memory_profile import (
@@ -179,6 +180,37 @@ def test_memory_that_ends_is_said_with_what_there_is(monkeypatch):
     with pytest.raises(OutOfMemoryError, match=r"^as it was$"):  # noqa: SIM117
         with named_out_of_memory("the cake", CPU, "eat less"):
             raise OutOfMemoryError("as it was")
+
+
+def test_there_is_room_for_adapters_in_all_slots(tiny_llama):
+    """They come later, when the KV cache has the rest."""
+    kernels = get_backend("cpu", "reference")
+    folder, memory = tiny_llama, [FakeMemory(7 * MIB), FakeMemory(7 * MIB)]
+    model = load_model(
+        folder, read_config(folder), device=CPU, dtype=torch.float32, kernels=kernels,
+        max_adapters=3,
+    )  # fmt: skip
+    without = measure_step(model, kernels, size_of(), memory[0], CPU)
+    slots = {"max_adapters": 3, "adapter_rank": 8, "adapter_dtype": "bfloat16"}
+    taken = measure_step(model, kernels, size_of(**slots), memory[1], CPU) - without
+    matrices = 0
+    for linear in model.linears().values():
+        for outputs in linear.parts.values():
+            matrices += torch.zeros(8, linear.in_features, dtype=torch.bfloat16).nbytes
+            matrices += torch.zeros(outputs, 8, dtype=torch.bfloat16).nbytes
+    assert taken == 3 * matrices > 0
+
+
+def test_what_adapters_may_take_is_known_before_the_cache():
+    config = EngineConfig.create(
+        "m", max_model_len=64, enable_lora=True, max_loras=2, max_lora_rank=16
+    )
+    step = _largest_step(config, {}, torch.bfloat16)
+    assert StepSize(**step).max_adapters == 2
+    assert (step["adapter_rank"], step["adapter_dtype"]) == (16, "bfloat16")
+    assert "adapter_rank" not in _largest_step(
+        EngineConfig.create("m", max_model_len=64), {}, torch.bfloat16
+    )
 
 
 def test_a_rank_on_a_device_says_what_its_step_takes(tiny_llama, monkeypatch):
