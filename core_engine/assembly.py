@@ -344,7 +344,9 @@ def _check_attention(
         ),
     )
     if (reason := why_not(name, device, needs)) is not None:
-        raise ConfigError(f"attention_backend={name!r}: {reason}")
+        asked = config.attention_backend is not None
+        variable = "attention_backend" if asked else "QUIRE_ATTENTION_BACKEND"
+        raise ConfigError(f"{variable}={name!r}: {reason}")
 
 
 def _largest_step(

@@ -111,7 +111,8 @@ def _honour(variable: str, name: str, environ: Mapping[str, str]) -> None:
     known = available_backends()
     if name.lower() not in known:
         ours = [*ATTENTION_BACKENDS] if variable.startswith("QUIRE") else []
-        guess = nearest(name, [*known, *ATTENTION_BACKENDS, *_OF_VLLM])
+        others = ATTENTION_BACKENDS if ours else [*ATTENTION_BACKENDS, *_OF_VLLM]
+        guess = nearest(name, [*known, *others])
         hint = "" if guess is None else f"; did you mean {guess}?"
         raise ConfigError(f"{variable}={name!r} must be one of {', '.join(ours + known)}{hint}")
     chosen = environ.get("QUIRE_KERNELS")

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from quire.engine.batch import ForwardBatch
@@ -215,7 +216,7 @@ def _batch(parts: Sequence[tuple[int, int]], size: StepSize, device: torch.devic
         slots.append(blocks[own // block_size - first] * block_size + own % block_size)
         next_block += len(blocks)
     counts = [count for count, _ in parts]
-    arrays = [np.concatenate(positions), tables, np.concatenate(slots)]
+    arrays: list[npt.NDArray[Any]] = [np.concatenate(positions), tables, np.concatenate(slots)]
     at, in_blocks, into = upload(arrays, device)
     return ForwardBatch(
         input_ids=torch.zeros(sum(counts), dtype=torch.int64, device=device),

@@ -228,10 +228,14 @@ def _count_blocks(
 
 def _largest_step(config: EngineConfig) -> str:
     scheduler = config.scheduler
-    return (
+    words = (
         f"of max_num_batched_tokens={scheduler.max_num_batched_tokens} and "
         f"max_num_seqs={scheduler.max_num_seqs}"
     )
+    lora = config.lora
+    if lora.enable_lora:
+        words += f" with max_loras={lora.max_loras} adapters of max_lora_rank={lora.max_lora_rank}"
+    return words
 
 
 def start_line(

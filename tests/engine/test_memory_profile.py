@@ -154,6 +154,13 @@ def test_no_room_for_a_cache_is_said_with_all_numbers():
         assert part in str(caught.value)
 
 
+def test_no_room_beside_adapters_names_them():
+    config = EngineConfig.create("m", enable_lora=True, max_loras=900)
+    memory = {"bytes_per_block": MIB, "free_bytes": GIB, "total_bytes": 8 * GIB}
+    with pytest.raises(OutOfMemoryError, match=r"with max_loras=900 adapters of max_lora_rank=64"):
+        plan_kv_cache(config, model_max_len=1024, step_bytes=GIB, **memory)
+
+
 def test_a_cache_that_was_asked_for_leaves_room_for_a_step():
     config = EngineConfig.create("m", kv_cache_memory_bytes=2 * GIB)
     memory = {"bytes_per_block": MIB, "free_bytes": 3 * GIB, "total_bytes": 8 * GIB}

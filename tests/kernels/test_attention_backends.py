@@ -406,6 +406,16 @@ def test_an_engine_refuses_attention_that_cannot_be_had(name, tiny_llama):
         LLM(str(tiny_llama), attention_backend=name, device="cpu")
 
 
+def test_what_the_environment_asks_for_in_vain_is_said_so(tiny_llama, monkeypatch):
+    """By the name that the user has given it, and without names that would be of no use."""
+    monkeypatch.setenv("QUIRE_ATTENTION_BACKEND", "flashinfer")
+    with pytest.raises(ConfigError, match=r"^QUIRE_ATTENTION_BACKEND='FLASHINFER': it is for"):
+        LLM(str(tiny_llama), dtype="float32")
+    with pytest.raises(ConfigError) as caught:
+        honour_attention_backend({"QUIRE_ATTENTION_BACKEND": "xformer"})
+    assert "did you mean" not in str(caught.value)
+
+
 def test_the_environment_names_attention_or_kernels(monkeypatch, caplog):
     monkeypatch.delenv("QUIRE_KERNELS", raising=False)
     assert honour_attention_backend({}) is None
