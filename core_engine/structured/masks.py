@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from quire.utils.transfers import upload
+
 if TYPE_CHECKING:
     from quire.structured.constraint import Constraint
 
@@ -62,7 +64,8 @@ class Masks:
         """Return the masks of some rows of the logits, for a batch that has just these."""
         found = np.searchsorted(self.places, places).clip(max=len(self.places) - 1)
         masked = np.flatnonzero(self.places[found] == places)
-        bitmask = self.bitmask[torch.from_numpy(found[masked]).to(self.bitmask.device)]
+        (wanted,) = upload([found[masked]], self.bitmask.device)
+        bitmask = self.bitmask[wanted]
         failures = {
             new: self.failures[old]
             for new, old in enumerate(places.tolist())
@@ -121,7 +124,8 @@ class MaskFiller:
             except BaseException as error:  # a panic of a library is no Exception
                 failures.update(dict.fromkeys(range(request.place, request.place + count), error))
                 rows.fill(-1)
-        return Masks(places, torch.from_numpy(bitmask).to(self._device), failures)
+        (uploaded,) = upload([bitmask], self._device)
+        return Masks(places, uploaded, failures)
 
     def _fill_rows(self, rows: npt.NDArray[np.int32], request: MaskRequest) -> None:
         self._fill_row(rows[0], request)

@@ -112,7 +112,6 @@ WITHOUT_EFFECT = frozenset(
 NOT_OFFERED = frozenset(
     [
         "aux_output_config",
-        "convert",
         "cp_kv_cache_interleave_size",
         "cpu_offload_params",
         "data_parallel_address",

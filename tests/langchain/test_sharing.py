@@ -26,7 +26,7 @@ def test_equal_models_share_an_engine(fake: Any) -> None:
     same = [
         VLLM(model="m", n=2, seed=3),
         VLLM(model="m", dtype="auto", tensor_parallel_size=None),
-        VLLM(model="m", vllm_kwargs={"max_num_seqs": 256, "enforce_eager": True}),
+        VLLM(model="m", vllm_kwargs={"max_num_seqs": 256, "disable_cascade_attn": True}),
     ]
     assert all(other.client is one.client for other in same)
     other = [
