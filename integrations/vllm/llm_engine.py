@@ -17,6 +17,7 @@ from quire.integrations.vllm.prompts import one_prompt, params_for_quire, poolin
 from quire.integrations.vllm.tokenizers import get_tokenizer
 from quire.outputs import EmbeddingRequestOutput, RequestOutput
 from quire.pooling_params import PoolingParams as QuirePoolingParams
+from quire.sampling_params import RequestOutputKind
 
 if TYPE_CHECKING:
     from quire.waiting import Event
@@ -36,8 +37,11 @@ class LLMEngine:
 
     def __init__(self, llm: quire.LLM) -> None:
         self._llm = llm
-        self._events: SimpleQueue[tuple[str, Event]] = SimpleQueue()
+        # With the number: a name may be another request's by the time an event is read.
+        self._events: SimpleQueue[tuple[str, str, Event]] = SimpleQueue()
         self._in_flight: dict[str, str] = {}  # the caller's name to the engine's number
+        self._aborted: set[str] = set()
+        self._in_parts: set[str] = set()  # whose outputs are deltas
 
     @classmethod
     def of(cls, llm: quire.LLM) -> LLMEngine:
@@ -68,7 +72,7 @@ class LLMEngine:
         Parameters
         ----------
         request_id : str
-            That no other request in flight has.
+            That no other request in flight has; of one that was aborted it can be used again.
         prompt : str, dict or list of int
         params : SamplingParams or PoolingParams
         lora_request, priority
@@ -90,7 +94,7 @@ class LLMEngine:
         """
         if not isinstance(request_id, str):
             raise TypeError(f"request_id must be a str, got {type(request_id).__name__}")
-        if request_id in self._in_flight:
+        if request_id in self._in_flight and request_id not in self._aborted:
             raise VLLMValidationError(
                 f"request_id={request_id!r} is in flight already: ids must be unique"
             )
@@ -105,18 +109,30 @@ class LLMEngine:
                 request = llm._make_request(
                     told, params_for_quire(params), lora_request=lora_request, priority=priority
                 )
-            self._in_flight[request_id] = request.request_id
+            number = request.request_id
 
             def sink(event: Event) -> None:
-                self._events.put((request_id, event))
+                self._events.put((request_id, number, event))
 
-            llm._lifetime.start().submit([(request, sink)])
+            loop = llm._lifetime.start()  # it may be closed, or asleep
+            self._forget(request_id)
+            self._in_flight[request_id] = number
+            if getattr(params, "output_kind", None) is RequestOutputKind.DELTA:
+                self._in_parts.add(request_id)
+            loop.submit([(request, sink)])
         return request_id
 
-    def abort_request(self, request_id: str | Iterable[str], internal: bool = False) -> None:
+    def _forget(self, name: str) -> None:
+        self._in_flight.pop(name, None)
+        self._aborted.discard(name)
+        self._in_parts.discard(name)
+
+    def abort_request(self, request_ids: str | Iterable[str], internal: bool = False) -> None:
         """End requests; their last outputs come with the next step. Unknown ids are passed over."""
-        names = [request_id] if isinstance(request_id, str) else list(request_id)
-        numbers = [self._in_flight[name] for name in names if name in self._in_flight]
+        names = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+        names = [name for name in names if name in self._in_flight]
+        self._aborted.update(names)
+        numbers = [self._in_flight[name] for name in names]
         if numbers:
             self._llm._lifetime.start().abort(numbers)
 
@@ -136,33 +152,27 @@ class LLMEngine:
         outputs: dict[str, Any] = {}
         while self._in_flight:
             try:
-                name, event = self._events.get(block=not outputs, timeout=_POLL_SECONDS)
+                name, number, event = self._events.get(block=not outputs, timeout=_POLL_SECONDS)
             except Empty:
                 if outputs:
                     break
                 continue
+            if self._in_flight.get(name) != number:
+                continue  # one that was aborted, whose name is another's by now
             if isinstance(event, RequestOutput):
                 event.request_id = name
-                if event.finished:
-                    del self._in_flight[name]
                 if event.embedding is not None:
                     outputs[name] = EmbeddingRequestOutput.of(event)
-                elif (known := outputs.get(name)) is not None and self._is_part(known, event):
+                elif (known := outputs.get(name)) is not None and name in self._in_parts:
                     known.add(event)
                 else:
                     outputs[name] = event
+                if event.finished:
+                    self._forget(name)
             else:
-                del self._in_flight[name]
+                self._forget(name)
                 raise GenerationError(f"request {name!r}: {event}") from event
         return list(outputs.values())
-
-    @staticmethod
-    def _is_part(known: RequestOutput, later: RequestOutput) -> bool:
-        """Whether an output goes on where another ended, and does not repeat it."""
-        if not known.outputs or not later.outputs:
-            return False
-        before, after = known.outputs[0].token_ids, later.outputs[0].token_ids
-        return after[: len(before)] != before
 
     def get_num_unfinished_requests(self) -> int:
         """Return how many requests are in flight."""
