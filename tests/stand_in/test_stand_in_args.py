@@ -54,7 +54,9 @@ def test_arguments_are_attributes_and_a_dataclass() -> None:
     assert args.arguments() == {"model": "m", "max_model_len": 99, "seed": 3}
     assert dataclasses.replace(args, seed=4).arguments()["seed"] == 4
     assert dataclasses.is_dataclass(EngineArgs)
-    assert {"max_model_len", "moe_backend"} <= {each.name for each in dataclasses.fields(EngineArgs)}
+    assert {"max_model_len", "moe_backend"} <= {
+        each.name for each in dataclasses.fields(EngineArgs)
+    }
     assert args.tensor_parallel_size == 1
     with pytest.raises(TypeError, match="max_model_len"):
         args.max_model_lenn = 5
