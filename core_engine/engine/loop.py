@@ -94,7 +94,11 @@ class EngineLoop:
     def abort_all(self) -> None:
         """End every request in flight."""
         with contextlib.suppress(EngineClosedError):
-            self._post(lambda engine: self._deliver(engine.abort(list(self._sinks))))
+            self._post(self.abort_now)
+
+    def abort_now(self, engine: AnyEngine) -> None:
+        """Do so at once; for a function of :meth:`call`, before anything else is added."""
+        self._deliver(engine.abort(list(self._sinks)))
 
     def call(self, function: Callable[[AnyEngine], T | Later[T]]) -> T:
         """Run ``function(engine)`` between two steps and return what it returns."""

@@ -437,10 +437,23 @@ class AsyncEngineArgs(EngineArgs):
 
 _SWITCHES = ("allow_", "async_", "disable_", "enable_", "fully_", "skip_", "use_", "return_")
 _OTHER_SWITCHES = frozenset(
-    ["aggregate_engine_logging", "enforce_eager", "language_model_only", "mm_encoder_only"]
-    + ["numa_bind", "ray_workers_use_nsight", "tokens_only", "trust_remote_code"]
-    + ["kv_cache_metrics", "cudagraph_metrics", "kv_sharing_fast_prefill", "interleave_mm_strings"]
-    + ["data_parallel_external_lb", "data_parallel_hybrid_lb", "scheduler_reserve_full_isl"]
+    [
+        "aggregate_engine_logging",
+        "cudagraph_metrics",
+        "data_parallel_external_lb",
+        "data_parallel_hybrid_lb",
+        "enforce_eager",
+        "interleave_mm_strings",
+        "kv_cache_metrics",
+        "kv_sharing_fast_prefill",
+        "language_model_only",
+        "mm_encoder_only",
+        "numa_bind",
+        "ray_workers_use_nsight",
+        "scheduler_reserve_full_isl",
+        "tokens_only",
+        "trust_remote_code",
+    ]
 )
 
 

@@ -168,8 +168,8 @@ def test_additional_properties_can_be_ruled_out() -> None:
         "properties": {"a": {"type": "object", "properties": {"properties": {"type": "null"}}}},
     }
     for kind in (StructuredOutputsParams, GuidedDecodingParams):
-        for given in (schema, json.dumps(schema)):
-            wanted = kind(json=given, disable_additional_properties=True)
+        for form in (schema, json.dumps(schema)):
+            wanted = kind(json=form, disable_additional_properties=True)
             found: Any = SamplingParams(structured_outputs=wanted).structured_outputs
             closed = json.loads(found.json) if isinstance(found.json, str) else found.json
             assert closed["additionalProperties"] is False
