@@ -165,6 +165,24 @@ class AsyncLLM:
         """Write down what was recorded."""
         await asyncio.to_thread(self._profiler.stop)
 
+    async def get_supported_tasks(self) -> tuple[str, ...]:
+        """Return what the model is for, in vLLM's words."""
+        return await asyncio.to_thread(self._engine.get_supported_tasks)
+
+    async def reset_mm_cache(self) -> None:
+        """Do nothing: models here read text."""
+
+    async def collective_rpc(
+        self,
+        method: str,
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> list[Any]:
+        """Call a method, or a function, where the model is; see `Worker`."""
+        call = self._engine.collective_rpc
+        return await asyncio.to_thread(call, method, timeout, args, kwargs)
+
     async def is_tracing_enabled(self) -> bool:
         """Return False."""
         return False

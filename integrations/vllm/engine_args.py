@@ -327,7 +327,7 @@ class _Fields:
     def __get__(self, args: EngineArgs | None, owner: type[EngineArgs]) -> Mapping[str, Any]:
         names = sorted(_names()) if args is None else list(vars(args))
         made = make_dataclass("_", [(name, Any, field(default=None)) for name in names])
-        found: Mapping[str, Any] = made.__dataclass_fields__
+        found: Mapping[str, Any] = vars(made)["__dataclass_fields__"]
         return found
 
 

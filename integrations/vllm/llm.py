@@ -261,6 +261,11 @@ class LLM:
         """What is known of the model."""
         return self.llm_engine.model_config
 
+    @property
+    def supported_tasks(self) -> tuple[str, ...]:
+        """What the model is for, in vLLM's words."""
+        return self.llm_engine.get_supported_tasks()
+
     def get_world_size(self, include_dp: bool = True) -> int:
         """Return how many processes compute the model."""
         parallel = self.quire.config.parallel

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cached_property
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,14 @@ from quire.errors import InvalidRequestError
 from quire.integrations.vllm.engine_args import EngineArgs, as_quire
 from quire.integrations.vllm.exceptions import GenerationError, VLLMValidationError, translated
 from quire.integrations.vllm.metrics import Metric, as_metrics
+from quire.integrations.vllm.model_access import collective_rpc
 from quire.integrations.vllm.model_config import ModelConfig
-from quire.integrations.vllm.prompts import one_prompt, params_for_quire, pooling_for_quire
+from quire.integrations.vllm.prompts import (
+    one_prompt,
+    params_for_quire,
+    pooling_for_quire,
+    token_limit,
+)
 from quire.integrations.vllm.tokenizers import get_tokenizer
 from quire.outputs import EmbeddingRequestOutput, RequestOutput
 from quire.pooling_params import PoolingParams as QuirePoolingParams
@@ -66,6 +73,9 @@ class LLMEngine:
         tokenization_kwargs: dict[str, Any] | None = None,
         trace_headers: Any = None,
         priority: int = 0,
+        session_id: str | None = None,
+        prompt_text: str | None = None,
+        kv_hints: Any = None,
     ) -> str:
         """Queue a request.
 
@@ -77,7 +87,9 @@ class LLMEngine:
         params : SamplingParams or PoolingParams
         lora_request, priority
             As in ``LLM.generate``.
-        arrival_time, tokenization_kwargs, trace_headers
+        tokenization_kwargs : dict, optional
+            ``truncate_prompt_tokens``.
+        arrival_time, trace_headers, session_id, prompt_text, kv_hints
             Without effect.
 
         Returns
@@ -101,13 +113,17 @@ class LLMEngine:
         llm = self._llm
         with translated():
             told = one_prompt(prompt)
-            if isinstance(params, QuirePoolingParams):
-                request = llm._make_embedding(told, pooling_for_quire(params), lora_request)
-            elif params is None:
+            wanted = params_for_quire(pooling_for_quire(params))
+            limit = token_limit(tokenization_kwargs)
+            if limit is not None and isinstance(wanted, (QuirePoolingParams, quire.SamplingParams)):
+                wanted = replace(wanted, truncate_prompt_tokens=limit)
+            if isinstance(wanted, QuirePoolingParams):
+                request = llm._make_embedding(told, wanted, lora_request)
+            elif wanted is None:
                 raise InvalidRequestError("params is missing: give SamplingParams or PoolingParams")
             else:
                 request = llm._make_request(
-                    told, params_for_quire(params), lora_request=lora_request, priority=priority
+                    told, wanted, lora_request=lora_request, priority=priority
                 )
             number = request.request_id
 
@@ -233,6 +249,42 @@ class LLMEngine:
     def reset_prefix_cache(self, *_: Any, **__: Any) -> bool:
         """Forget all cached prefixes."""
         return self._llm.reset_prefix_cache()
+
+    def get_supported_tasks(self) -> tuple[str, ...]:
+        """Return what the model is for, in vLLM's words."""
+        if self._llm.num_classes is not None:
+            return ("classify",)
+        return ("generate", "embed")
+
+    def reset_mm_cache(self) -> None:
+        """Do nothing: models here read text."""
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Let the engine's memory go until :meth:`wake_up`, see :meth:`quire.LLM.sleep`."""
+        self._llm.sleep(level)
+
+    def wake_up(self, tags: list[str] | None = None) -> bool:
+        """Bring it back; return whether the engine is awake."""
+        self._llm.wake_up()
+        return True
+
+    def is_sleeping(self) -> bool:
+        """Return whether it sleeps."""
+        return self._llm.is_sleeping
+
+    def collective_rpc(
+        self,
+        method: str | Callable[..., Any],
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> list[Any]:
+        """Call a function, or a method by its name, where the model is; see `Worker`."""
+        return collective_rpc(self._llm, method, timeout, args, kwargs)
+
+    def apply_model(self, func: Callable[[Any], Any]) -> list[Any]:
+        """Call a function with the model, between two steps."""
+        return self.collective_rpc(lambda worker: func(worker.get_model()))
 
     def do_log_stats(self) -> None:
         """Do nothing: ``get_metrics`` has the counters."""

@@ -108,6 +108,8 @@ def _as_tensor(found: PoolingRequestOutput[Any], data: Any) -> PoolingRequestOut
 
 def score(llm: quire.LLM, data_1: Any, data_2: Any, **options: Any) -> list[ScoringRequestOutput]:
     """Return how well texts go together, pair by pair."""
+    first: Any
+    second: Any
     first, second = ([each] if isinstance(each, (str, dict)) else each for each in (data_1, data_2))
     if not (isinstance(first, (list, tuple)) and isinstance(second, (list, tuple))):
         raise InvalidRequestError("score takes two texts, or lists of texts")

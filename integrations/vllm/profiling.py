@@ -67,7 +67,9 @@ class Profiler:
             raise VLLMValidationError(
                 "start_profile: a profile is running; call stop_profile first"
             )
-        # torch records the thread that starts it, and wants to be set up there as well.
+        # torch records the thread that starts it, and complains where its profiler is first used
+        # on another thread than that which imported torch: mostly this one.
+        _started().stop()
         self._running = self._llm._call(lambda engine: _started())
         self._prefix = prefix or "quire"
 

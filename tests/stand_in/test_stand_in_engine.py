@@ -11,6 +11,7 @@ import pytest
 import quire
 from quire.integrations.vllm.llm import LLM
 from quire.integrations.vllm.llm_engine import LLMEngine
+from quire.integrations.vllm.pooling_params import PoolingParams
 from quire.integrations.vllm.sampling_params import SamplingParams
 from quire.sampling_params import RequestOutputKind
 
@@ -71,3 +72,21 @@ def test_a_request_that_an_engine_does_not_take_is_not_waited_for(tiny_llama: Pa
         with pytest.raises(quire.EngineClosedError, match="sleeps"):
             stepped.add_request("a", "the", GREEDY)
         assert stepped.step() == []
+
+
+def test_what_else_an_engine_is_asked(llm: LLM, engine: LLMEngine) -> None:
+    assert engine.get_supported_tasks() == llm.supported_tasks == ("generate", "embed")
+    assert engine.collective_rpc("check_health") == [None]
+    assert engine.apply_model(lambda model: type(model).__name__) == ["Decoder"]
+    engine.reset_mm_cache()
+    assert not engine.is_sleeping()
+    engine.sleep()
+    assert engine.is_sleeping()
+    assert engine.wake_up()
+    short = {"truncate_prompt_tokens": 1}
+    engine.add_request("a", "the quick", GREEDY, tokenization_kwargs=short)
+    engine.add_request("b", "the quick", PoolingParams(), tokenization_kwargs=short)
+    assert {len(each.prompt_token_ids) for each in _step_to_the_end(engine)} == {1}
+    with pytest.raises(quire.NotSupportedError, match="padding"):
+        engine.add_request("c", "the", GREEDY, tokenization_kwargs={"padding": True})
+    assert not engine.has_unfinished_requests()
