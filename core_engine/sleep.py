@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from quire.errors import EngineClosedError
 from quire.lifetime import make_loop
 from quire.utils.checks import refuse
 
@@ -56,12 +58,13 @@ class Sleep:
             if level == 1 and (engine := self._alone()) is not None:
 
                 def rest(_: object) -> None:
-                    loop.abort_now(engine)  # in one call: no request comes in between
+                    loop.abort_all(engine)  # in one call: no request comes in between
                     engine.sleep()
 
                 loop.call(rest)
             else:
-                loop.abort_all()
+                with suppress(EngineClosedError):  # it broke down, and is to be another
+                    loop.call(loop.abort_all)
                 self._adapters = loop.engine.adapters.list()
                 self._lifetime.suspend(ASLEEP)
             self._level = level

@@ -33,7 +33,7 @@ class AsyncLLM:
 
     def __init__(self, llm: quire.AsyncLLM) -> None:
         self.quire = llm
-        inner = llm._open_llm()
+        self._llm = inner = llm._open_llm()  # also while it sleeps
         self._profiler = Profiler(inner)
         self._engine = LLMEngine.of(inner)
 
@@ -147,15 +147,15 @@ class AsyncLLM:
 
     async def sleep(self, level: int = 1, mode: str = "abort") -> None:
         """Let the engine's memory go until :meth:`wake_up`."""
-        await asyncio.to_thread(self.quire._open_llm().sleep, level)
+        await asyncio.to_thread(self._llm.sleep, level)
 
     async def wake_up(self, tags: list[str] | None = None) -> None:
         """Bring it back."""
-        await asyncio.to_thread(self.quire._open_llm().wake_up)
+        await asyncio.to_thread(self._llm.wake_up)
 
     async def is_sleeping(self) -> bool:
         """Return whether it sleeps."""
-        return self.quire._open_llm().is_sleeping
+        return self._llm.is_sleeping
 
     async def start_profile(self, profile_prefix: str | None = None) -> None:
         """Record what the engine's thread computes."""

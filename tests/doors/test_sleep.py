@@ -110,22 +110,15 @@ def test_a_request_that_comes_while_others_are_aborted_does_not_hinder_sleep(
 ) -> None:
     with LLM(str(tiny_llama), dtype="float32", num_gpu_blocks_override=100) as llm:
         llm.generate("the", GREEDY, use_tqdm=False)
-        loop, events = llm.engine_loop, []
-        abort_all, abort_now = loop.abort_all, loop.abort_now
+        loop = llm.engine_loop
+        events: list[Any] = []
+        abort_all = loop.abort_all
 
-        def submit() -> None:
+        def with_another(engine: Any) -> None:
+            abort_all(engine)
             loop.submit([(llm._make_request("the quick", GREEDY), events.append)])
 
-        def with_another() -> None:
-            abort_all()
-            submit()
-
-        def with_another_now(engine: Any) -> None:
-            submit()  # is taken up after the call in which this happens
-            abort_now(engine)
-
         loop.abort_all = with_another  # type: ignore[method-assign]
-        loop.abort_now = with_another_now  # type: ignore[method-assign]
         llm.sleep(1)
         assert llm.is_sleeping
         llm.wake_up()
@@ -141,7 +134,8 @@ def test_a_request_right_after_waking_waits_for_what_makes_it(
 
     with LLM(str(tiny_llama), dtype="float32", num_gpu_blocks_override=100) as llm:
         llm.sleep(2)
-        made, found = quire.llm.RequestMaker, []
+        made = quire.llm.RequestMaker
+        found: list[quire.RequestOutput] = []
 
         def slow(*args: object) -> object:
             other = threading.Thread(

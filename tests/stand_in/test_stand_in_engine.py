@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 
 import quire
+from quire.integrations.vllm.async_engine import AsyncLLM
+from quire.integrations.vllm.engine_args import AsyncEngineArgs
 from quire.integrations.vllm.llm import LLM
 from quire.integrations.vllm.llm_engine import LLMEngine
 from quire.integrations.vllm.pooling_params import PoolingParams
@@ -90,3 +93,38 @@ def test_what_else_an_engine_is_asked(llm: LLM, engine: LLMEngine) -> None:
     with pytest.raises(quire.NotSupportedError, match="padding"):
         engine.add_request("c", "the", GREEDY, tokenization_kwargs={"padding": True})
     assert not engine.has_unfinished_requests()
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_an_awaited_engine_sleeps_and_wakes(level: int, tiny_llama: Path) -> None:
+    async def run() -> None:
+        args = AsyncEngineArgs(model=str(tiny_llama), dtype="float32", num_gpu_blocks_override=100)
+        engine = AsyncLLM.from_engine_args(args)
+
+        async def one(params: SamplingParams) -> str | None:
+            async for output in engine.generate("the quick", params, "one"):
+                reason = output.outputs[0].finish_reason
+            return reason
+
+        try:
+            assert await one(GREEDY)
+            long = SamplingParams(max_tokens=200, ignore_eos=True, temperature=0)
+            running = asyncio.create_task(one(long))
+            while not engine.get_num_unfinished_requests():
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.02)
+            await engine.sleep(level)
+            assert await running in ("abort", "length")
+            assert await engine.is_sleeping()
+            assert engine.is_running
+            with pytest.raises(quire.EngineClosedError, match="sleeps"):
+                await one(GREEDY)
+            await engine.wake_up()
+            assert not await engine.is_sleeping()
+            assert await one(GREEDY)
+            assert await engine.get_supported_tasks() == ("generate", "embed")
+            assert await engine.collective_rpc("check_health") == [None]
+        finally:
+            engine.shutdown()
+
+    asyncio.run(run())
