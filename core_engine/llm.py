@@ -537,9 +537,10 @@ class LLM:
             1: the KV cache's. 2: all of it, the weights' too, which are loaded again afterwards,
             as are adapters; so it is at level 1 where several processes compute the model.
         """
-        self._sleep.begin(level)
-        if self._lifetime.is_suspended:
-            self._maker = None
+        with self._sleep.lock:
+            self._sleep.begin(level)
+            if self._lifetime.is_suspended:
+                self._maker = None
 
     def wake_up(self) -> None:
         """Take the memory again. Idempotent.
@@ -549,8 +550,9 @@ class LLM:
         OutOfMemoryError, MemoryError
             There is not enough of it any more; the LLM goes on sleeping.
         """
-        if self._sleep.end():
-            self._maker = RequestMaker(self.config, self._lifetime.check().engine)
+        with self._sleep.lock:
+            if self._sleep.end():
+                self._maker = RequestMaker(self.config, self._lifetime.check().engine)
 
     @property
     def is_sleeping(self) -> bool:
@@ -657,6 +659,10 @@ class LLM:
     def _open_maker(self) -> RequestMaker:
         maker = self._maker
         self._lifetime.check()
+        if maker is None:  # it has just woken
+            with self._sleep.lock:
+                maker = self._maker
+                self._lifetime.check()
         if maker is None:  # closed in between
             raise EngineClosedError(f"{self!r} was closed; make a new one")
         return maker

@@ -91,10 +91,9 @@ class EngineLoop:
         with contextlib.suppress(EngineClosedError):  # closing has ended them
             self._post(lambda engine: self._deliver(engine.abort(request_ids)))
 
-    def abort_all(self) -> None:
-        """End every request in flight."""
-        with contextlib.suppress(EngineClosedError):
-            self._post(lambda engine: self._deliver(engine.abort(list(self._sinks))))
+    def abort_all(self, engine: AnyEngine) -> None:
+        """End every request in flight; for :meth:`call`, that no other comes in between."""
+        self._deliver(engine.abort(list(self._sinks)))
 
     def call(self, function: Callable[[AnyEngine], T | Later[T]]) -> T:
         """Run ``function(engine)`` between two steps and return what it returns."""

@@ -33,7 +33,7 @@ class AsyncLLM:
 
     def __init__(self, llm: quire.AsyncLLM) -> None:
         self.quire = llm
-        inner = llm._open_llm()
+        self._llm = inner = llm._open_llm()  # also while it sleeps
         self._profiler = Profiler(inner)
         self._engine = LLMEngine.of(inner)
 
@@ -147,15 +147,15 @@ class AsyncLLM:
 
     async def sleep(self, level: int = 1, mode: str = "abort") -> None:
         """Let the engine's memory go until :meth:`wake_up`."""
-        await asyncio.to_thread(self.quire._open_llm().sleep, level)
+        await asyncio.to_thread(self._llm.sleep, level)
 
     async def wake_up(self, tags: list[str] | None = None) -> None:
         """Bring it back."""
-        await asyncio.to_thread(self.quire._open_llm().wake_up)
+        await asyncio.to_thread(self._llm.wake_up)
 
     async def is_sleeping(self) -> bool:
         """Return whether it sleeps."""
-        return self.quire._open_llm().is_sleeping
+        return self._llm.is_sleeping
 
     async def start_profile(self, profile_prefix: str | None = None) -> None:
         """Record what the engine's thread computes."""
@@ -164,6 +164,24 @@ class AsyncLLM:
     async def stop_profile(self) -> None:
         """Write down what was recorded."""
         await asyncio.to_thread(self._profiler.stop)
+
+    async def get_supported_tasks(self) -> tuple[str, ...]:
+        """Return what the model is for, in vLLM's words."""
+        return await asyncio.to_thread(self._engine.get_supported_tasks)
+
+    async def reset_mm_cache(self) -> None:
+        """Do nothing: models here read text."""
+
+    async def collective_rpc(
+        self,
+        method: str,
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> list[Any]:
+        """Call a method, or a function, where the model is; see `Worker`."""
+        call = self._engine.collective_rpc
+        return await asyncio.to_thread(call, method, timeout, args, kwargs)
 
     async def is_tracing_enabled(self) -> bool:
         """Return False."""

@@ -6,10 +6,12 @@ import argparse
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, field, make_dataclass
+from functools import cache
 from typing import Any
 from uuid import uuid4
 
-from quire.config.engine_config import argument_names
+from quire.config.engine_config import argument_names, init_signature
 from quire.errors import NotSupportedError
 from quire.utils.checks import shown
 from quire.utils.log import get_logger
@@ -18,9 +20,11 @@ from quire.utils.suggest import nearest, unexpected_argument
 logger = get_logger(__name__)
 
 WITHOUT_EFFECT = frozenset(
-    # How vLLM compiles, captures, spreads and copies; how it logs; what its own kernels are.
+    # How vLLM compiles, captures, spreads and copies; how it logs; what its own kernels are; and
+    # the details of what is refused by another name, such as of several nodes.
     [
         "aggregate_engine_logging",
+        "all2all_backend",
         "allow_deprecated_quantization",
         "attention_config",
         "collect_detailed_traces",
@@ -28,11 +32,14 @@ WITHOUT_EFFECT = frozenset(
         "cudagraph_capture_sizes",
         "cudagraph_metrics",
         "custom_histogram_buckets",
+        "dbo_decode_token_threshold",
+        "dbo_prefill_token_threshold",
         "disable_chunked_mm_input",
         "disable_hybrid_kv_cache_manager",
         "disable_log_requests",
         "disable_nccl_for_dp_synchronization",
         "distributed_timeout_seconds",
+        "dp_sync_interval",
         "enable_batch_sharded_sampling",
         "enable_cumem_allocator",
         "enable_ep_weight_filter",
@@ -46,13 +53,17 @@ WITHOUT_EFFECT = frozenset(
         "enable_shm_tensor_arena",
         "expert_placement_strategy",
         "fail_on_environ_validation",
+        "gdn_prefill_backend",
         "interleave_mm_strings",
         "ir_op_priority",
         "jit_monitor_mode",
         "jit_monitor_verbose",
+        "kda_decode_backend",
+        "kda_prefill_backend",
         "kernel_config",
         "kv_cache_metrics",
         "kv_cache_metrics_sample",
+        "kv_offloading_backend",
         "kv_sharing_fast_prefill",
         "linear_backend",
         "log_config_file",
@@ -63,19 +74,28 @@ WITHOUT_EFFECT = frozenset(
         "mamba_block_size",
         "mamba_cache_dtype",
         "mamba_cache_mode",
+        "mamba_cache_philox_rounds",
         "mamba_config",
         "mamba_ssm_cache_dtype",
         "mamba_ssu_algorithm",
+        "master_addr",
+        "master_port",
         "max_cudagraph_capture_size",
         "media_io_kwargs",
+        "mm_device_do_normalize",
         "mm_encoder_attn_backend",
         "mm_encoder_attn_dtype",
+        "mm_encoder_fp8_scale_path",
+        "mm_encoder_fp8_scale_save_margin",
+        "mm_encoder_fp8_scale_save_path",
         "mm_encoder_tp_mode",
         "mm_hasher_algorithm",
+        "mm_ipc_gpu_memory_gb",
         "mm_processor_cache_gb",
         "mm_processor_cache_type",
         "mm_processor_device",
         "mm_shm_cache_max_object_size_mb",
+        "mm_tensor_ipc",
         "moe_backend",
         "monokernel",
         "numa_bind",
@@ -91,6 +111,7 @@ WITHOUT_EFFECT = frozenset(
         "pt_load_map_location",
         "ray_workers_use_nsight",
         "renderer_num_workers",
+        "replayssm_buffer_len",
         "safetensors_load_strategy",
         "safetensors_prefetch_block_size",
         "safetensors_prefetch_num_threads",
@@ -100,9 +121,13 @@ WITHOUT_EFFECT = frozenset(
         "skip_mm_profiling",
         "sleep_mode_backend",
         "sleep_mode_offload_cudagraph",
+        "sparse_indexer_topk_backend",
         "specialize_active_lora",
         "stream_interval",
+        "swa_bounded_replay",
+        "use_fp64_gumbel",
         "use_tqdm_on_load",
+        "video_pruning_method",
         "watchdog_config",
         "watermark",
     ]
@@ -117,6 +142,7 @@ NOT_OFFERED = frozenset(
         "data_parallel_address",
         "data_parallel_external_lb",
         "data_parallel_hybrid_lb",
+        "data_parallel_multi_port_external_lb",
         "data_parallel_rank",
         "data_parallel_rpc_port",
         "data_parallel_size_local",
@@ -148,19 +174,15 @@ NOT_OFFERED = frozenset(
         "enable_fault_tolerance",
         "io_processor_plugin",
         "kv_cache_dtype_skip_layers",
-        "kv_offloading_backend",
         "kv_offloading_size",
         "language_model_only",
         "lora_target_modules",
-        "master_addr",
-        "master_port",
         "max_lora_cls_labels",
         "max_num_active_seqs",
         "max_num_queued_reqs",
         "max_num_queued_tokens",
         "max_num_scheduled_tokens",
         "mm_encoder_only",
-        "mm_tensor_ipc",
         "model_class_overrides",
         "model_weights",
         "nnodes",
@@ -173,17 +195,14 @@ NOT_OFFERED = frozenset(
         "prefill_context_parallel_size",
         "reasoning_config",
         "reasoning_parser_plugin",
-        "replayssm_buffer_len",
         "return_sampling_mask",
         "sleep_preserve_parameter_names",
         "spec_method",
         "spec_model",
         "spec_tokens",
-        "swa_bounded_replay",
         "tokens_only",
         "ubatch_size",
         "use_replayssm",
-        "video_pruning_method",
         "video_pruning_rate",
         "watermark_config",
         "weight_transfer_config",
@@ -191,7 +210,7 @@ NOT_OFFERED = frozenset(
 )
 """Names that are taken where they ask for nothing, and refused where they ask for something."""
 
-_NOTHING: tuple[Any, ...] = (None, False, 0, 1, 0.0, "", "auto", "none", {}, [], ())
+_NOTHING: tuple[Any, ...] = (None, False, 0, 1, 0.0, "", "auto", "none", {}, [], (), set())
 _POOLING = ("embed", "classify", "score", "reward", "embedding", "pooling")
 
 
@@ -302,6 +321,31 @@ TRANSLATED = {
 """Arguments that quire takes in another form."""
 
 
+class _Fields:
+    """What `dataclasses` finds: of a class every argument, of an object those that were given."""
+
+    def __get__(self, args: EngineArgs | None, owner: type[EngineArgs]) -> Mapping[str, Any]:
+        names = sorted(_names()) if args is None else list(vars(args))
+        made = make_dataclass("_", [(name, Any, field(default=None)) for name in names])
+        found: Mapping[str, Any] = vars(made)["__dataclass_fields__"]
+        return found
+
+
+def _names() -> frozenset[str]:
+    return frozenset({"model", *argument_names(), *WITHOUT_EFFECT, *NOT_OFFERED, *TRANSLATED})
+
+
+@cache
+def defaults() -> dict[str, Any]:
+    """Return what quire's engine arguments are where nothing is said, by name."""
+    said = init_signature().parameters.values()
+    return {
+        each.name: each.default
+        for each in said
+        if each.kind is each.KEYWORD_ONLY and each.default is not MISSING
+    }
+
+
 class EngineArgs:
     """The arguments of an engine, by keyword; those that are left out have quire's defaults.
 
@@ -310,34 +354,56 @@ class EngineArgs:
     model : str or path
     **kwargs
         As of :class:`quire.integrations.vllm.llm.LLM`.
+
+    As of a dataclass, ``dataclasses.asdict`` and ``vars`` are the arguments that were given, and
+    they can be set as attributes.
     """
+
+    __dataclass_fields__ = _Fields()
 
     def __init__(self, model: str | os.PathLike[str] = "quire/demo", **kwargs: Any) -> None:
         as_quire(kwargs)  # names and what is not offered are refused at once
-        self._given = {"model": model, **kwargs}
+        # As attributes, so that `vars` has what was given, and nothing else.
+        self.__dict__.update(model=model, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        given = self.__dict__.get("_given", {})
-        if name in given:
-            return given[name]
-        if name in WITHOUT_EFFECT or name in NOT_OFFERED or name in argument_names():
-            return None
+        if name in _names():
+            return defaults().get(name)
         raise AttributeError(f"{type(self).__name__} has no {name!r}")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "model":
+            as_quire({name: value})
+        self.__dict__[name] = value
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and vars(other) == vars(self)
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __repr__(self) -> str:
-        said = ", ".join(f"{name}={value!r}" for name, value in self._given.items())
+        said = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
         return f"{type(self).__name__}({said})"
 
     def arguments(self) -> dict[str, Any]:
         """Return what was given, by name."""
-        return dict(self._given)
+        return dict(vars(self))
 
     @classmethod
     def add_cli_args(cls, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         """Add a flag for each argument to a parser."""
-        for name in sorted({*argument_names(), *WITHOUT_EFFECT, *NOT_OFFERED, *TRANSLATED}):
+        for name in sorted(_names() - {"model"}):
             flag = "--" + name.replace("_", "-")
             if flag in parser._option_string_actions:
+                continue
+            if _is_switch(name):
+                # A switch takes no value, so that what follows it is the script's own.
+                parser.add_argument(
+                    flag,
+                    dest=name,
+                    action=argparse.BooleanOptionalAction,
+                    default=argparse.SUPPRESS,
+                )
                 continue
             parser.add_argument(
                 flag,
@@ -355,18 +421,45 @@ class EngineArgs:
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace) -> EngineArgs:
         """Return the arguments that a parser found; others of the script's own are passed over."""
-        names = {"model", *argument_names(), *WITHOUT_EFFECT, *NOT_OFFERED, *TRANSLATED}
+        names = _names()
         return cls(**{name: value for name, value in vars(args).items() if name in names})
 
     def create_model_config(self) -> Any:
         """Return what is known of the model before it is loaded."""
         from quire.integrations.vllm.model_config import ModelConfig
 
-        return ModelConfig.read(self._given)
+        return ModelConfig.read(vars(self))
 
 
 class AsyncEngineArgs(EngineArgs):
     """The same, for :class:`quire.integrations.vllm.async_engine.AsyncLLM`."""
+
+
+_SWITCHES = ("allow_", "async_", "disable_", "enable_", "fully_", "skip_", "use_", "return_")
+_OTHER_SWITCHES = frozenset(
+    [
+        "aggregate_engine_logging",
+        "cudagraph_metrics",
+        "data_parallel_external_lb",
+        "data_parallel_hybrid_lb",
+        "enforce_eager",
+        "interleave_mm_strings",
+        "kv_cache_metrics",
+        "kv_sharing_fast_prefill",
+        "language_model_only",
+        "mm_encoder_only",
+        "numa_bind",
+        "ray_workers_use_nsight",
+        "scheduler_reserve_full_isl",
+        "tokens_only",
+        "trust_remote_code",
+    ]
+)
+
+
+def _is_switch(name: str) -> bool:
+    """Whether vLLM's flag for an argument takes no value."""
+    return name.startswith(_SWITCHES) or name in _OTHER_SWITCHES
 
 
 def _value(text: str) -> Any:

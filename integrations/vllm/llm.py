@@ -172,11 +172,16 @@ class LLM:
         found = params_for_quire(params)
         if limit is None:
             return found
-        if found is None:
-            found = self.quire.get_default_sampling_params()
         if isinstance(found, list):
-            return [replace(each, truncate_prompt_tokens=limit) for each in found]
-        return replace(found, truncate_prompt_tokens=limit)
+            return [self._shortened(each, limit) for each in found]
+        return self._shortened(found, limit)
+
+    def _shortened(self, params: Any, limit: int) -> Any:
+        if params is None:
+            params = self.quire.get_default_sampling_params()
+        if not isinstance(params, quire.SamplingParams):
+            return params  # for the engine to refuse
+        return replace(params, truncate_prompt_tokens=limit)
 
     # -- numbers ---------------------------------------------------------------------------------
 
@@ -255,6 +260,11 @@ class LLM:
     def model_config(self) -> Any:
         """What is known of the model."""
         return self.llm_engine.model_config
+
+    @property
+    def supported_tasks(self) -> tuple[str, ...]:
+        """What the model is for, in vLLM's words."""
+        return self.llm_engine.get_supported_tasks()
 
     def get_world_size(self, include_dp: bool = True) -> int:
         """Return how many processes compute the model."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cached_property
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,18 @@ from quire.errors import InvalidRequestError
 from quire.integrations.vllm.engine_args import EngineArgs, as_quire
 from quire.integrations.vllm.exceptions import GenerationError, VLLMValidationError, translated
 from quire.integrations.vllm.metrics import Metric, as_metrics
+from quire.integrations.vllm.model_access import collective_rpc
 from quire.integrations.vllm.model_config import ModelConfig
-from quire.integrations.vllm.prompts import one_prompt, params_for_quire, pooling_for_quire
+from quire.integrations.vllm.prompts import (
+    one_prompt,
+    params_for_quire,
+    pooling_for_quire,
+    token_limit,
+)
 from quire.integrations.vllm.tokenizers import get_tokenizer
 from quire.outputs import EmbeddingRequestOutput, RequestOutput
 from quire.pooling_params import PoolingParams as QuirePoolingParams
+from quire.sampling_params import RequestOutputKind
 
 if TYPE_CHECKING:
     from quire.waiting import Event
@@ -36,8 +44,11 @@ class LLMEngine:
 
     def __init__(self, llm: quire.LLM) -> None:
         self._llm = llm
-        self._events: SimpleQueue[tuple[str, Event]] = SimpleQueue()
+        # With the number: a name may be another request's by the time an event is read.
+        self._events: SimpleQueue[tuple[str, str, Event]] = SimpleQueue()
         self._in_flight: dict[str, str] = {}  # the caller's name to the engine's number
+        self._aborted: set[str] = set()
+        self._in_parts: set[str] = set()  # whose outputs are deltas
 
     @classmethod
     def of(cls, llm: quire.LLM) -> LLMEngine:
@@ -62,18 +73,23 @@ class LLMEngine:
         tokenization_kwargs: dict[str, Any] | None = None,
         trace_headers: Any = None,
         priority: int = 0,
+        session_id: str | None = None,
+        prompt_text: str | None = None,
+        kv_hints: Any = None,
     ) -> str:
         """Queue a request.
 
         Parameters
         ----------
         request_id : str
-            That no other request in flight has.
+            That no other request in flight has; of one that was aborted it can be used again.
         prompt : str, dict or list of int
         params : SamplingParams or PoolingParams
         lora_request, priority
             As in ``LLM.generate``.
-        arrival_time, tokenization_kwargs, trace_headers
+        tokenization_kwargs : dict, optional
+            ``truncate_prompt_tokens``.
+        arrival_time, trace_headers, session_id, prompt_text, kv_hints
             Without effect.
 
         Returns
@@ -90,33 +106,49 @@ class LLMEngine:
         """
         if not isinstance(request_id, str):
             raise TypeError(f"request_id must be a str, got {type(request_id).__name__}")
-        if request_id in self._in_flight:
+        if request_id in self._in_flight and request_id not in self._aborted:
             raise VLLMValidationError(
                 f"request_id={request_id!r} is in flight already: ids must be unique"
             )
         llm = self._llm
         with translated():
             told = one_prompt(prompt)
-            if isinstance(params, QuirePoolingParams):
-                request = llm._make_embedding(told, pooling_for_quire(params), lora_request)
-            elif params is None:
+            wanted = params_for_quire(pooling_for_quire(params))
+            limit = token_limit(tokenization_kwargs)
+            if limit is not None and isinstance(wanted, (QuirePoolingParams, quire.SamplingParams)):
+                wanted = replace(wanted, truncate_prompt_tokens=limit)
+            if isinstance(wanted, QuirePoolingParams):
+                request = llm._make_embedding(told, wanted, lora_request)
+            elif wanted is None:
                 raise InvalidRequestError("params is missing: give SamplingParams or PoolingParams")
             else:
                 request = llm._make_request(
-                    told, params_for_quire(params), lora_request=lora_request, priority=priority
+                    told, wanted, lora_request=lora_request, priority=priority
                 )
-            self._in_flight[request_id] = request.request_id
+            number = request.request_id
 
             def sink(event: Event) -> None:
-                self._events.put((request_id, event))
+                self._events.put((request_id, number, event))
 
-            llm._lifetime.start().submit([(request, sink)])
+            loop = llm._lifetime.start()  # it may be closed, or asleep
+            self._forget(request_id)
+            self._in_flight[request_id] = number
+            if getattr(params, "output_kind", None) is RequestOutputKind.DELTA:
+                self._in_parts.add(request_id)
+            loop.submit([(request, sink)])
         return request_id
 
-    def abort_request(self, request_id: str | Iterable[str], internal: bool = False) -> None:
+    def _forget(self, name: str) -> None:
+        self._in_flight.pop(name, None)
+        self._aborted.discard(name)
+        self._in_parts.discard(name)
+
+    def abort_request(self, request_ids: str | Iterable[str], internal: bool = False) -> None:
         """End requests; their last outputs come with the next step. Unknown ids are passed over."""
-        names = [request_id] if isinstance(request_id, str) else list(request_id)
-        numbers = [self._in_flight[name] for name in names if name in self._in_flight]
+        names = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+        names = [name for name in names if name in self._in_flight]
+        self._aborted.update(names)
+        numbers = [self._in_flight[name] for name in names]
         if numbers:
             self._llm._lifetime.start().abort(numbers)
 
@@ -136,33 +168,27 @@ class LLMEngine:
         outputs: dict[str, Any] = {}
         while self._in_flight:
             try:
-                name, event = self._events.get(block=not outputs, timeout=_POLL_SECONDS)
+                name, number, event = self._events.get(block=not outputs, timeout=_POLL_SECONDS)
             except Empty:
                 if outputs:
                     break
                 continue
+            if self._in_flight.get(name) != number:
+                continue  # one that was aborted, whose name is another's by now
             if isinstance(event, RequestOutput):
                 event.request_id = name
-                if event.finished:
-                    del self._in_flight[name]
                 if event.embedding is not None:
                     outputs[name] = EmbeddingRequestOutput.of(event)
-                elif (known := outputs.get(name)) is not None and self._is_part(known, event):
+                elif (known := outputs.get(name)) is not None and name in self._in_parts:
                     known.add(event)
                 else:
                     outputs[name] = event
+                if event.finished:
+                    self._forget(name)
             else:
-                del self._in_flight[name]
+                self._forget(name)
                 raise GenerationError(f"request {name!r}: {event}") from event
         return list(outputs.values())
-
-    @staticmethod
-    def _is_part(known: RequestOutput, later: RequestOutput) -> bool:
-        """Whether an output goes on where another ended, and does not repeat it."""
-        if not known.outputs or not later.outputs:
-            return False
-        before, after = known.outputs[0].token_ids, later.outputs[0].token_ids
-        return after[: len(before)] != before
 
     def get_num_unfinished_requests(self) -> int:
         """Return how many requests are in flight."""
@@ -223,6 +249,42 @@ class LLMEngine:
     def reset_prefix_cache(self, *_: Any, **__: Any) -> bool:
         """Forget all cached prefixes."""
         return self._llm.reset_prefix_cache()
+
+    def get_supported_tasks(self) -> tuple[str, ...]:
+        """Return what the model is for, in vLLM's words."""
+        if self._llm.num_classes is not None:
+            return ("classify",)
+        return ("generate", "embed")
+
+    def reset_mm_cache(self) -> None:
+        """Do nothing: models here read text."""
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Let the engine's memory go until :meth:`wake_up`, see :meth:`quire.LLM.sleep`."""
+        self._llm.sleep(level)
+
+    def wake_up(self, tags: list[str] | None = None) -> bool:
+        """Bring it back; return whether the engine is awake."""
+        self._llm.wake_up()
+        return True
+
+    def is_sleeping(self) -> bool:
+        """Return whether it sleeps."""
+        return self._llm.is_sleeping
+
+    def collective_rpc(
+        self,
+        method: str | Callable[..., Any],
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> list[Any]:
+        """Call a function, or a method by its name, where the model is; see `Worker`."""
+        return collective_rpc(self._llm, method, timeout, args, kwargs)
+
+    def apply_model(self, func: Callable[[Any], Any]) -> list[Any]:
+        """Call a function with the model, between two steps."""
+        return self.collective_rpc(lambda worker: func(worker.get_model()))
 
     def do_log_stats(self) -> None:
         """Do nothing: ``get_metrics`` has the counters."""

@@ -108,13 +108,18 @@ def _as_tensor(found: PoolingRequestOutput[Any], data: Any) -> PoolingRequestOut
 
 def score(llm: quire.LLM, data_1: Any, data_2: Any, **options: Any) -> list[ScoringRequestOutput]:
     """Return how well texts go together, pair by pair."""
-    first: list[Any] = [data_1] if isinstance(data_1, (str, dict)) else list(data_1)
-    second: list[Any] = [data_2] if isinstance(data_2, (str, dict)) else list(data_2)
+    first: Any
+    second: Any
+    first, second = ([each] if isinstance(each, (str, dict)) else each for each in (data_1, data_2))
+    if not (isinstance(first, (list, tuple)) and isinstance(second, (list, tuple))):
+        raise InvalidRequestError("score takes two texts, or lists of texts")
+    first = list(first)
+    num_first = len(first)
     if len(first) == 1:
         first *= len(second)
     if not first or len(first) != len(second):
         raise InvalidRequestError(
-            f"score takes one text against many, or as many as the other: {len(first)} and "
+            f"score takes one text against many, or as many as the other: {num_first} and "
             f"{len(second)} were given"
         )
     options.pop("chat_template", None)

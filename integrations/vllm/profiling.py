@@ -19,6 +19,20 @@ logger = get_logger(__name__)
 _FOLDER = "VLLM_TORCH_PROFILER_DIR"
 
 
+def _started() -> Any:
+    from torch.profiler import ProfilerActivity, profile
+
+    from quire.utils.device import found_accelerator
+
+    activities = [ProfilerActivity.CPU]
+    kind = found_accelerator()
+    if kind is not None and hasattr(ProfilerActivity, kind.upper()):
+        activities.append(getattr(ProfilerActivity, kind.upper()))
+    running = profile(activities=activities)
+    running.start()
+    return running
+
+
 class Profiler:
     """Records what the engine's thread does, from a start to a stop.
 
@@ -53,16 +67,11 @@ class Profiler:
             raise VLLMValidationError(
                 "start_profile: a profile is running; call stop_profile first"
             )
-        import torch
-        from torch.profiler import ProfilerActivity, profile
-
-        activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(ProfilerActivity.CUDA)
-        running = profile(activities=activities)
-        # torch records the thread that starts it.
-        self._llm._call(lambda engine: running.start())
-        self._running, self._prefix = running, prefix or "quire"
+        # torch records the thread that starts it, and complains where its profiler is first used
+        # on another thread than that which imported torch: mostly this one.
+        _started().stop()
+        self._running = self._llm._call(lambda engine: _started())
+        self._prefix = prefix or "quire"
 
     def stop(self) -> None:
         """End, and write the trace.

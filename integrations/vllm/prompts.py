@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quire.errors import NotSupportedError
 from quire.integrations.vllm.exceptions import VLLMValidationError
 from quire.integrations.vllm.pooling_params import PoolingParams
 from quire.integrations.vllm.sampling_params import SamplingParams
+from quire.utils.checks import shown
 
 _OTHER_INPUTS = ("multi_modal_data", "mm_processor_kwargs", "prompt_embeds", "multi_modal_uuids")
 
@@ -24,7 +25,8 @@ def one_prompt(prompt: Any) -> Any:
     if not isinstance(prompt, dict):
         return prompt
     for name in _OTHER_INPUTS:
-        if prompt.get(name):
+        value = prompt.get(name)
+        if value is not None and not (isinstance(value, (dict, list, tuple)) and not value):
             raise NotSupportedError(
                 f"{name}: models here read text, and nothing else; leave it out"
             )
@@ -47,9 +49,7 @@ def all_prompts(prompts: Any, prompt_token_ids: Any = None) -> Any:
         As calls before vLLM 0.10 gave them beside, or in place of, texts.
     """
     if prompt_token_ids is not None:
-        ids = list(prompt_token_ids)
-        if ids and not isinstance(ids[0], Sequence):
-            ids = [ids]
+        ids = _lists(prompt_token_ids)
         texts = [None] * len(ids) if prompts is None else prompts
         texts = [texts] if isinstance(texts, str) else texts
         if len(texts) != len(ids):
@@ -57,12 +57,33 @@ def all_prompts(prompts: Any, prompt_token_ids: Any = None) -> Any:
                 f"prompt_token_ids has {len(ids)} entries, and there are {len(texts)} prompts"
             )
         return [
-            {"prompt_token_ids": list(own), **({} if text is None else {"prompt": text})}
+            {"prompt_token_ids": own, **({} if text is None else {"prompt": text})}
             for text, own in zip(texts, ids, strict=True)
         ]
     if isinstance(prompts, (list, tuple)):
         return [one_prompt(each) for each in prompts]
     return one_prompt(prompts)
+
+
+def _lists(prompt_token_ids: Any) -> list[list[Any]]:
+    """Return token ids, of one prompt or of several, arrays too, as a list per prompt."""
+    found: list[Any] = []
+    is_list = isinstance(prompt_token_ids, Iterable) and not isinstance(prompt_token_ids, str)
+    if is_list:
+        found = [list(e) if _is_sized(e) else e for e in prompt_token_ids]
+        if found and not any(isinstance(each, list) for each in found):
+            found = [found]
+    if not is_list or not all(isinstance(each, list) for each in found):
+        raise VLLMValidationError(
+            "prompt_token_ids must be a list of token ids, or a list of these, got "
+            f"{shown(prompt_token_ids)}"
+        )
+    return found
+
+
+def _is_sized(value: Any) -> bool:
+    # An array's numbers are none, though their class has what sized things have.
+    return not isinstance(value, (str, dict)) and hasattr(value, "__len__")
 
 
 def params_for_quire(params: Any) -> Any:
@@ -94,10 +115,14 @@ def token_limit(tokenization_kwargs: Any) -> int | None:
     """
     if not tokenization_kwargs:
         return None
+    if not isinstance(tokenization_kwargs, Mapping):
+        raise VLLMValidationError(
+            f"tokenization_kwargs must be a dict, got {shown(tokenization_kwargs)}"
+        )
     others = set(tokenization_kwargs) - {"truncate_prompt_tokens"}
     if others:
         raise NotSupportedError(
-            f"tokenization_kwargs has {', '.join(sorted(others))}; quire takes "
+            f"tokenization_kwargs has {', '.join(sorted(map(str, others)))}; quire takes "
             "truncate_prompt_tokens, and token ids for all else"
         )
     limit: int | None = tokenization_kwargs.get("truncate_prompt_tokens")

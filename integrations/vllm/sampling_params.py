@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -43,13 +44,48 @@ class _StructuredOutputs:
 @refuse_unknown_keywords
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutputsParams(QuireStructuredOutputsParams):
-    """What the text has to match, see :class:`quire.StructuredOutputsParams`."""
+    """What the text has to match, see :class:`quire.StructuredOutputsParams`.
+
+    Parameters
+    ----------
+    disable_additional_properties : bool
+        Objects of ``json`` have the properties that the schema lists, where it does not say
+        otherwise itself.
+    """
+
+    disable_additional_properties: bool = False
 
     def __post_init__(self) -> None:
+        if self.disable_additional_properties and self.json is not None:
+            object.__setattr__(self, "json", _closed(self.json))
         try:
             super().__post_init__()
         except InvalidRequestError as error:
             raise VLLMValidationError(str(error)) from error
+
+
+def _closed(schema: Any) -> Any:
+    """Return a schema whose objects have no properties beside those that it lists.
+
+    What cannot be read is returned as it is, for its reader to say what is wrong.
+    """
+    if isinstance(schema, str):
+        try:
+            return json.dumps(_closed(json.loads(schema)))
+        except (ValueError, RecursionError):
+            return schema
+    if isinstance(schema, type) and hasattr(schema, "model_json_schema"):
+        return _closed(schema.model_json_schema())
+    if isinstance(schema, list):
+        return [each if isinstance(each, str) else _closed(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {
+        name: each if isinstance(each, str) else _closed(each) for name, each in schema.items()
+    }
+    if "properties" in found or "patternProperties" in found:
+        found.setdefault("additionalProperties", False)
+    return found
 
 
 @refuse_unknown_keywords

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,3 +103,74 @@ def test_threads_that_sleep_and_wake_at_once_agree(tiny_llama: Path) -> None:
         for thread in threads:
             thread.join(60)
         assert llm.generate("the", GREEDY, use_tqdm=False)[0].finished
+
+
+def test_a_request_that_comes_while_others_are_aborted_does_not_hinder_sleep(
+    tiny_llama: Path,
+) -> None:
+    with LLM(str(tiny_llama), dtype="float32", num_gpu_blocks_override=100) as llm:
+        llm.generate("the", GREEDY, use_tqdm=False)
+        loop = llm.engine_loop
+        events: list[Any] = []
+        abort_all = loop.abort_all
+
+        def with_another(engine: Any) -> None:
+            abort_all(engine)
+            loop.submit([(llm._make_request("the quick", GREEDY), events.append)])
+
+        loop.abort_all = with_another  # type: ignore[method-assign]
+        llm.sleep(1)
+        assert llm.is_sleeping
+        llm.wake_up()
+        assert llm.generate("the", GREEDY, use_tqdm=False)[0].finished
+        [refused] = events
+        assert isinstance(refused, quire.EngineClosedError)
+
+
+def test_a_request_right_after_waking_waits_for_what_makes_it(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import quire.llm
+
+    with LLM(str(tiny_llama), dtype="float32", num_gpu_blocks_override=100) as llm:
+        llm.sleep(2)
+        made = quire.llm.RequestMaker
+        found: list[quire.RequestOutput] = []
+
+        def slow(*args: object) -> object:
+            other = threading.Thread(
+                target=lambda: found.append(llm.generate("the", GREEDY, use_tqdm=False)[0])
+            )
+            other.start()
+            other.join(0.2)
+            threads.append(other)
+            return made(*args)  # type: ignore[arg-type]
+
+        threads: list[threading.Thread] = []
+        monkeypatch.setattr(quire.llm, "RequestMaker", slow)
+        llm.wake_up()
+        threads[0].join(30)
+        assert [output.finished for output in found] == [True]
+
+
+def test_one_that_was_closed_asleep_is_closed(tiny_llama: Path) -> None:
+    llm = LLM(str(tiny_llama), dtype="float32", num_gpu_blocks_override=50)
+    llm.sleep(2)
+    llm.close()
+    assert not llm.is_sleeping
+    with pytest.raises(quire.EngineClosedError, match="closed"):
+        llm.sleep(1)
+    with pytest.raises(quire.EngineClosedError, match="closed"):
+        llm.wake_up()
+
+
+def test_waking_that_fails_loses_no_adapter(tiny_llama: Path) -> None:
+    with LLM(str(tiny_llama), dtype="float32", num_gpu_blocks_override=50) as llm:
+        llm.sleep(2)
+        adapter = quire.LoRARequest("a", 1, "/nowhere")
+        llm._sleep._adapters = [adapter]
+        for _ in range(2):
+            with pytest.raises(quire.AdapterError):
+                llm.wake_up()
+            assert llm.is_sleeping
+            assert llm._sleep._adapters == [adapter]

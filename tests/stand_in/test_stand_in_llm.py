@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import quire
@@ -270,3 +271,28 @@ def test_arguments_come_from_a_command_line(tiny_llama: Path) -> None:
     assert found.swap_space is None
     with pytest.raises(AttributeError):
         found.nothing  # noqa: B018
+
+
+def test_odd_prompts_and_options(llm: LLM) -> None:
+    one = SamplingParams(temperature=0, max_tokens=1)
+    for ids in (np.array([[5, 6], [7, 8]]), [np.array([5, 6]), (7, 8)]):
+        outputs = llm.generate(prompt_token_ids=ids, sampling_params=one, use_tqdm=False)
+        assert [output.prompt_token_ids for output in outputs] == [[5, 6], [7, 8]]
+    for ids in (np.array([5, 6]), (5, 6)):
+        [output] = llm.generate(prompt_token_ids=ids, sampling_params=one, use_tqdm=False)
+        assert output.prompt_token_ids == [5, 6]
+    for wrong in (5, [[5], 6], "abc"):
+        with pytest.raises(VLLMValidationError, match="prompt_token_ids"):
+            llm.generate(prompt_token_ids=wrong)
+    with pytest.raises(quire.NotSupportedError, match="multi_modal_data"):
+        llm.generate({"prompt": "a", "multi_modal_data": np.zeros(3)})
+    short = {"truncate_prompt_tokens": 1}
+    [output] = llm.generate(["the quick"], [None], tokenization_kwargs=short, use_tqdm=False)
+    assert len(output.prompt_token_ids) == 1
+    with pytest.raises(VLLMValidationError, match="sampling_params"):
+        llm.generate("a", {"max_tokens": 1}, tokenization_kwargs=short)
+    with pytest.raises(VLLMValidationError, match="tokenization_kwargs"):
+        llm.generate("a", one, tokenization_kwargs=[1])  # type: ignore[arg-type]
+    for first, second in ((None, "a"), (1, 2), (["a"], [1])):
+        with pytest.raises(VLLMValidationError, match="text"):
+            llm.score(first, second, use_tqdm=False)

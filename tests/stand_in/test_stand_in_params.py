@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from typing import Any
 
@@ -159,3 +160,20 @@ def test_former_names_say_the_same() -> None:
     assert SamplingParams(guided_decoding=GuidedDecodingParams()).structured_outputs is None
     assert not PoolingParams(softmax=False).activates
     assert PoolingParams().activates
+
+
+def test_additional_properties_can_be_ruled_out() -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "object", "properties": {"properties": {"type": "null"}}}},
+    }
+    for kind in (StructuredOutputsParams, GuidedDecodingParams):
+        for form in (schema, json.dumps(schema)):
+            wanted = kind(json=form, disable_additional_properties=True)
+            found: Any = SamplingParams(structured_outputs=wanted).structured_outputs
+            closed = json.loads(found.json) if isinstance(found.json, str) else found.json
+            assert closed["additionalProperties"] is False
+            assert closed["properties"]["a"]["additionalProperties"] is False
+    assert "additionalProperties" not in schema
+    with pytest.raises(VLLMValidationError, match="json"):
+        StructuredOutputsParams(json="{", disable_additional_properties=True)
