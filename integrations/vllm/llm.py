@@ -98,6 +98,8 @@ class LLM:
         """
         if prompts is None and prompt_token_ids is None:
             raise VLLMValidationError("prompts is missing: give a text, or token ids")
+        if isinstance(prompts, (list, tuple)) and not prompts and prompt_token_ids is None:
+            return []
         with translated():
             return self.quire.generate(
                 all_prompts(prompts, prompt_token_ids),

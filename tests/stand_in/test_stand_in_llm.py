@@ -78,6 +78,7 @@ def test_old_and_new_forms_of_prompts_mean_the_same(llm: LLM) -> None:
     kwargs = {"truncate_prompt_tokens": 1}
     [cut] = llm.generate("the quick brown", GREEDY, use_tqdm=False, tokenization_kwargs=kwargs)
     assert len(cut.prompt_token_ids) == 1
+    assert llm.generate([], GREEDY) == []
     with pytest.raises(VLLMValidationError, match="prompts is missing"):
         llm.generate()
     with pytest.raises(quire.NotSupportedError, match="multi_modal_data"):
