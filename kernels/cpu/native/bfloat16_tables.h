@@ -9,6 +9,7 @@
 #include "block_pairs.h"
 #include "chunk.h"
 #include "float_codes.h"
+#include "int_codes.h"
 #include "outliers.h"
 #include "table_layout.h"
 #include "tiles.h"
@@ -127,6 +128,7 @@ struct TableBlocks {
   int64_t numbers[Blocks];
   const char* codes[Blocks];
   const uint16_t* tables[Blocks];
+  int64_t steps;
   int64_t ahead;  // from a block's end to what is gone over next of it
 
   // A quarter of a step's codes, to tiles of [block][4][16 outputs][32].
@@ -134,13 +136,17 @@ struct TableBlocks {
   void look_up(int64_t step, int quarter, uint16_t* tiles) const {
     const int64_t place = step * kBytesOfStep + quarter * 256;
     int64_t later = place + kCodesAhead;
-    if (later >= num_steps(*weights[0]) * kBytesOfStep) later += ahead;
+    const int64_t beyond = later - steps * kBytesOfStep;
+    if (beyond >= 0) later += ahead;
+    // Tables come with the first codes of what is next.
+    const bool asks_for_tables = Asks && beyond >= 0 && beyond < kTableBytes;
 #pragma GCC unroll 4
     for (int b = 0; b < Blocks; ++b) {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const int o = 4 * quarter + i;
         if constexpr (Asks) __builtin_prefetch(codes[b] + later + i * 64);
+        if (asks_for_tables) __builtin_prefetch(codes[b] + later - kTableBytes + i * 64);
         look_up_output(codes[b] + place + i * 64, tables[b] + o * 16,
                        tiles + b * 4 * kTile + o * kDepth);
       }
@@ -165,7 +171,7 @@ inline void each_tile(With with) {
 template <int Inputs, int Blocks, typename Beside>
 inline void add_step(const TurnedInputs& x, int64_t row, int64_t step, const uint16_t* tiles,
                      Beside beside) {
-  static_assert(Inputs * Blocks <= 4);
+  static_assert(Inputs * Blocks <= 4 && Blocks <= 2);
   const uint16_t* inputs = x.at(row, step * kColumnsOfStep);
   const int64_t stride = x.stride(row), of_chunk = x.step(row);
 #pragma GCC unroll 4
@@ -182,21 +188,36 @@ inline void add_step(const TurnedInputs& x, int64_t row, int64_t step, const uin
   }
 }
 
-// sums[b][16 rows at a time][16 outputs][16 rows] of the group that begins with `row`, the only one.
+// What is stored is loaded as a tile only when it has left the store buffer: so the next step is
+// looked up before one is multiplied, also that of the blocks which come next.
+struct LookedUp {
+  alignas(64) uint16_t memory[2][2 * 4 * kTile];
+  int current = 0;
+  bool is_there = false;
+};
+
+// sums[b][16 rows at a time][16 outputs][16 rows] of the only group; `following` may be null.
 template <int Inputs, int Blocks>
-inline void sum_one_group(const TableBlocks<Blocks>& blocks, const TurnedInputs& x, float* sums) {
-  // What is stored is loaded as a tile only when it has left the store buffer: so the next step is
-  // looked up before one is multiplied.
-  alignas(64) uint16_t memory[2][Blocks * 4 * kTile];
-  const int64_t steps = num_steps(*blocks.weights[0]);
-  for (int q = 0; q < 4; ++q) blocks.template look_up<true>(0, q, memory[0]);
-  each_tile<Inputs * Blocks>([](auto i) { tile_zero<i()>(); });
-  for (int64_t s = 0; s < steps; ++s) {
-    uint16_t* next = memory[(s + 1) % 2];
-    add_step<Inputs, Blocks>(x, 0, s, memory[s % 2], [&](int quarter) {
-      if (s + 1 < steps) blocks.template look_up<true>(s + 1, quarter, next);
-    });
+inline void sum_one_group(const TableBlocks<Blocks>& blocks, const TableBlocks<Blocks>* following,
+                          const TurnedInputs& x, LookedUp& tiles, float* sums) {
+  if (!tiles.is_there) {
+    for (int q = 0; q < 4; ++q) {
+      blocks.template look_up<true>(0, q, tiles.memory[tiles.current]);
+    }
   }
+  each_tile<Inputs * Blocks>([](auto i) { tile_zero<i()>(); });
+  for (int64_t s = 0; s < blocks.steps; ++s) {
+    uint16_t* next = tiles.memory[1 - tiles.current];
+    add_step<Inputs, Blocks>(x, 0, s, tiles.memory[tiles.current], [&](int quarter) {
+      if (s + 1 < blocks.steps) {
+        blocks.template look_up<true>(s + 1, quarter, next);
+      } else if (following != nullptr) {
+        following->template look_up<true>(0, quarter, next);
+      }
+    });
+    tiles.current = 1 - tiles.current;
+  }
+  tiles.is_there = following != nullptr;
   each_tile<Inputs * Blocks>([&](auto i) { tile_store<i()>(sums + i() * kTileSums, 64); });
 }
 
@@ -209,7 +230,7 @@ template <int Blocks>
 inline void sum_groups(const TableBlocks<Blocks>& blocks, const TurnedInputs& x, int64_t row,
                        int64_t rows, float* sums) {
   alignas(64) uint16_t memory[kStepsAtOnce][Blocks * 4 * kTile];
-  const int64_t steps = num_steps(*blocks.weights[0]);
+  const int64_t steps = blocks.steps;
   for (int64_t first = 0; first < steps; first += kStepsAtOnce) {
     const int64_t count = std::min(kStepsAtOnce, steps - first);
     for (int64_t s = 0; s < count; ++s) {
@@ -288,26 +309,25 @@ inline void finish_group(const TurnedProduct& t, const TableBlocks<Blocks>& bloc
 }
 
 template <int Blocks>
-inline void multiply_table_blocks(const TurnedProduct& t, const TableBlocks<Blocks>& blocks) {
+inline void multiply_table_blocks(const TurnedProduct& t, const TableBlocks<Blocks>& blocks,
+                                  const TableBlocks<Blocks>* following, LookedUp& tiles) {
   alignas(64) float sums[kTableGroups * 4 * kTileSums];
   const TurnedInputs& x = t.x;
   if (x.rows <= 16) {
-    sum_one_group<1>(blocks, x, sums);
+    sum_one_group<1>(blocks, following, x, tiles, sums);
     finish_group(t, blocks, 0, sums);
     return;
   }
-  if constexpr (Blocks <= 2) {
-    if (x.rows <= 32) {
-      sum_one_group<2>(blocks, x, sums);
-      finish_group(t, blocks, 0, sums);
-      return;
-    }
-    for (int64_t row = 0; row < x.rows; row += kTableGroups * 32) {
-      const int64_t rows = std::min(kTableGroups * 32, x.rows - row);
-      sum_groups(blocks, x, row, rows, sums);
-      for (int64_t r = 0; r < rows; r += 32) {
-        finish_group(t, blocks, row + r, sums + r / 32 * 4 * kTileSums);
-      }
+  if (x.rows <= 32) {
+    sum_one_group<2>(blocks, following, x, tiles, sums);
+    finish_group(t, blocks, 0, sums);
+    return;
+  }
+  for (int64_t row = 0; row < x.rows; row += kTableGroups * 32) {
+    const int64_t rows = std::min(kTableGroups * 32, x.rows - row);
+    sum_groups(blocks, x, row, rows, sums);
+    for (int64_t r = 0; r < rows; r += 32) {
+      finish_group(t, blocks, row + r, sums + r / 32 * 4 * kTileSums);
     }
   }
 }
@@ -337,15 +357,14 @@ inline void multiply_bfloat16_tables(Thread& thread, const Product& product, uin
   const TurnedProduct t{p, x, columns};
   const bool is_gated = p.factor != nullptr;
   const int64_t num_blocks = (weight.out + kBlock - 1) / kBlock;
-  const int64_t at_once = 2 * kBlocksAtOnce, step = is_gated ? 1 : 2;
+  const int64_t at_once = codes_at_once(weight, num_blocks), step = is_gated ? 1 : 2;
   thread.share((num_blocks + at_once - 1) / at_once, [&](int64_t item) {
     const int64_t end = std::min(num_blocks, (item + 1) * at_once);
-    // `count` blocks are one, a pair, or two pairs.
-    auto multiply_at = [&](int64_t b, auto count) {
+    auto blocks_at = [&](int64_t b, auto count) {
       TableBlocks<count()> blocks;
       for (int i = 0; i < count(); ++i) {
-        const int64_t number = is_gated ? b + i / 2 : b + i;
-        const Matrix& m = is_gated && i % 2 == 1 ? *p.factor : weight;
+        const int64_t number = is_gated ? b : b + i;
+        const Matrix& m = is_gated && i == 1 ? *p.factor : weight;
         const char* block = codes_block(m, number);
         blocks.weights[i] = &m;
         blocks.numbers[i] = number;
@@ -355,22 +374,24 @@ inline void multiply_bfloat16_tables(Thread& thread, const Product& product, uin
         prefetch_outliers(m, number * kBlock);
       }
       // What follows a block is gone over beside it: up to the next of its weight's that is not.
-      const int64_t beside = is_gated ? count() / 2 : count();
-      const int64_t bytes = num_steps(weight) * kBytesOfStep;
-      blocks.ahead = beside * weight.codes->block_bytes - bytes;
-      multiply_table_blocks<count()>(t, blocks);
+      blocks.steps = num_steps(weight);
+      blocks.ahead = step * weight.codes->block_bytes - blocks.steps * kBytesOfStep;
+      return blocks;
     };
-    for (int64_t b = item * at_once; b < end;) {
-      if (p.rows <= 16 && b + 2 * step <= end) {
-        multiply_at(b, std::integral_constant<int, 4>());
-        b += 2 * step;
-      } else if (is_gated || b + 1 < end) {
-        multiply_at(b, std::integral_constant<int, 2>());
-        b += step;
-      } else {
-        multiply_at(b++, std::integral_constant<int, 1>());
+    constexpr std::integral_constant<int, 1> one;
+    constexpr std::integral_constant<int, 2> two;
+    LookedUp tiles;
+    int64_t b = item * at_once;
+    if (b + step <= end) {
+      TableBlocks<2> blocks = blocks_at(b, two);
+      for (; b + step <= end; b += step) {
+        const bool is_last = b + 2 * step > end;
+        const TableBlocks<2> following = is_last ? blocks : blocks_at(b + step, two);
+        multiply_table_blocks<2>(t, blocks, is_last ? nullptr : &following, tiles);
+        blocks = following;
       }
     }
+    if (b < end) multiply_table_blocks<1>(t, blocks_at(b, one), nullptr, tiles);
   });
 }
 #else
