@@ -20,6 +20,8 @@ class QuantizedOperations(Protocol):
         Inputs are rounded first where the weight says so, see `QuantizedWeight.activations`; else
         no input may lose more than a part in 2^15 of the largest of its group, nor an entry of a
         table more than a part in 2^15 of the table's largest; and their product as much again.
+        In a model of bfloat16, inputs may be rounded to that instead, as those of plain weights
+        are; and, where an output has a table and one scale, its entries times that scale.
 
         Parameters
         ----------

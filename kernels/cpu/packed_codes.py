@@ -18,6 +18,10 @@ _LONG_UNITS = (256, 192)
 """Of integers under one scale that are zero at 0: more would not fit sums of 32 bits."""
 _TABLE_UNITS = (256, 128, 64)
 """Of entries of tables under one scale: multiples of 64, which is what tiles take."""
+_TABLE_STEP = 128
+"""What these are a multiple of, where tables are bfloat16."""
+_TILES = ("amx", "amx-emulated")
+"""Instruction sets with tiles of bfloat16."""
 _TABLE_BYTES = 4 + 2 * 16
 """Of an output's table in its block: a scale, and entries of 16 bits."""
 _HALF_BYTES = ("int4", "table4")
@@ -59,6 +63,13 @@ def _longest(in_features: int, units: Sequence[int]) -> int:
     return min(units, key=lambda unit: (-(-in_features // unit) * unit, -unit))
 
 
+def _goes_by_bfloat16_tables(library: ctypes.CDLL, weight: QuantizedWeight) -> bool:
+    """Whether the library multiplies bfloat16 tables of outputs, with their scales in them."""
+    isa: bytes = library.quire_isa()
+    per_output = weight.table is not None and weight.table.dim() == 2
+    return per_output and weight.scales.shape[1] == 1 and isa.decode() in _TILES
+
+
 class PackedCodes:
     """A copy of a weight's codes in blocks of 16 outputs, with what the kernels need besides.
 
@@ -72,7 +83,8 @@ class PackedCodes:
         Returns a tensor of so many bytes, uint8; by default ``torch.empty``.
     rounds_inputs : bool, optional
         Whether inputs may be rounded to bfloat16, as those of plain weights in bfloat16 are; it is
-        done where that is faster: of fp8 codes, by AMX.
+        done where that is faster: by AMX, of fp8 codes and of tables of outputs under one scale,
+        whose entries times that scale are then rounded so, too.
 
     Attributes
     ----------
@@ -108,6 +120,9 @@ class PackedCodes:
             raise ValueError(f"a scale of fp8 codes reaches {_SCALE_LIMIT:g}")
         self._library = library
         unit = unit_of(weight)
+        has_bfloat16_tables = rounds_inputs and _goes_by_bfloat16_tables(library, weight)
+        if has_bfloat16_tables:
+            unit = max(unit, _TABLE_STEP)
         self.in_features, self.out_features = weight.in_features, weight.out_features
         num_groups = weight.scales.shape[1]
         self._units_per_group = 1 if num_groups == 1 else weight.group_size // unit
@@ -139,6 +154,7 @@ class PackedCodes:
         self._blocks = memory[first : first + num_blocks * self._block_bytes]
         self._kept: list[torch.Tensor] = []
         self._codes = self._describe(weight, unit)
+        self._codes.has_bfloat16_tables = has_bfloat16_tables
         self._codes.rounds_to_bfloat16 = self.rounds_inputs = rounds_inputs
         self.num_bytes = memory.nbytes + sum(each.nbytes for each in self._kept)
         self._convert(library.quire_pack_codes, weight, self._blocks)
@@ -248,6 +264,7 @@ class PackedCodes:
         """
         return (
             self._has_zeros == other._has_zeros
+            and self._codes.has_bfloat16_tables == other._codes.has_bfloat16_tables
             and concatenate([self._rest, other._rest]) is not None
         )
 

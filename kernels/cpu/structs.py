@@ -43,6 +43,7 @@ class Codes(ctypes.Structure):
         ("factors", c_void_p),
         ("tables", c_void_p),
         ("has_tables", c_int32),
+        ("has_bfloat16_tables", c_int32),
         ("has_subnormals", c_int32),
         ("rounds_to_bfloat16", c_int32),
         ("rounds_to_int8", c_int32),

@@ -201,10 +201,10 @@ def test_fp8_under_scales_that_would_overflow_is_left_to_others() -> None:
         PackedCodes(load_library(), weight)
 
 
-@given(weight=drawn(*KINDS))
-def test_packed_codes_are_read_as_they_were(weight: QuantizedWeight) -> None:
+@given(weight=drawn(*KINDS), rounds_inputs=st.booleans())
+def test_packed_codes_are_read_as_they_were(weight: QuantizedWeight, rounds_inputs: bool) -> None:
     """Bit for bit, whole and by rows; so adapters and tied embeddings see what was loaded."""
-    packed = PackedCodes(load_library(), weight)
+    packed = PackedCodes(load_library(), weight, rounds_inputs=rounds_inputs)
     ids = torch.tensor([0, weight.out_features - 1, weight.out_features // 2, 0])
     for found, expected in ((packed.read(), weight), (packed.rows(ids), weight.select(ids))):
         tensors, others = found.tensors(), expected.tensors()
@@ -314,12 +314,14 @@ def run_model(model: structs.Model, ids: torch.Tensor) -> torch.Tensor:
     return hidden
 
 
-@given(weight=drawn(*KINDS), seed=st.integers(0, 2**32 - 1))
-def test_a_tied_embedding_is_read_from_codes(isa: str, weight: QuantizedWeight, seed: int) -> None:
-    """Each number is the dequantized weight's."""
+@given(weight=drawn(*KINDS), rounds_inputs=st.booleans(), seed=st.integers(0, 2**32 - 1))
+def test_a_tied_embedding_is_read_from_codes(
+    isa: str, weight: QuantizedWeight, rounds_inputs: bool, seed: int
+) -> None:
+    """Each number is the dequantized weight's, also where products round it."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, weight.out_features, (4,), generator=generator)
-    packed = PackedCodes(load_library(), weight)
+    packed = PackedCodes(load_library(), weight, rounds_inputs=rounds_inputs)
     model = structs.Model()
     model.hidden_size = model.embedding_size = weight.in_features
     model.embed_is_packed = True
@@ -330,14 +332,21 @@ def test_a_tied_embedding_is_read_from_codes(isa: str, weight: QuantizedWeight, 
 @pytest.mark.parametrize("rows", [1, 3, 20])
 @pytest.mark.parametrize(
     ("gate_kind", "up_kind"),
-    [*((kind, kind) for kind in KINDS), ("table", "tables"), ("fp8", "normal fp8")],
+    [
+        *((kind, kind) for kind in KINDS),
+        ("table", "tables"),
+        ("fp8", "normal fp8"),
+        ("tables", "rounded tables"),
+    ],
 )
 def test_gated_products_of_codes_are_those_of_floats(
     isa: str, gate_kind: str, up_kind: str, rows: int
 ) -> None:
     """Bit for bit or nearly, in a layer that does nothing else."""
-    gate = draw_weight(gate_kind, 50, 96, 32, seed=1)
-    up = draw_weight(up_kind.removeprefix("normal "), 50, 96, 32, seed=2)
+    is_rounded = up_kind.startswith("rounded")
+    group_size = None if is_rounded else 32
+    gate = draw_weight(gate_kind, 50, 96, group_size, seed=1)
+    up = draw_weight(up_kind.split()[-1], 50, 96, group_size, seed=2)
     if up_kind.startswith("normal"):  # none of its codes is subnormal, as many of the gate's are
         codes = up.codes.view(torch.uint8)
         codes[codes & 0x78 == 0] |= 0x10
@@ -349,7 +358,11 @@ def test_gated_products_of_codes_are_those_of_floats(
     }
 
     def run(gate: QuantizedWeight | torch.Tensor, up: QuantizedWeight | torch.Tensor):
-        parts = {**rest, "gate": PackedLinear(gate), "up": PackedLinear(up)}
+        parts = {
+            **rest,
+            "gate": PackedLinear(gate, rounds_inputs=is_rounded),
+            "up": PackedLinear(up, rounds_inputs=is_rounded),
+        }
         caches = torch.zeros(2, rows, 8)
         layer = structs.Layer()
         for name, part in parts.items():
@@ -367,5 +380,6 @@ def test_gated_products_of_codes_are_those_of_floats(
     assert not torch.equal(found, embed)
     expected = run(dequantize(gate), dequantize(up))
     is_split = goes_by_tiles(isa, gate) or gate_kind != "fp8"
-    rounded = 1 if gate_kind == "fp8" else 8  # by steps of 16 bits
+    # By steps of 16 bits, or to bfloat16.
+    rounded = 2**8 if is_rounded else 1 if gate_kind == "fp8" else 8
     assert_same(found, expected, is_split=is_split, size=rounded * expected.abs().amax())

@@ -56,6 +56,7 @@ struct Codes {
   const float* factors;    // [in], by column: what inputs are multiplied with; null: nothing
   const float* tables;     // [16], or [round_up(out, 16)][16] with `has_tables`
   int32_t has_tables;
+  int32_t has_bfloat16_tables;  // they lie as table_layout.h says; there is one scale per output
   int32_t has_subnormals;  // fp8 codes, more than a few of them
   int32_t rounds_to_bfloat16;  // inputs of fp8 codes, where it is faster so
   int32_t rounds_to_int8;  // inputs, by the row's largest, or by:

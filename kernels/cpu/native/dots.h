@@ -4,6 +4,7 @@
 // As there, an output is accumulated in float32 in one order, which the instructions set (of tiles,
 // the even and the odd inputs apart), whatever the number of rows.
 #pragma once
+#include "bfloat16_tables.h"
 #include "block_pairs.h"
 #include "float8_tiles.h"
 #include "float_codes.h"
@@ -176,6 +177,10 @@ inline void multiply_shrunk(Thread& thread, const Product& p, uint16_t* halves) 
       multiply_codes(thread, p, halves);
       return;
     case kTable4:
+      if (has_bfloat16_tables(*p.weight)) {
+        multiply_bfloat16_tables(thread, p, halves);
+        return;
+      }
       multiply_tables(thread, p, halves);
       return;
     case kFloat8:

@@ -250,6 +250,14 @@ inline void add_outliers(const Matrix& weight, int64_t first, const float* x, in
   const int64_t count = std::min<int64_t>(kBlock, weight.out - first);
   for (int64_t o = 0; o < count; ++o) {
     const int64_t end = codes.outlier_first[first + o + 1];
+    if (rows == 1) {  // as below, in a register
+      float sum = values[o];
+      for (int64_t e = codes.outlier_first[first + o]; e < end; ++e) {
+        sum += codes.outlier_values[e] * x[codes.outlier_columns[e]];
+      }
+      values[o] = sum;
+      continue;
+    }
     for (int64_t e = codes.outlier_first[first + o]; e < end; ++e) {
       const float* inputs = x + codes.outlier_columns[e];
       const float value = codes.outlier_values[e];

@@ -87,6 +87,12 @@ void unpack_table_unit(const CodesPacking& p, const char* codes, int64_t num_row
 // The tables of outputs `first` to first + num_rows - 1.
 void pack_tables(const CodesPacking& p, int64_t first, int64_t num_rows, char* to) {
   for (int64_t r = 0; r < num_rows; ++r) {
+    if (p.layout->has_bfloat16_tables) {
+      const BFloat16Table table =
+          bfloat16_table(p.layout->tables + (first + r) * 16, p.scales[first + r]);
+      std::memcpy(to + kTableScales + r * sizeof table, &table, sizeof table);
+      continue;
+    }
     const WholeTable table = whole_table(p.layout->tables + (first + r) * 16);
     std::memcpy(to + r * sizeof(float), &table.scale, sizeof(float));
     char* bytes = to + kTableScales + table_of_output(r);

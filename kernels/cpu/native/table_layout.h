@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "abi.h"
 
@@ -18,14 +19,29 @@ inline bool lies_by_output(const Codes& codes) {
   return codes.has_tables && codes.unit % kTablesTogether == 0;
 }
 
+// With bfloat16 tables, 128 inputs of an output lie together, in 32 words of 16 bits: word `i` has
+// inputs i, 32 + i, 64 + i and 96 + i from its lowest bits on.
+constexpr int64_t kColumnsOfStep = 128;
+constexpr int64_t kBytesOfStep = kColumnsOfStep / 2 * 16;
+
 // Where a code lies in its unit: the byte, and which half of it.
 struct Nibble {
   int64_t byte;
   int shift;
 };
 
+// Of input `k` of 128, with bfloat16 tables.
+inline Nibble place_in_step(int64_t k, int64_t output) {
+  return {output * 64 + k % 32 * 2 + k / 64, static_cast<int>(k / 32 % 2 * 4)};
+}
+
 // Of input `k` of a unit.
 inline Nibble table_place(const Codes& codes, int64_t k, int64_t output) {
+  if (codes.has_bfloat16_tables) {
+    Nibble place = place_in_step(k % kColumnsOfStep, output);
+    place.byte += k / kColumnsOfStep * kBytesOfStep;
+    return place;
+  }
   if (!lies_by_output(codes)) {
     return {k / 8 * 64 + output * 4 + k % 4, static_cast<int>(k / 4 % 2 * 4)};
   }
@@ -59,8 +75,29 @@ static inline WholeTable whole_table(const float* table) {
   return result;
 }
 
+// A table as 16 numbers of bfloat16, its output's scale in them: each is a weight, rounded once.
+// Infinite ones are not among them, for what fills up columns is an entry, too, times zero.
+struct BFloat16Table {
+  uint16_t entries[16];
+};
+
+static inline BFloat16Table bfloat16_table(const float* table, float scale) {
+  BFloat16Table result;
+  for (int i = 0; i < 16; ++i) {
+    const float value = table[i] * scale;
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint32_t size = bits & 0x7fffffffu;
+    const uint32_t rounded = (size + 0x7fffu + (size >> 16 & 1u)) >> 16;
+    const uint32_t sign = bits >> 16 & 0x8000u;
+    result.entries[i] = static_cast<uint16_t>(sign | std::min<uint32_t>(rounded, 0x7f7fu));
+  }
+  return result;
+}
+
 // Tables of a block's outputs, as they lie in it: their scales, and then the bytes in the order of
-// codes, 64 upper ones and the 64 lower ones that belong to them.
+// codes, 64 upper ones and the 64 lower ones that belong to them. bfloat16 ones are in the place of
+// these bytes, one output's after the other's, and have no scales.
 constexpr int64_t kTableScales = 16 * sizeof(float);
 constexpr int64_t kTableBytes = 16 * 2 * 16;
 
