@@ -117,7 +117,7 @@ test-lower: $(LOWER)/.stamp
 CONSUMERS := .venv-consumers
 $(CONSUMERS)/.stamp: $(VENV)/.dev
 	rm -rf $(CONSUMERS) && $(BIN)/python -m venv $(CONSUMERS)
-	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+	$(BIN)/python -c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" \
 		> "$$(echo $(CONSUMERS)/lib/python*/site-packages)/base.pth"
 	$(CONSUMERS)/bin/python -m pip --disable-pip-version-check --no-input install --quiet \
 		-c constraints.txt lm_eval distilabel llama-index-llms-vllm

@@ -23,8 +23,10 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(folder, with_pip=False, symlinks=True)
     [site] = folder.glob("lib/python*/site-packages")
     package = Path(quire.__file__).parent.parent
-    lines = [str(package), sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]]
-    (site / "base.pth").write_text("\n".join(dict.fromkeys(lines)) + "\n")
+    # Its files of start-up, too: by one of them an editable install is found.
+    where = [sysconfig.get_paths()[name] for name in ("purelib", "platlib")]
+    lines = [f"import site; site.addsitedir({path!r})" for path in dict.fromkeys(where)]
+    (site / "base.pth").write_text("\n".join([str(package), *lines]) + "\n")
     return folder
 
 
