@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from quire.outputs import EmbeddingOutput as QuireEmbeddingOutput
-from quire.outputs import TokenLogprobs
+from quire.outputs import (
+    ClassificationOutput,
+    EmbeddingOutput,
+    ScoringOutput,
+    TokenLogprobs,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -33,38 +37,6 @@ class PoolingOutput:
         return isinstance(other, PoolingOutput) and bool((self.data == other.data).all())
 
 
-EmbeddingOutput = QuireEmbeddingOutput
-
-
-@dataclass
-class ClassificationOutput:
-    """The probabilities of a prompt's classes.
-
-    Attributes
-    ----------
-    probs : list of float
-    """
-
-    probs: list[float]
-
-    @property
-    def num_classes(self) -> int:
-        """How many there are."""
-        return len(self.probs)
-
-
-@dataclass
-class ScoringOutput:
-    """How well two texts go together.
-
-    Attributes
-    ----------
-    score : float
-    """
-
-    score: float
-
-
 @dataclass
 class PoolingRequestOutput(Generic[T]):
     """What a request for numbers gives back.
@@ -87,7 +59,7 @@ class PoolingRequestOutput(Generic[T]):
     finished: bool = True
 
 
-class EmbeddingRequestOutput(PoolingRequestOutput[QuireEmbeddingOutput]):
+class EmbeddingRequestOutput(PoolingRequestOutput[EmbeddingOutput]):
     """Of :meth:`LLM.embed`."""
 
 

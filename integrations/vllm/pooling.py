@@ -7,12 +7,10 @@ from typing import Any
 import quire
 from quire.errors import InvalidRequestError, NotSupportedError
 from quire.integrations.vllm.outputs import (
-    ClassificationOutput,
     ClassificationRequestOutput,
     EmbeddingRequestOutput,
     PoolingOutput,
     PoolingRequestOutput,
-    ScoringOutput,
     ScoringRequestOutput,
 )
 from quire.integrations.vllm.pooling_params import PoolingParams
@@ -69,7 +67,7 @@ def classify(
     return [
         ClassificationRequestOutput(
             each.request_id,
-            ClassificationOutput(each.outputs.probs),
+            each.outputs,
             each.prompt_token_ids,
             each.num_cached_tokens,
         )
@@ -132,7 +130,7 @@ def score(llm: quire.LLM, data_1: Any, data_2: Any, **options: Any) -> list[Scor
     return [
         ScoringRequestOutput(
             each.request_id,
-            ScoringOutput(each.outputs.score),
+            each.outputs,
             each.prompt_token_ids,
             each.num_cached_tokens,
         )
